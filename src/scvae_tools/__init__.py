@@ -1,0 +1,26 @@
+"""scVAE for the scverse: variational auto-encoders with count likelihoods, and Gaussian mixtures that cluster."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scvae_tools import datasets, likelihoods, pl, tl
+    from scvae_tools.model import SCVAE
+
+__version__ = metadata.version("scvae-tools")
+__all__ = ["SCVAE", "datasets", "likelihoods", "pl", "tl"]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first used, since torch and scvi-tools take seconds to import (PEP 562)."""
+    if name == "SCVAE":
+        return import_module("scvae_tools.model").SCVAE
+    if name in __all__:
+        return import_module(f"scvae_tools.{name}")
+    raise AttributeError(f"module 'scvae_tools' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
