@@ -2,7 +2,8 @@
 
 A likelihood declares the heads that the decoder must emit and, in terms of them, log p(0), log p(x) for x > 0, mean,
 variance and a sampler. Everything else (decoder, bound, model, plots, tests, documentation) reads the declaration, so
-a new likelihood is a class here, a row in `LIKELIHOODS`, a row in the test's table and a line in ``docs/likelihoods.md``.
+a new likelihood is a class here, a row in `LIKELIHOODS`, a row in its test's table and a line in
+``docs/likelihoods.md``.
 
 All parameters live in log space: ``log_rate`` is log λ with the size factor included, ``log_r`` the log of the inverse
 dispersion r, ``gate`` the logit of the probability of an excess zero. No formula contains an ``eps``.
@@ -12,15 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import softplus
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Params = dict[str, Tensor]
 
@@ -135,9 +133,7 @@ class NegativeBinomial(Likelihood):
 
     def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
         log_rate, log_r = torch.broadcast_tensors(params["log_rate"], params["log_r"])
-        gamma = torch._standard_gamma(
-            log_r.exp(), generator=generator
-        )  # the only gamma sampler with a generator
+        gamma = torch._standard_gamma(log_r.exp(), generator=generator)  # the only gamma sampler with a generator
         return torch.poisson(gamma * (log_rate - log_r).exp(), generator=generator)
 
 
@@ -187,9 +183,7 @@ def get_likelihood(name: str) -> Likelihood:
     """
     if name not in LIKELIHOODS:
         known = ", ".join(map(repr, LIKELIHOODS))
-        raise ValueError(
-            f"`likelihood` must be one of {known}; found {name!r}. See docs/likelihoods.md for a choice."
-        )
+        raise ValueError(f"`likelihood` must be one of {known}; found {name!r}. See docs/likelihoods.md for a choice.")
     return LIKELIHOODS[name]
 
 
@@ -270,9 +264,7 @@ class CountDistribution(Distribution):
         """Log p(value), in nats."""
         return self.likelihood.log_prob(value, self.params)
 
-    def sample(
-        self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, sample_shape: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw counts of shape ``sample_shape + batch_shape``."""
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():

@@ -1,0 +1,288 @@
+"""The Gaussian mixture: its prior p(y) p(z|y), and the two ways to infer it, GMVAE and VaDE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from scvae_tools._vae import LOG_2PI, VAE, Bound, Posterior, check_choice
+
+if TYPE_CHECKING:
+    from scvae_tools._networks import Covariates, Sizes
+
+COVARIANCES = ("diag", "tied", "full")
+WEIGHTS = ("learned", "uniform")
+
+#: Draws of z for q(y|x) = E p(y|z) in VaDE outside the bound. Fixed, so that a cell's probabilities depend on nothing
+#: but the cell.
+N_PREDICTION_DRAWS = 64
+
+
+class GaussianMixture(nn.Module):
+    """p(y) = Cat(π), p(z|y) = N(μ_y, Σ_y).
+
+    Each Σ is held as the Cholesky factor U of its inverse, Σ⁻¹ = U Uᵀ (lower triangular, positive diagonal), so that
+    densities and KL need products alone: no inverse, no solve.
+
+    Parameters
+    ----------
+    n_components, n_latent
+        k and d.
+    covariance
+        ``"diag"``, ``"tied"`` (one full Σ for all), or ``"full"``.
+    weights
+        ``"learned"`` or ``"uniform"``.
+    """
+
+    def __init__(self, n_components: int, n_latent: int, *, covariance: str, weights: str) -> None:
+        super().__init__()
+        k, d, distinct = n_components, n_latent, 1 if covariance == "tied" else n_components
+        self.n_components, self.covariance, self.weights = k, covariance, weights
+        self.means = nn.Parameter(torch.zeros(k, d))
+        self.log_diagonal = nn.Parameter(torch.zeros(distinct, d))
+        self.logits = nn.Parameter(torch.zeros(k), requires_grad=weights == "learned")
+        if covariance != "diag":
+            self.off_diagonal = nn.Parameter(torch.zeros(distinct, d, d))
+
+    @torch.no_grad()
+    def set(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+        """Set π (k,), μ (k, d) and Σ (k, d, d), reduced to what the covariance kind can hold."""
+        if self.weights == "learned":
+            self.logits.copy_(weights.log())
+        self.means.copy_(means)
+        if self.covariance == "diag":
+            self.log_diagonal.copy_(-0.5 * torch.diagonal(covariances, dim1=-2, dim2=-1).log())
+            return
+        if self.covariance == "tied":
+            covariances = torch.einsum("k,kij->ij", weights / weights.sum(), covariances)[None]
+        factor = torch.linalg.cholesky(torch.linalg.inv(covariances))
+        self.log_diagonal.copy_(torch.diagonal(factor, dim1=-2, dim2=-1).log())
+        self.off_diagonal.copy_(factor.tril(-1))
+
+    @torch.no_grad()
+    def permute(self, order: Tensor) -> None:
+        """Number the components anew: the first is what was ``order[0]``."""
+        shared = ("log_diagonal", "off_diagonal") if self.covariance == "tied" else ()
+        for name, parameter in self.named_parameters():
+            if name not in shared:
+                parameter.copy_(parameter[order])
+
+    def log_weights(self) -> Tensor:
+        """Log p(y), (k,)."""
+        return log_softmax(self.logits, dim=0)
+
+    def precision_factor(self) -> Tensor:
+        """U (k or 1, d, d)."""
+        diagonal = torch.diag_embed(self.log_diagonal.exp())
+        return diagonal if self.covariance == "diag" else diagonal + self.off_diagonal.tril(-1)
+
+    def covariances(self) -> Tensor:
+        """Σ, (k, d, d)."""
+        inverse = torch.linalg.inv(self.precision_factor())
+        return (inverse.mT @ inverse).expand(self.n_components, -1, -1)
+
+    def kl(self, mean: Tensor, log_var: Tensor) -> Tensor:
+        """KL(N(mean, diag exp(log_var)) ‖ p(z|y)) of (k or 1, n, d) tensors, (k, n).
+
+        ½ [tr(Σ⁻¹ S) + (m − μ)ᵀ Σ⁻¹ (m − μ) − d + log det Σ − log det S].
+        """
+        factor = self.precision_factor()
+        trace = torch.einsum("knd,kd->kn", *_same_components(log_var.exp(), factor.square().sum(-1)))
+        distance = self._mahalanobis(mean, factor)
+        log_det = -2 * self.log_diagonal.sum(-1)[:, None] - log_var.sum(-1)
+        return 0.5 * (trace + distance - mean.shape[-1] + log_det)
+
+    def log_prob_each(self, z: Tensor) -> Tensor:
+        """Log p(z|y) of z (s, n, d) for every component, (s, k, n)."""
+        distance = self._mahalanobis(z[:, None], self.precision_factor())
+        return -0.5 * (distance - 2 * self.log_diagonal.sum(-1)[:, None] + z.shape[-1] * LOG_2PI)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log p(z) of z (s, n, d), (s, n)."""
+        return torch.logsumexp(self.log_weights()[:, None] + self.log_prob_each(z), dim=1)
+
+    def sample(self, components: Tensor) -> Tensor:
+        """Z (n, d) from p(z|y) of the given components (n,)."""
+        noise = torch.randn(len(components), self.means.shape[1], 1, device=self.means.device)
+        factor = self.precision_factor().expand(self.n_components, -1, -1)[components]
+        return self.means[components] + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[..., 0]
+
+    def _mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
+        """(z − μ)ᵀ Σ⁻¹ (z − μ) of z (..., k or 1, n, d), (..., k, n)."""
+        return ((z - self.means[:, None]) @ factor).square().sum(-1)
+
+
+def _same_components(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    k = max(len(a), len(b))
+    return a.expand(k, *a.shape[1:]), b.expand(k, *b.shape[1:])
+
+
+class MixtureVAE(VAE):
+    """What GMVAE and VaDE share: a VAE until its mixture is set, then a mixture.
+
+    Parameters
+    ----------
+    n_components
+        k, or None to build the mixture later, when training has looked at the latent space.
+    covariance, weights
+        Of the prior, see `GaussianMixture`.
+    options
+        Those of `VAE`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        n_components: int | None = None,
+        covariance: str = "full",
+        weights: str = "learned",
+        **options: object,
+    ) -> None:
+        super().__init__(sizes, **options)
+        check_choice("covariance", covariance, COVARIANCES)
+        check_choice("weights", weights, WEIGHTS)
+        self.n_components = None
+        self.standard_normal = self.prior
+        self._mixture_options = {"covariance": covariance, "weights": weights}
+        # A buffer, so that it is saved; its value is mirrored in `prior`, so that no step has to read it.
+        self.register_buffer("mixture_is_set", torch.zeros((), dtype=torch.bool))
+        self.register_load_state_dict_post_hook(lambda module, _: module._choose_prior())
+        if n_components is not None:
+            self.build_mixture(n_components)
+
+    def build_mixture(self, n_components: int) -> None:
+        """Add the parameters whose number depends on k."""
+        if not isinstance(n_components, int) or n_components < 1:
+            raise ValueError(f"`n_components` must be a whole number of at least 1; found {n_components!r}.")
+        self.n_components = n_components
+        self.mixture = GaussianMixture(n_components, self.n_latent, **self._mixture_options)
+        self.mixture.to(self.z_mean.weight)
+
+    def _choose_prior(self) -> None:
+        self.prior = self.mixture if bool(self.mixture_is_set) else self.standard_normal
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the mixture has been set; before, the model is a VAE."""
+        return self.prior is not self.standard_normal
+
+    @torch.no_grad()
+    def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
+        """Take over a Gaussian mixture fitted to the latent means of the VAE.
+
+        Parameters
+        ----------
+        weights, means
+            π (k,) and μ (k, d).
+        covariance
+            Σ (d, d) of the latent means within a component, shared by all.
+        posterior_variance
+            Mean of the variances of q(z|x), (d,): p(z) models z, whose spread is that of the means plus this.
+        """
+        spread = (covariance + torch.diag(posterior_variance)).expand(self.n_components, -1, -1)
+        self.mixture.set(weights, means, spread)
+        self.mixture_is_set.fill_(True)  # noqa: FBT003
+        self._choose_prior()
+
+    def permute_components(self, order: Tensor) -> None:
+        """Number the components anew: the first is what was ``order[0]``."""
+        self.mixture.permute(order)
+
+    def sample_latent(self, n_cells: int, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self.is_mixture:
+            return super().sample_latent(n_cells, components)
+        if components is None:
+            probabilities = self.mixture.log_weights().exp()
+            components = torch.multinomial(probabilities, n_cells, replacement=True)
+        return self.mixture.sample(components), components
+
+
+class GMVAE(MixtureVAE):
+    """q(y|x) q(z|x,y): the mixture of the scVAE paper, y summed out exactly.
+
+    y enters q(z|x,y) after the last norm of the encoder, where no batch statistic can subtract it again, and starts
+    without effect, so that training goes on from the VAE.
+    """
+
+    def build_mixture(self, n_components: int) -> None:
+        super().build_mixture(n_components)
+        n_hidden = self.z_mean.in_features
+        self.y_logits = nn.Linear(n_hidden, n_components)
+        self.y_embedding = nn.Parameter(0.1 * torch.randn(n_components, n_hidden))
+        self.y_features = nn.Linear(n_hidden, n_hidden)
+        self.y_mean = _zero_linear(n_hidden, self.z_mean.out_features)
+        self.y_variance = _zero_linear(n_hidden, self.z_variance.out_features)
+        self.to(self.z_mean.weight)
+
+    @torch.no_grad()
+    def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
+        super().set_mixture(weights, means, covariance, posterior_variance)
+        # With one Σ for all components the responsibilities are a linear softmax of the latent mean, which is itself
+        # linear in the features: q(y|x) can start exactly at them.
+        slope = torch.linalg.solve(covariance, means.T).T  # (k, d)
+        offset = weights.log() - 0.5 * (slope * means).sum(1)
+        self.y_logits.weight.copy_(slope @ self.z_mean.weight)
+        self.y_logits.bias.copy_(slope @ self.z_mean.bias + offset)
+
+    @torch.no_grad()
+    def permute_components(self, order: Tensor) -> None:
+        super().permute_components(order)
+        for parameter in (self.y_logits.weight, self.y_logits.bias, self.y_embedding):
+            parameter.copy_(parameter[order])
+
+    def posterior(self, features: Tensor) -> Posterior:
+        if not self.is_mixture:
+            return self.single_posterior(features)
+        single = self.single_posterior(features)
+        by_component = torch.relu(self.y_features(features) + self.y_embedding[:, None])  # (k, n, n_hidden)
+        return Posterior(
+            log_softmax(self.y_logits(features), dim=1),
+            single.mean + self.y_mean(by_component),
+            single.log_var + self.y_variance(by_component),
+        )
+
+
+def _zero_linear(n_in: int, n_out: int) -> nn.Linear:
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+class VaDE(MixtureVAE):
+    """One q(z|x); y summed out of the prior (Jiang et al. 2017, arXiv:1611.05148). One decoder pass a cell."""
+
+    def __init__(self, sizes: Sizes, *, n_components: int | None = None, **options: object) -> None:
+        super().__init__(sizes, n_components=n_components, **options)
+        noise = torch.randn(N_PREDICTION_DRAWS, 1, self.n_latent, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("prediction_noise", noise)
+
+    def bound(self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int = 1) -> Bound:
+        """E log p(x|z) − KL(q(z|x) ‖ Σ_y π_y p(z|y)), the KL by Monte Carlo.
+
+        log p(z) = Σ_y γ_y [log p(z|y) − log γ_y/π_y] with γ = p(y|z), so the KL splits exactly into a term for z and
+        one for y, E KL(γ ‖ π).
+        """
+        if not self.is_mixture:
+            return super().bound(x, size, covariates, n_samples)
+        posterior = self.posterior(self.encode(x, size, covariates))
+        z = posterior.sample_each(n_samples)[:, 0]  # (s, n, d)
+        log_likelihood = self.log_likelihood(x, z, self.log_size(size), covariates).mean(0)
+        log_each = self.mixture.log_prob_each(z)  # (s, k, n)
+        log_prior = self.mixture.log_weights()[:, None]
+        log_gamma = log_softmax(log_prior + log_each, dim=1)
+        gamma = log_gamma.exp()
+        negative_entropy = -0.5 * (posterior.log_var[0] + 1 + LOG_2PI).sum(-1)
+        kl_z = negative_entropy - (gamma * log_each).sum(1).mean(0)
+        kl_y = (gamma * (log_gamma - log_prior)).sum(1).mean(0)
+        return Bound(log_likelihood, kl_z, kl_y)
+
+    def probabilities(self, posterior: Posterior) -> Tensor:
+        if not self.is_mixture:
+            return super().probabilities(posterior)
+        z = posterior.mean[0] + (0.5 * posterior.log_var[0]).exp() * self.prediction_noise  # (s, n, d)
+        log_joint = self.mixture.log_weights()[:, None] + self.mixture.log_prob_each(z)
+        return log_joint.softmax(dim=1).mean(0).T

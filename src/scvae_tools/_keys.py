@@ -1,0 +1,43 @@
+"""Every AnnData key that we write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where `scvae_tools.tl.scvae` puts its results, by ``key_added``."""
+
+    key_added: str = "scvae"
+
+    @property
+    def latent(self) -> str:
+        """``obsm``: posterior mean of z."""
+        return f"X_{self.key_added}"
+
+    @property
+    def component(self) -> str:
+        """``obs``: most probable component."""
+        return self.key_added
+
+    @property
+    def probabilities(self) -> str:
+        """``obsm``: q(y|x)."""
+        return f"{self.key_added}_probs"
+
+    @property
+    def rate(self) -> str:
+        """``layers``: λ."""
+        return f"{self.key_added}_lambda"
+
+    @property
+    def uns(self) -> str:
+        """``uns``: parameters, history, ELBO, version."""
+        return self.key_added
+
+
+#: Of minified AnnData objects, which hold the posterior in place of the counts.
+LATENT_MEAN = "scvae_latent_qzm"
+LATENT_VARIANCE = "scvae_latent_qzv"
+LATENT_PROBABILITIES = "scvae_latent_probs"

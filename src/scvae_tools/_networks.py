@@ -1,0 +1,150 @@
+"""Encoder and decoder stacks: cells or latent codes in, features or likelihood parameters out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from scvi.nn import FCLayers
+from torch import Tensor, nn
+from torch.nn.functional import linear, one_hot
+
+if TYPE_CHECKING:
+    from scvae_tools.likelihoods import Likelihood, Params
+
+NORMALIZATIONS = ("layer", "batch", "none")
+DISPERSIONS = ("gene", "gene-batch", "gene-cell")
+
+
+class Covariates(NamedTuple):
+    """What is known of the cells beside their counts.
+
+    The batch comes last among the categories: scArches appends the columns of new batches at the end of a weight.
+    """
+
+    batch: Tensor  # (n, 1) integer codes
+    categorical: Tensor | None = None  # (n, n_categorical) integer codes
+    continuous: Tensor | None = None  # (n, n_continuous)
+
+    def categories(self) -> tuple[Tensor, ...]:
+        """Codes (n, 1) of each categorical covariate, the batch last."""
+        extra = () if self.categorical is None else torch.split(self.categorical, 1, dim=1)
+        return (*extra, self.batch)
+
+    def rows(self, at: Tensor) -> Covariates:
+        """Those of the cells at some positions."""
+        return Covariates(*(None if value is None else value[at] for value in self))
+
+    def beside(self, features: Tensor) -> Tensor:
+        """Features (..., n, f) with the continuous covariates appended, (..., n, f + n_continuous)."""
+        if self.continuous is None:
+            return features
+        return torch.cat([features, self.continuous.expand(*features.shape[:-2], -1, -1)], dim=-1)
+
+
+class Sizes(NamedTuple):
+    """The sizes that the data decide."""
+
+    n_genes: int
+    n_batch: int = 1
+    n_categories: tuple[int, ...] = ()
+    n_continuous: int = 0
+
+
+def stack(
+    n_in: int, sizes: Sizes, *, n_hidden: int, n_layers: int, dropout_rate: float, normalization: str, covariates: bool
+) -> FCLayers:
+    """Fully connected layers [linear, norm, ReLU, dropout]; covariates, if any, enter the first."""
+    return FCLayers(
+        n_in=n_in + (sizes.n_continuous if covariates else 0),
+        n_out=n_hidden,
+        n_cat_list=[*sizes.n_categories, sizes.n_batch] if covariates else None,
+        n_layers=n_layers,
+        n_hidden=n_hidden,
+        dropout_rate=dropout_rate,
+        use_batch_norm=normalization == "batch",
+        use_layer_norm=normalization == "layer",
+        inject_covariates=False,
+    )
+
+
+class Encoder(nn.Module):
+    """x (n, g), in the encoder's scale, to features (n, n_hidden)."""
+
+    def __init__(self, sizes: Sizes, *, encode_covariates: bool, **options: object) -> None:
+        super().__init__()
+        self.encode_covariates = encode_covariates
+        self.layers = stack(sizes.n_genes, sizes, covariates=encode_covariates, **options)
+
+    def forward(self, x: Tensor, covariates: Covariates) -> Tensor:
+        if not self.encode_covariates:
+            return self.layers(x)
+        return self.layers(covariates.beside(x), *covariates.categories())
+
+
+class Decoder(nn.Module):
+    """z (..., n, d) to the parameters of the likelihood (..., n, g).
+
+    Never batch-normalised: in the Gaussian mixture, codes of components that a cell hardly belongs to pass through here
+    too, and would fill the running statistics.
+    """
+
+    def __init__(
+        self, n_latent: int, sizes: Sizes, likelihood: Likelihood, *, dispersion: str, **options: object
+    ) -> None:
+        super().__init__()
+        self.n_batch, self.dispersion = sizes.n_batch, dispersion
+        # The name by which scArches recognises a decoder's first layer.
+        self.px_decoder = stack(n_latent, sizes, covariates=True, **options)
+        shared = [head for head in likelihood.heads if head.is_dispersion and dispersion != "gene-cell"]
+        # The batches come last, as scArches wants them.
+        shape = (sizes.n_genes, sizes.n_batch) if dispersion == "gene-batch" else (sizes.n_genes,)
+        self.shared = nn.ParameterDict({head.name: torch.full(shape, head.initial) for head in shared})
+        self.heads = nn.ModuleDict(
+            {
+                head.name: nn.Linear(options["n_hidden"], sizes.n_genes)
+                for head in likelihood.heads
+                if head not in shared
+            }
+        )
+        with torch.no_grad():
+            for head in likelihood.heads:
+                if head.name in self.heads:
+                    self.heads[head.name].bias.fill_(head.initial)
+
+    @torch.no_grad()
+    def extend_batches(self, n_before: int) -> None:
+        """Let batches that were added behind the first ``n_before`` start as the others are on average.
+
+        scArches appends their columns with random values, which would change a model that had one batch only.
+        """
+        first, n_new = self.px_decoder.fc_layers[0][0].weight, self.n_batch - n_before
+        if n_new > 0:
+            n_known = n_before if n_before > 1 else 0  # a single batch has no column
+            known = first[:, first.shape[1] - self.n_batch :][:, :n_known]
+            start = known.mean(1, keepdim=True) if n_known else torch.zeros_like(first[:, :1])
+            first[:, first.shape[1] - (self.n_batch - n_known) :] = start
+            for value in self.shared.values():
+                if value.ndim == 2:
+                    value[:, n_before:] = value[:, :n_before].mean(1, keepdim=True)
+
+    def features(self, z: Tensor, covariates: Covariates) -> Tensor:
+        """Last hidden layer, (..., n, n_hidden)."""
+        flat = z.reshape(-1, *z.shape[-2:])
+        return self.px_decoder(covariates.beside(flat), *covariates.categories()).reshape(*z.shape[:-1], -1)
+
+    def params(self, features: Tensor, log_size: Tensor, batch: Tensor, genes: Tensor | None = None) -> Params:
+        """Parameters of the likelihood of all genes, or of those with the given positions.
+
+        ``log_size`` is (n, 1) and ``batch`` (n, 1). A dispersion shared by all cells stays (g,).
+        """
+        rows = slice(None) if genes is None else genes
+        params = {name: linear(features, head.weight[rows], head.bias[rows]) for name, head in self.heads.items()}
+        params["log_rate"] = params["log_rate"] + log_size
+        for name, value in self.shared.items():
+            value = value[rows]
+            params[name] = one_hot(batch[:, 0], self.n_batch).to(value) @ value.T if value.ndim == 2 else value
+        return params
+
+    def forward(self, z: Tensor, log_size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> Params:
+        return self.params(self.features(z, covariates), log_size, covariates.batch, genes)

@@ -1,0 +1,393 @@
+"""Training: stages, KL warm-up, history, best weights, interruption and the guard against non-finite numbers.
+
+Lightning runs the loop. A stage is one ``fit``; `run_stage` is what the model calls for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import signal
+import threading
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from scvae_tools._vae import VAE, Bound
+
+#: Terms of the bound, in the order of the accumulators; their names in the history and in messages.
+TERMS = ("log_likelihood", "kl_z", "kl_y")
+LEARNING_RATE_CUT = 0.1
+
+
+class NonFiniteError(ArithmeticError):
+    """A term of the bound became NaN or infinite."""
+
+    def __init__(self, term: str, stage: str, epoch: int) -> None:
+        super().__init__(f"{term} became NaN or infinite in epoch {epoch} (stage {stage!r})")
+        self.term, self.stage, self.epoch = term, stage, epoch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named part of the training.
+
+    Parameters
+    ----------
+    name
+        As the history shows it.
+    max_epochs
+        Upper limit.
+    warms_up
+        Whether the weight of the KL terms rises from 0 to 1 over the stage; such a stage never stops early.
+    is_mixture
+        Whether the mixture's bound is trained.
+    """
+
+    name: str
+    max_epochs: int
+    warms_up: bool = False
+    is_mixture: bool = False
+
+
+def default_max_epochs(n_cells: int) -> int:
+    """Epochs for about 4,000 steps of 128 cells, at least 20 and at most 400."""
+    return int(np.clip(round(4_000 * 128 / n_cells), 20, 400))
+
+
+def plan_stages(
+    max_epochs: int, *, mixture: bool, resumes_vae: bool = False, resumes_mixture: bool = False
+) -> list[Stage]:
+    """Divide the epochs: KL warm-up, VAE, mixture.
+
+    The mixture starts from a trained VAE, since from random weights all but one or two components die
+    (docs/model.md). A model that was trained before goes on where it was.
+    """
+    if resumes_mixture:
+        return [Stage("mixture", max_epochs, is_mixture=True)]
+    n_mixture = max(1, round(0.3 * max_epochs)) if mixture else 0
+    n_vae = max_epochs - n_mixture
+    n_warm_up = 0 if resumes_vae else round(0.25 * n_vae)
+    stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up)]
+    stages.append(Stage("mixture", n_mixture, is_mixture=True))
+    return [stage for stage in stages if stage.max_epochs > 0]
+
+
+class TrainingPlan(lightning.LightningModule):
+    """The optimiser's view of a module: minibatch in, loss out; terms added up on the device, logged once an epoch.
+
+    Parameters
+    ----------
+    module
+        `VAE` or a mixture.
+    stage
+        What to train.
+    first_epoch
+        Number of epochs in the history so far.
+    lr, weight_decay
+        Of Adam.
+    """
+
+    def __init__(self, module: VAE, stage: Stage, *, first_epoch: int, lr: float, weight_decay: float) -> None:
+        super().__init__()
+        self.module, self.stage, self.first_epoch = module, stage, first_epoch
+        self.lr, self.weight_decay = lr, weight_decay
+        self.history: list[dict] = []
+        self.row: dict = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay)
+
+    def kl_weight(self) -> float:
+        """1, or the share of the warm-up that has passed."""
+        if not self.stage.warms_up:
+            return 1.0
+        steps = self.trainer.num_training_batches * self.stage.max_epochs
+        return min(1.0, self.trainer.global_step / max(steps, 1))
+
+    def on_train_epoch_start(self) -> None:
+        self.module.train()
+        self._reset("train")
+        self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
+        self.row["kl_weight"] = self.kl_weight()
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        bound = self.module.bound(*self.module.data(batch))
+        self._add(bound)
+        return bound.loss(self.kl_weight())
+
+    def on_validation_epoch_start(self) -> None:
+        # Lightning validates at the end of the training epoch, before its end hook.
+        self._close("train")
+        self._reset("validation")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._add(self.module.bound(*self.module.data(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        self._close("validation")
+
+    def on_train_epoch_end(self) -> None:
+        if "elbo_train" not in self.row:
+            self._close("train")
+        self.history.append(self.row)
+
+    def _reset(self, subset: str) -> None:
+        self._sums = torch.zeros(len(TERMS), device=self.device)
+        self._n_cells = 0
+        self._first_bad = torch.zeros(len(TERMS), dtype=torch.bool, device=self.device)
+        self._subset = subset
+
+    def _add(self, bound: Bound) -> None:
+        with torch.no_grad():
+            sums = torch.stack([getattr(bound, term).sum() for term in TERMS])
+            # Only the first batch that went wrong tells the term: the weights are lost from then on.
+            self._first_bad = torch.where(self._first_bad.any(), self._first_bad, ~torch.isfinite(sums))
+            self._sums += sums
+            self._n_cells += len(bound.kl_z)
+
+    def _close(self, subset: str) -> None:
+        if self._first_bad.any():
+            term = TERMS[int(self._first_bad.int().argmax())]
+            raise NonFiniteError(term, self.stage.name, self.row["epoch"])
+        means = dict(zip(TERMS, (self._sums / self._n_cells).tolist(), strict=True))
+        means["elbo"] = means["log_likelihood"] - means["kl_z"] - means["kl_y"]
+        named = {f"{name}_{subset}": value for name, value in means.items()}
+        self.row |= named
+        self.log_dict(named, batch_size=1)
+
+
+class KeepBest(Callback):
+    """Keep the weights of the best validation ELBO, and put them back at the end of the stage."""
+
+    monitor = "elbo_validation"
+
+    def __init__(self) -> None:
+        self.best, self.epoch, self.weights = -np.inf, None, None
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
+        value = float(trainer.callback_metrics.get(self.monitor, -np.inf))
+        if value > self.best:
+            self.best, self.epoch = value, pl_module.row["epoch"]
+            self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
+
+    def restore(self, module: VAE) -> None:
+        """Load the best weights, if there are any."""
+        if self.weights is not None:
+            module.load_state_dict(self.weights)
+
+
+class Progress(Callback):
+    """One bar over all stages: epoch, ELBO and time left."""
+
+    def __init__(self, stages: Iterable[Stage], *, enable: bool) -> None:
+        self.bar = None
+        self.total = sum(stage.max_epochs for stage in stages)
+        self.enable = enable
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
+        if not self.enable:
+            return
+        if self.bar is None:
+            self.bar = _progress_bar(self.total)
+        row = pl_module.row
+        elbo = row.get("elbo_validation", row["elbo_train"])
+        self.bar.set_postfix(stage=row["stage"], ELBO=f"{elbo:.1f}", refresh=False)
+        self.bar.update(1)
+
+    def skip(self, n_epochs: int) -> None:
+        """Shorten the bar by epochs that early stopping saved."""
+        if self.bar is not None:
+            self.bar.total -= n_epochs
+            self.bar.refresh()
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _progress_bar(total: int) -> object:
+    from tqdm import TqdmExperimentalWarning, TqdmWarning
+    from tqdm.auto import tqdm
+
+    with warnings.catch_warnings():
+        # Without ipywidgets tqdm falls back to text, and says so each time.
+        warnings.simplefilter("ignore", TqdmWarning)
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)
+        return tqdm(total=total, desc="scvae", unit="epoch")
+
+
+@dataclass
+class Settings:
+    """How stages are run; the same for all of a training."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    gradient_clip: float = 100.0
+    early_stopping: bool = True
+    patience: int = 20
+    accelerator: str = "auto"
+    devices: object = "auto"
+    progress: Progress | None = None
+    trainer_options: dict = field(default_factory=dict)
+
+
+def run_stage(
+    module: VAE, stage: Stage, loaders: tuple[Iterable, Iterable | None], settings: Settings, first_epoch: int
+) -> tuple[list[dict], bool]:
+    """Train a stage, once more at a tenth of the learning rate if a number became non-finite.
+
+    Returns
+    -------
+    The rows of the history, and whether the user interrupted it. The module holds the weights of the best validation
+    ELBO, or the last ones where there is no validation set or the KL terms were still warming up.
+
+    Raises
+    ------
+    NonFiniteError
+        If the second attempt fails too. The module is as before the stage.
+    """
+    before = deepcopy(module.state_dict())
+    try:
+        return _fit(module, stage, loaders, settings, first_epoch, settings.lr)
+    except NonFiniteError as error:
+        module.load_state_dict(before)
+        lower = settings.lr * LEARNING_RATE_CUT
+        warnings.warn(f"{error}; trying this stage once more with lr={lower:g}.", UserWarning, stacklevel=4)
+    try:
+        return _fit(module, stage, loaders, settings, first_epoch, lower)
+    except NonFiniteError as error:
+        module.load_state_dict(before)
+        error.args = (
+            f"Training stopped: {error}, also with a learning rate of {lower:g}. Try a lower `lr`, a smaller "
+            "`gradient_clip`, likelihood='nb' (the most stable), or look for cells with extreme counts.",
+        )
+        raise
+
+
+def _fit(
+    module: VAE,
+    stage: Stage,
+    loaders: tuple[Iterable, Iterable | None],
+    settings: Settings,
+    first_epoch: int,
+    lr: float,
+) -> tuple[list[dict], bool]:
+    plan = TrainingPlan(module, stage, first_epoch=first_epoch, lr=lr, weight_decay=settings.weight_decay)
+    has_validation = loaders[1] is not None and len(loaders[1]) > 0
+    best = KeepBest() if has_validation and not stage.warms_up else None
+    trainer = lightning.Trainer(
+        max_epochs=stage.max_epochs,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        gradient_clip_val=settings.gradient_clip,
+        callbacks=_callbacks(settings, best),
+        num_sanity_val_steps=0,
+        **{
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 10**9,
+        }
+        | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"},
+    )
+    with sigint_restored():
+        interrupted = _fit_or_interrupt(trainer, plan, loaders[0], loaders[1] if has_validation else None)
+    if best is not None:
+        best.restore(module)
+    module.eval()
+    if settings.progress is not None and not interrupted:
+        settings.progress.skip(stage.max_epochs - len(plan.history))
+    return plan.history, interrupted
+
+
+def _callbacks(settings: Settings, best: KeepBest | None) -> list[Callback]:
+    callbacks = list(settings.trainer_options.get("callbacks", ()))
+    if settings.progress is not None:
+        callbacks.append(settings.progress)
+    if best is not None:
+        callbacks.append(best)
+        if settings.early_stopping:
+            callbacks.append(EarlyStopping(KeepBest.monitor, mode="max", patience=settings.patience))
+    return callbacks
+
+
+def _fit_or_interrupt(
+    trainer: lightning.Trainer, plan: TrainingPlan, train: Iterable, validation: Iterable | None
+) -> bool:
+    """Fit; whether Ctrl-C ended it. Lightning turns it into an exit of the whole process."""
+    try:
+        trainer.fit(plan, train, validation)
+    except SystemExit:
+        if str(trainer.state.status) != "interrupted":
+            raise
+    return str(trainer.state.status) == "interrupted"
+
+
+@contextlib.contextmanager
+def sigint_restored() -> Iterator[None]:
+    """Put the handler of Ctrl-C back: Lightning ignores the signal from the first interruption on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def isolated_random_state(seed: int) -> Iterator[None]:
+    """Seed Python, NumPy and torch inside; leave their global states as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning and scvi-tools say about devices, loaders and workers, inside only."""
+    names = (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning",
+        "pytorch_lightning",
+        "scvi",
+        "lightning.pytorch.utilities.rank_zero",
+    )
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"scvi\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

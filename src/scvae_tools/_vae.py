@@ -1,0 +1,450 @@
+"""The variational auto-encoder: prior, posterior, bounds. A plain VAE is the mixture of one standard-normal component.
+
+Symbols and shapes (docs/model.md): n cells, g genes, d latent dimensions, k components, s samples; x (n, g),
+z (s, k, n, d), log q(y|x) (n, k). Bounds and their terms are in nats per cell.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.module.base import BaseMinifiedModeModuleClass, LossOutput, auto_move_data
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn.functional import softplus
+
+from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes
+from scvae_tools.likelihoods import CountDistribution, get_likelihood
+
+if TYPE_CHECKING:
+    from scvae_tools.likelihoods import Likelihood, Params
+
+LOG_2PI = math.log(2 * math.pi)
+
+#: What the encoder sees of the counts; ``size`` is the size factor in the units of a cell's total count.
+ENCODER_INPUTS = {
+    "log1p-normalized": lambda x, size: torch.log1p(x * (1000 / size)),
+    "log1p": lambda x, size: torch.log1p(x),
+    "counts": lambda x, size: x,
+}
+POSTERIOR_VARIANCES = ("per-dimension", "shared")
+
+#: Number of joint rows (size factor and covariates) kept in the model so that new cells can be sampled without data.
+N_REFERENCE_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The evidence lower bound of each cell, in nats, by its terms; each is (n,)."""
+
+    log_likelihood: Tensor
+    kl_z: Tensor
+    kl_y: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """log-likelihood − KL z − KL y."""
+        return self.log_likelihood - self.kl_z - self.kl_y
+
+    def loss(self, kl_weight: float | Tensor = 1.0) -> Tensor:
+        """Mean negative bound with both KL terms weighted."""
+        return -(self.log_likelihood - kl_weight * (self.kl_z + self.kl_y)).mean()
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(y|x) and q(z|x,y); one component where the encoder has none."""
+
+    log_q_y: Tensor  # (n, k)
+    mean: Tensor  # (k, n, d)
+    log_var: Tensor  # (k, n, d)
+
+    @property
+    def q_y(self) -> Tensor:
+        """q(y|x), (n, k)."""
+        return self.log_q_y.exp()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(z|x) = Σ_y q(y|x) q(z|x,y), each (n, d)."""
+        weight = self.q_y.T[..., None]  # (k, n, 1)
+        mean = (weight * self.mean).sum(0)
+        return mean, (weight * (self.log_var.exp() + (self.mean - mean).square())).sum(0)
+
+    def sample_each(self, n_samples: int) -> Tensor:
+        """Reparametrised draws from every q(z|x,y), (s, k, n, d)."""
+        noise = torch.randn(n_samples, *self.mean.shape, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + (0.5 * self.log_var).exp() * noise
+
+    def sample(self, n_samples: int) -> Tensor:
+        """Draws from q(z|x), (s, n, d): first y, then z."""
+        n, k = self.log_q_y.shape
+        if k == 1:
+            return self.sample_each(n_samples)[:, 0]
+        y = torch.multinomial(self.q_y, n_samples, replacement=True).T  # (s, n)
+        cell = torch.arange(n, device=y.device)
+        mean, log_var = self.mean[y, cell], self.log_var[y, cell]  # (s, n, d)
+        return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log q(z|x) of z (s, n, d), (s, n)."""
+        each = log_normal(z[:, None], self.mean, self.log_var)  # (s, k, n)
+        return torch.logsumexp(self.log_q_y.T + each, dim=1)
+
+
+class StandardNormal(nn.Module):
+    """p(z) = N(0, I), as a mixture of one component."""
+
+    def log_weights(self) -> Tensor:
+        """Log p(y), (1,)."""
+        return torch.zeros(1)
+
+    def kl(self, mean: Tensor, log_var: Tensor) -> Tensor:
+        """KL(q(z|x,y) ‖ p(z|y)) of mean and log variance (k, n, d), (k, n)."""
+        return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log p(z) of z (..., d), (...)."""
+        return -0.5 * (z.square() + LOG_2PI).sum(-1)
+
+
+class VAE(BaseMinifiedModeModuleClass):
+    """VAE with any declared count likelihood, behind the module interface of scvi-tools.
+
+    Parameters
+    ----------
+    sizes
+        Numbers of genes, batches and covariates.
+    likelihood
+        Name in `scvae_tools.likelihoods.LIKELIHOODS`.
+    n_latent, n_hidden, n_layers, dropout_rate
+        Architecture; encoder and decoder are alike.
+    dispersion
+        ``"gene"``, ``"gene-batch"`` or ``"gene-cell"``.
+    normalization
+        Norm in the hidden layers of the encoder: ``"layer"``, ``"batch"`` or ``"none"``. The decoder takes a layer
+        norm unless ``"none"``.
+    posterior_variance
+        ``"per-dimension"``, or ``"shared"``: one variance per cell, softplus of one number.
+    encoder_input
+        Key of ``ENCODER_INPUTS``.
+    encode_covariates
+        Whether the encoder sees the covariates too.
+    use_size_factor
+        Whether λ is multiplied by the size factor; otherwise λ = exp(f), as in the original scVAE.
+    """
+
+    n_components = 1
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        likelihood: str = "nb",
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout_rate: float = 0.0,
+        dispersion: str = "gene",
+        normalization: str = "layer",
+        posterior_variance: str = "per-dimension",
+        encoder_input: str = "log1p-normalized",
+        encode_covariates: bool = False,
+        use_size_factor: bool = True,
+    ) -> None:
+        super().__init__()
+        check_choice("dispersion", dispersion, DISPERSIONS)
+        check_choice("normalization", normalization, NORMALIZATIONS)
+        check_choice("posterior_variance", posterior_variance, POSTERIOR_VARIANCES)
+        check_choice("encoder_input", encoder_input, tuple(ENCODER_INPUTS))
+        for name, value in {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1; found {value!r}.")
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(f"`dropout_rate` must be in [0, 1); found {dropout_rate!r}.")
+        self.sizes, self.n_latent = sizes, n_latent
+        self.likelihood: Likelihood = get_likelihood(likelihood)
+        self.gene_likelihood = likelihood  # the name under which scvi-tools looks for it
+        self.latent_distribution = "normal"
+        self.encoder_input, self.use_size_factor = encoder_input, use_size_factor
+        options = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate}
+        self.encoder = Encoder(sizes, encode_covariates=encode_covariates, normalization=normalization, **options)
+        self.z_mean = nn.Linear(n_hidden, n_latent)
+        self.z_variance = nn.Linear(n_hidden, n_latent if posterior_variance == "per-dimension" else 1)
+        self.decoder = Decoder(
+            n_latent,
+            sizes,
+            self.likelihood,
+            dispersion=dispersion,
+            normalization="none" if normalization == "none" else "layer",
+            **options,
+        )
+        self.prior: nn.Module = StandardNormal()
+        self._register_reference()
+
+    # -- the data's scale ------------------------------------------------------------------------------------------
+
+    def _register_reference(self) -> None:
+        m = N_REFERENCE_CELLS
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("reference_size", torch.ones(m))
+        self.register_buffer("reference_batch", torch.zeros(m, 1, dtype=torch.long))
+        self.register_buffer("reference_categorical", torch.zeros(m, len(self.sizes.n_categories), dtype=torch.long))
+        self.register_buffer("reference_continuous", torch.zeros(m, self.sizes.n_continuous))
+
+    @torch.no_grad()
+    def set_reference(
+        self, mean_fraction: Tensor, total_over_size: float, size: Tensor, covariates: Covariates
+    ) -> None:
+        """Start the decoder at the data's means, and keep what is needed to sample cells like these.
+
+        Parameters
+        ----------
+        mean_fraction
+            Mean over cells of x over the size factor, (g,), positive.
+        total_over_size
+            Mean total count over mean size factor: 1 for the default size factor. Brings any size factor to the units
+            of a cell's total count, for the encoder.
+        size, covariates
+            Those of `N_REFERENCE_CELLS` cells drawn from the data.
+        """
+        self.decoder.heads["log_rate"].bias.copy_(mean_fraction.log())
+        self.input_scale.fill_(total_over_size)
+        self.reference_size.copy_(size)
+        self.reference_batch.copy_(covariates.batch)
+        if covariates.categorical is not None:
+            self.reference_categorical.copy_(covariates.categorical)
+        if covariates.continuous is not None:
+            self.reference_continuous.copy_(covariates.continuous)
+
+    def reference(self, rows: Tensor) -> tuple[Tensor, Covariates]:
+        """Size factors (n, 1) and covariates of kept cells."""
+        categorical = self.reference_categorical[rows] if self.sizes.n_categories else None
+        continuous = self.reference_continuous[rows] if self.sizes.n_continuous else None
+        return self.reference_size[rows, None], Covariates(self.reference_batch[rows], categorical, continuous)
+
+    def extend_batches(self, n_before: int) -> None:
+        """Start batches added by scArches as the others are on average."""
+        self.decoder.extend_batches(n_before)
+
+    # -- inference -------------------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, size: Tensor, covariates: Covariates) -> Tensor:
+        """Features of the encoder, (n, n_hidden)."""
+        return self.encoder(ENCODER_INPUTS[self.encoder_input](x, size * self.input_scale), covariates)
+
+    def single_posterior(self, features: Tensor) -> Posterior:
+        """q(z|x) of one component."""
+        mean, raw = self.z_mean(features), self.z_variance(features)
+        log_var = log_softplus(raw).expand_as(mean) if raw.shape[-1] < mean.shape[-1] else raw
+        return Posterior(mean.new_zeros(len(mean), 1), mean[None], log_var[None])
+
+    def posterior(self, features: Tensor) -> Posterior:
+        """q(y|x) and q(z|x,y)."""
+        return self.single_posterior(features)
+
+    def probabilities(self, posterior: Posterior) -> Tensor:
+        """Probability of each component, (n, k)."""
+        return posterior.q_y
+
+    # -- bounds ----------------------------------------------------------------------------------------------------
+
+    def log_likelihood(self, x: Tensor, z: Tensor, log_size: Tensor, covariates: Covariates) -> Tensor:
+        """Log p(x|z) of z (..., n, d), (..., n)."""
+        return sum_over_genes(self.likelihood, x, self.decoder(z, log_size, covariates))
+
+    def bound(self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int = 1) -> Bound:
+        """ELBO = Σ_y q(y|x) [E log p(x|z) − KL(q(z|x,y) ‖ p(z|y))] − KL(q(y|x) ‖ p(y)), the sum over y exact."""
+        posterior = self.posterior(self.encode(x, size, covariates))
+        z = posterior.sample_each(n_samples)
+        log_likelihood = self.log_likelihood(x, z, self.log_size(size), covariates).mean(0)  # (k, n)
+        kl_z = self.prior.kl(posterior.mean, posterior.log_var)  # (k, n)
+        weight = posterior.q_y.T
+        log_prior = self.prior.log_weights().to(posterior.log_q_y)
+        kl_y = (posterior.q_y * (posterior.log_q_y - log_prior)).sum(1)
+        return Bound((weight * log_likelihood).sum(0), (weight * kl_z).sum(0), kl_y)
+
+    def importance_weighted_bound(
+        self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32
+    ) -> Tensor:
+        """Log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x) with z_s ~ q(z|x): a lower bound of log p(x), tight in S, (n,).
+
+        Prior and posterior are the mixtures themselves (Burda et al. 2016, arXiv:1509.00519).
+        """
+        posterior = self.posterior(self.encode(x, size, covariates))
+        log_weights = []
+        for start in range(0, n_samples, chunk):
+            z = posterior.sample(min(chunk, n_samples - start))  # (s, n, d)
+            log_p_x = self.log_likelihood(x, z, self.log_size(size), covariates)
+            log_weights.append(log_p_x + self.prior.log_prob(z) - posterior.log_prob(z))
+        return torch.logsumexp(torch.cat(log_weights), dim=0) - math.log(n_samples)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def sample_latent(self, n_cells: int, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Z (n, d) and y (n,) from the prior, or z from p(z|y) for given components."""
+        device = self.z_mean.weight.device
+        y = torch.zeros(n_cells, dtype=torch.long, device=device) if components is None else components
+        return torch.randn(n_cells, self.n_latent, device=device), y
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> CountDistribution:
+        """p(x|z) of z (..., n, d)."""
+        log_size = self.log_size(size)
+        params = self.decoder(z, log_size, covariates, genes)
+        return CountDistribution(self.likelihood, params, scale=(params["log_rate"] - log_size).exp())
+
+    def rate(self, x: Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> Tensor:
+        """λ at the posterior means, Σ_y q(y|x) λ(E[z|x,y]), in counts, (n, g)."""
+        posterior = self.posterior(self.encode(x, size, covariates))
+        log_rate = self.decoder(posterior.mean, self.log_size(size), covariates, genes)["log_rate"]  # (k, n, g)
+        return torch.einsum("nk,kng->ng", posterior.q_y, log_rate.exp())
+
+    def log_size(self, size: Tensor) -> Tensor:
+        """Log of the size factor (n, 1), or zeros where the model has none."""
+        return size.log() if self.use_size_factor else torch.zeros_like(size)
+
+    # -- the interface of scvi-tools -------------------------------------------------------------------------------
+
+    def _covariates(self, tensors: dict[str, Tensor]) -> Covariates:
+        return Covariates(
+            tensors[REGISTRY_KEYS.BATCH_KEY].long(),
+            tensors.get(REGISTRY_KEYS.CAT_COVS_KEY),
+            tensors.get(REGISTRY_KEYS.CONT_COVS_KEY),
+        )
+
+    def data(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Covariates]:
+        """Counts (n, g), size factors (n, 1) and covariates of a batch."""
+        x = tensors[REGISTRY_KEYS.X_KEY]
+        size = tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY)
+        if size is None:
+            size = tensors.get(REGISTRY_KEYS.OBSERVED_LIB_SIZE)
+        return x, x.sum(1, keepdim=True) if size is None else size, self._covariates(tensors)
+
+    @auto_move_data
+    def forward(
+        self,
+        tensors: dict[str, Tensor],
+        get_inference_input_kwargs: dict | None = None,
+        get_generative_input_kwargs: dict | None = None,
+        inference_kwargs: dict | None = None,
+        generative_kwargs: dict | None = None,
+        loss_kwargs: dict | None = None,
+        compute_loss: bool = True,  # noqa: FBT001, FBT002
+    ) -> tuple:
+        """With a loss: the bound, y summed out. Without: z drawn from q(z|x), then p(x|z), as scvi-tools expects."""
+        if compute_loss:
+            loss = self.loss(tensors, **(loss_kwargs or {}))
+            return {}, {}, loss
+        return super().forward(
+            tensors,
+            get_inference_input_kwargs,
+            get_generative_input_kwargs,
+            inference_kwargs,
+            generative_kwargs,
+            loss_kwargs,
+            compute_loss=False,
+        )
+
+    def loss(self, tensors: dict[str, Tensor], kl_weight: float = 1.0, n_samples: int = 1) -> LossOutput:
+        """Negative bound of a batch; its terms per cell."""
+        bound = self.bound(*self.data(tensors), n_samples=n_samples)
+        return LossOutput(
+            loss=bound.loss(kl_weight),
+            reconstruction_loss=-bound.log_likelihood,
+            kl_local={"kl_z": bound.kl_z, "kl_y": bound.kl_y},
+        )
+
+    def _get_inference_input(self, tensors: dict[str, Tensor], full_forward_pass: bool = False) -> dict:  # noqa: FBT001, FBT002
+        if self.minified_data_type is not None and not full_forward_pass:
+            return {
+                "qzm": tensors[REGISTRY_KEYS.LATENT_QZM_KEY],
+                "qzv": tensors[REGISTRY_KEYS.LATENT_QZV_KEY],
+                "size": self.data(tensors)[1],
+            }
+        x, size, covariates = self.data(tensors)
+        return {"x": x, "size": size, "covariates": covariates}
+
+    def _regular_inference(self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int = 1) -> dict:
+        posterior = self.posterior(self.encode(x, size, covariates))
+        mean, variance = posterior.moments()
+        z = posterior.sample(n_samples)
+        return {"posterior": posterior, "qz": Normal(mean, variance.sqrt()), "z": drop_single(z), "size": size}
+
+    def _cached_inference(self, qzm: Tensor, qzv: Tensor, size: Tensor, n_samples: int = 1) -> dict:
+        qz = Normal(qzm, qzv.sqrt())
+        return {"qz": qz, "z": drop_single(qz.sample((n_samples,))), "size": size}
+
+    def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict) -> dict:
+        return {"z": inference_outputs["z"], "size": inference_outputs["size"], "covariates": self._covariates(tensors)}
+
+    @auto_move_data
+    def generative(
+        self, z: Tensor, size: Tensor, covariates: Covariates, transform_batch: int | None = None
+    ) -> dict[str, CountDistribution]:
+        """p(x|z), in the given batch if any."""
+        if transform_batch is not None:
+            covariates = covariates._replace(batch=torch.full_like(covariates.batch, transform_batch))
+        return {"px": self.decode(z, size, covariates)}
+
+    @torch.inference_mode()
+    def sample(self, tensors: dict[str, Tensor], n_samples: int = 1, generative_kwargs: dict | None = None) -> Tensor:
+        """Posterior predictive counts, (n, g) or (n, g, n_samples)."""
+        _, outputs = self.forward(
+            tensors,
+            inference_kwargs={"n_samples": n_samples},
+            generative_kwargs=generative_kwargs,
+            compute_loss=False,
+        )
+        counts = outputs["px"].sample().cpu()
+        return counts.permute(1, 2, 0) if n_samples > 1 else counts
+
+    @torch.inference_mode()
+    @auto_move_data
+    def marginal_ll(self, tensors: dict[str, Tensor], n_mc_samples: int = 100, chunk: int = 32) -> Tensor:
+        """Importance-weighted estimate of log p(x), (n,)."""
+        return self.importance_weighted_bound(*self.data(tensors), n_samples=n_mc_samples, chunk=chunk).cpu()
+
+
+def sum_over_genes(likelihood: Likelihood, x: Tensor, params: Params) -> Tensor:
+    """Σ_g log p(x_g), (..., n), of counts x (n, g) and parameters that broadcast to (..., n, g).
+
+    Counts are mostly zeros, so log p(0) is summed over all genes and corrected where x > 0 (docs/likelihoods.md): the
+    expensive terms are evaluated at the non-zeros alone.
+    """
+    cell, gene = torch.nonzero(x, as_tuple=True)
+    at = {name: _take(value, cell, gene) for name, value in params.items()}  # (..., nnz)
+    excess = likelihood.log_prob_positive(x[cell, gene], at) - likelihood.log_prob_zero(at)
+    total = likelihood.log_prob_zero(params).sum(-1)  # (..., n)
+    return total.index_add(-1, cell, excess.expand(*total.shape[:-1], -1))
+
+
+def _take(value: Tensor, cell: Tensor, gene: Tensor) -> Tensor:
+    """Entries at (cell, gene) of a (..., n, g) tensor, or at gene of a (g,) one."""
+    if value.ndim == 1:
+        return value[gene]
+    return value.flatten(-2).index_select(-1, cell * value.shape[-1] + gene)
+
+
+def log_normal(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """Log N(z; mean, diag exp(log_var)), summed over the last axis."""
+    return -0.5 * ((z - mean).square() * (-log_var).exp() + log_var + LOG_2PI).sum(-1)
+
+
+def log_softplus(a: Tensor) -> Tensor:
+    """Log softplus(a), also where softplus underflows: it tends to a."""
+    return torch.where(a < -15, a, softplus(a.clamp(min=-15)).log())
+
+
+def drop_single(samples: Tensor) -> Tensor:
+    """(1, n, d) to (n, d): scvi-tools has no sample axis for a single draw."""
+    return samples[0] if len(samples) == 1 else samples
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise a ValueError that lists the choices if ``value`` is none of them."""
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; found {value!r}.")
