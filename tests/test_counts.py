@@ -16,6 +16,11 @@ from scipy import sparse
 
 from scvae_tools._counts import CountsError, check_obs, gene_mean_fraction, read_counts, resolve_mask_var
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be a np.matrix"),
+]
+
 N_CELLS, N_GENES = 7, 5
 
 
@@ -187,9 +192,10 @@ def test_a_dask_like_array_is_refused_by_its_type(monkeypatch):
     class Array:  # stands for dask.array.Array, which the tests do not install
         shape = (N_CELLS, N_GENES)
 
+    adata = make_adata()
     monkeypatch.setattr(AnnData, "X", property(lambda _: Array()))
     with pytest.raises(TypeError, match=r"adata\.X must be .*; found .*Array.*\.compute\(\)"):
-        read_counts(make_adata())
+        read_counts(adata)
 
 
 # -- not an AnnData ----------------------------------------------------------------------------------------------------
@@ -225,7 +231,7 @@ BAD_VALUES = {
     "minus infinity": (-np.inf, f"found 1 infinite value -inf {FOUND}"),
     "negative": (-1.5, rf"found 1 negative value -1\.5 {FOUND}.*scaled.*Pass the raw counts"),
     "too large": (2.0**24 + 1, rf"found 1 too large value 16777217 {FOUND}.*2\*\*24 = 16,777,216"),
-    "non-integer": (200.25, rf"must hold integer counts; found 1 non-integer value 200\.25 {FOUND}\. .*raw counts"),
+    "non-integer": (200.25, rf"integer counts; found 1 non-integer value 200\.25 {FOUND}\. .*raw counts"),
 }
 
 
@@ -238,7 +244,7 @@ def test_bad_values_are_named_with_their_place_and_nothing_changes(kind, form, l
     adata = make_adata(matrix) if layer is None else make_adata(np.zeros((N_CELLS, N_GENES)), foo=matrix)
     before = fingerprint(adata)
     where = r"adata\.X" if layer is None else r"adata\.layers\['foo'\]"
-    with pytest.raises(CountsError, match=f"^{where} must hold .*{message}"):
+    with pytest.raises(CountsError, match=f"^{where} must hold .*?{message}"):
         read_counts(adata, layer=layer)
     assert fingerprint(adata) == before
 
@@ -338,7 +344,7 @@ def test_larger_non_integers_are_not_called_log_transformed():
 def test_negative_values_point_to_the_layer_with_counts():
     adata = with_value(-0.5)
     adata.layers["counts"] = make_dense()
-    with pytest.raises(CountsError, match="scaled.*pass layer='counts'"):
+    with pytest.raises(CountsError, match=r"scaled.*pass layer='counts'"):
         read_counts(adata)
 
 
@@ -363,7 +369,7 @@ def test_estimates_too_small_for_float32_become_no_entry():
 
 def test_integers_give_no_warning():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         read_counts(make_adata(), allow_non_integer=True)
 
 
@@ -425,7 +431,7 @@ def test_the_remedy_for_cells_without_a_count_works_in_a_layer_and_a_mask():
 
 def test_genes_without_a_count_are_logged_and_kept(caplog):
     with caplog.at_level(logging.INFO, logger="scvae_tools"), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert read_counts(make_adata()).shape == (N_CELLS, N_GENES)
     assert [r.getMessage() for r in caplog.records] == ["adata.X: 1 of 5 genes have no count in any cell."]
     assert caplog.records[0].levelno == logging.INFO

@@ -114,6 +114,14 @@ def test_recovery_inverts_scaling_and_rounding(container):
     assert np.array_equal(given if container is np.asarray else given.toarray(), log_values)
 
 
+def test_recovery_refines_the_step_beyond_the_rounding_of_the_smallest_value():
+    counts = np.arange(1, 251)[None]
+    log_values = np.log1p(1.27 * counts).round(3)  # as it stands, the smallest value puts 250 a quarter of a count off
+    first_step = np.expm1(log_values.min())
+    assert np.abs(np.expm1(log_values) / first_step - counts).max() > datasets.MAX_DISTANCE
+    assert np.array_equal(datasets._recover_counts(log_values).toarray(), counts)
+
+
 def test_recovery_refuses_values_that_are_no_multiples():
     log_values = np.log1p([[2.0, 4.0, 6.0], [2.0, 4.0, 2.8]])
     with pytest.raises(

@@ -256,16 +256,33 @@ class VAE(BaseMinifiedModeModuleClass):
         """Log p(x|z) of z (..., n, d), (..., n)."""
         return sum_over_genes(self.likelihood, x, self.decoder(z, log_size, covariates))
 
+    def expected_log_likelihood(
+        self, x: Tensor, z: Tensor, posterior: Posterior, log_size: Tensor, covariates: Covariates
+    ) -> Tensor:
+        """Σ_y q(y|x) E log p(x|z) of draws z (s, k, n, d), (n,).
+
+        Only pairs of cell and component whose q(y|x) float32 can tell from 0 beside 1 are decoded, and their weights
+        are taken relative to their sum. The others change the result by less than its rounding error, yet would cost
+        as much, and fill the gradients with denormal numbers, on which a processor is fifty times slower.
+        """
+        if len(posterior.mean) == 1:
+            return self.log_likelihood(x, z[:, 0], log_size, covariates).mean(0)
+        component, cell = torch.nonzero(posterior.q_y.T > torch.finfo(torch.float32).eps, as_tuple=True)  # (p,)
+        z = z[:, component, cell]  # (s, p, d)
+        each = self.log_likelihood(x[cell], z, log_size[cell], covariates.rows(cell)).mean(0)
+        weight = posterior.q_y[cell, component]
+        zero = each.new_zeros(len(x))
+        return zero.index_add(0, cell, weight * each) / zero.index_add(0, cell, weight)
+
     def bound(self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int = 1) -> Bound:
         """ELBO = Σ_y q(y|x) [E log p(x|z) − KL(q(z|x,y) ‖ p(z|y))] − KL(q(y|x) ‖ p(y)), the sum over y exact."""
         posterior = self.posterior(self.encode(x, size, covariates))
         z = posterior.sample_each(n_samples)
-        log_likelihood = self.log_likelihood(x, z, self.log_size(size), covariates).mean(0)  # (k, n)
+        log_likelihood = self.expected_log_likelihood(x, z, posterior, self.log_size(size), covariates)
         kl_z = self.prior.kl(posterior.mean, posterior.log_var)  # (k, n)
-        weight = posterior.q_y.T
         log_prior = self.prior.log_weights().to(posterior.log_q_y)
         kl_y = (posterior.q_y * (posterior.log_q_y - log_prior)).sum(1)
-        return Bound((weight * log_likelihood).sum(0), (weight * kl_z).sum(0), kl_y)
+        return Bound(log_likelihood, (posterior.q_y.T * kl_z).sum(0), kl_y)
 
     def importance_weighted_bound(
         self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32

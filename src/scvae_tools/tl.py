@@ -1,0 +1,349 @@
+"""Tools: AnnData in, keys out. The only writer of results."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from scvae_tools._keys import Keys
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+    from scvae_tools.model import SCVAE
+
+__all__ = ["scvae"]
+
+logger = logging.getLogger("scvae_tools")
+
+#: λ is dense: it is left out where it would take more than this share of the free memory.
+LARGEST_SHARE_OF_MEMORY = 0.25
+#: Monte Carlo samples per cell for the ELBO that is stored: a validation set is small, so each cell gets more.
+ELBO_SAMPLES = {"train": 1, "validation": 5}
+
+
+def scvae(
+    adata: AnnData,
+    *,
+    likelihood: Literal["poisson", "nb", "zip", "zinb"] = "nb",
+    mixture: bool | Literal["gmvae", "vade"] = True,
+    n_components: int | None = None,
+    n_latent: int = 10,
+    n_hidden: int = 128,
+    n_layers: int = 1,
+    layer: str | None = None,
+    mask_var: str | np.ndarray | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    size_factor_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] | None = None,
+    continuous_covariate_keys: Sequence[str] | None = None,
+    max_epochs: int | None = None,
+    batch_size: int = 128,
+    train_size: float = 0.9,
+    early_stopping: bool = True,
+    accelerator: str = "auto",
+    random_state: int | np.random.RandomState | None = 0,
+    rng: int | np.random.Generator | None = None,
+    key_added: str = "scvae",
+    write_lambda: bool | None = None,
+    allow_non_integer: bool = False,
+    verbose: bool = True,
+    copy: bool = False,
+    return_model: bool = False,
+    **kwargs: Any,
+) -> AnnData | SCVAE | tuple[AnnData, SCVAE] | None:
+    """Embed and cluster cells with a (Gaussian-mixture) variational auto-encoder trained on raw counts.
+
+    scVAE [Grønbech20]_: a decoder maps a latent code z to the parameters of a count distribution of every gene. With a
+    mixture, z has a Gaussian mixture as its prior, whose components are the clusters.
+
+    Parameters
+    ----------
+    adata
+        Annotated data, cells x genes, with raw counts; never changed but for the keys below.
+    likelihood
+        Distribution of the counts: ``"poisson"``, ``"nb"`` (negative binomial), or their zero-inflated forms ``"zip"``
+        and ``"zinb"``.
+    mixture
+        ``True`` or ``"gmvae"`` for the model of the paper, ``"vade"`` for one that decodes each cell once instead of
+        once per likely component, ``False`` for a plain VAE without clusters.
+    n_components
+        Number of components. None counts the Leiden communities of the latent space of a VAE.
+    n_latent
+        Dimensions of the latent space.
+    n_hidden, n_layers
+        Width and number of hidden layers of encoder and decoder.
+    layer
+        Layer with the counts; None for ``adata.X``.
+    mask_var
+        Genes to use: a boolean column of ``adata.var`` such as ``"highly_variable"``, or a boolean array. None for all.
+    batch_key
+        Column of ``obs`` that the decoder is given, so that the latent space need not hold it.
+    labels_key
+        Column of ``obs`` with labels; registered, not used by the training.
+    size_factor_key
+        Column of ``obs`` with size factors; None for each cell's total count over the genes used.
+    categorical_covariate_keys, continuous_covariate_keys
+        Further columns of ``obs`` that the decoder is given.
+    max_epochs
+        Most epochs of all stages together; None for about 4,000 steps of 128 cells.
+    batch_size
+        Cells a training step.
+    train_size
+        Share of the cells to train on. The others choose the best weights and tell when to stop.
+    early_stopping
+        Whether a stage ends when the validation ELBO no longer rises.
+    accelerator
+        ``"auto"``, ``"cpu"``, ``"gpu"``, ``"mps"``.
+    random_state, rng
+        Seed, or generator to draw one from; give one of the two. The global random states are left as they were.
+    key_added
+        Name of the results.
+    write_lambda
+        Whether to write the layer of λ. None writes it unless it would take more than a quarter of the free memory.
+    allow_non_integer
+        Accept estimated (non-integer) counts, with a warning.
+    verbose
+        Whether to show a progress bar.
+    copy
+        Whether to return a copy of ``adata`` with the results instead of writing into it.
+    return_model
+        Whether to return the trained `SCVAE`.
+    **kwargs
+        Further arguments of `SCVAE` (such as ``dispersion``, ``covariance``, ``dropout_rate``) and `SCVAE.train` (such
+        as ``lr``, ``weight_decay``, ``patience``).
+
+    Returns
+    -------
+    None; or the copy, the model, or (copy, model), as asked for. Sets the following fields:
+
+    ``adata.obsm["X_scvae"]`` : (n_cells, n_latent) float32
+        Mean of q(z|x); for a mixture the mean over q(y|x).
+    ``adata.obs["scvae"]`` : categorical
+        Most probable component, "0", "1", ... by decreasing size. Mixture only.
+    ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
+        Probability of each component, in the order of the categories; unused ones last. Mixture only.
+    ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
+        Mean λ of the count distribution before zero inflation, in counts; NaN for genes that ``mask_var`` leaves out.
+    ``adata.uns["scvae"]`` : dict
+        ``params``; ``history``, a table with a row per epoch; ``elbo``, for ``train`` and ``validation`` the bound and
+        its terms in nats per cell; ``version``.
+
+    Raises
+    ------
+    CountsError
+        If the counts are not raw counts, with the cell and the gene.
+    ValueError
+        If an argument is unknown or does not fit the data.
+    NonFiniteError
+        If the training broke down twice.
+
+    Notes
+    -----
+    Ctrl-C ends the training; results are written from the best weights so far, and a warning says which. Before the
+    first epoch has ended nothing is written.
+
+    References
+    ----------
+    .. [Grønbech20] Grønbech, Vording, Timshel, Sønderby, Pers, Winther (2020) scVAE: variational auto-encoders for
+       single-cell gene expression data. Bioinformatics 36:4415.
+
+    Examples
+    --------
+    >>> adata = svt.datasets.pbmc68k_reduced()
+    >>> svt.tl.scvae(adata, likelihood="zinb")
+    >>> sc.pp.neighbors(adata, use_rep="X_scvae")
+    """
+    from scvae_tools._counts import read_counts, require_anndata, resolve_mask_var
+
+    require_anndata(adata)
+    keys = Keys(key_added)
+    seed = _as_seed(random_state, rng)
+    model_options, train_options = _split_options(kwargs)
+    mask = resolve_mask_var(adata, mask_var)
+    counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
+    obs_keys = {
+        "batch_key": batch_key,
+        "labels_key": labels_key,
+        "size_factor_key": size_factor_key,
+        "categorical_covariate_keys": _as_list(categorical_covariate_keys),
+        "continuous_covariate_keys": _as_list(continuous_covariate_keys),
+    }
+    architecture = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers, **model_options}
+    model = _build(adata, counts, mask, obs_keys, likelihood, mixture, n_components, seed, architecture)
+    training = {"batch_size": batch_size, "train_size": train_size, "early_stopping": early_stopping, **train_options}
+    model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
+
+    params = {"likelihood": likelihood, **model.init_params_["non_kwargs"], **training, **obs_keys, "layer": layer}
+    params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
+    results = _results(model, keys, params)
+    rate = _rate(adata, model, keys, mask, write_lambda)
+    target = adata.copy() if copy else adata
+    _write(target, results, rate)
+    returned = ([target] if copy else []) + ([model] if return_model else [])
+    return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def _build(
+    adata: AnnData,
+    counts: csr_matrix,
+    mask: np.ndarray | None,
+    obs_keys: dict,
+    likelihood: str,
+    mixture: bool | str,  # noqa: FBT001
+    n_components: int | None,
+    seed: int,
+    architecture: dict,
+) -> SCVAE:
+    """Make a model of a private AnnData, so that the user's holds no trace of scvi-tools and is not kept alive."""
+    from anndata import AnnData as PrivateData
+
+    from scvae_tools._counts import check_obs
+    from scvae_tools.model import SCVAE
+
+    check_obs(adata, **obs_keys)
+    columns = [key for value in obs_keys.values() if value for key in ([value] if isinstance(value, str) else value)]
+    names = adata.var_names if mask is None else adata.var_names[mask]
+    obs = adata.obs[list(dict.fromkeys(columns))].copy()
+    private = PrivateData(counts, obs=obs, var=pd.DataFrame(index=names))
+    SCVAE.setup_anndata(private, **obs_keys, allow_non_integer=True)
+    try:
+        return SCVAE(
+            private,
+            likelihood=likelihood,
+            mixture=mixture,
+            n_components=n_components,
+            random_state=seed,
+            **architecture,
+        )
+    finally:
+        SCVAE._setup_adata_manager_store.pop(private.uns["_scvi_uuid"], None)
+
+
+def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]]:
+    """Everything to write but λ, by the slot of the AnnData."""
+    from scvae_tools import __version__
+
+    elbo = {
+        subset: model.get_elbo_terms(indices=indices, n_samples=ELBO_SAMPLES[subset]).mean().to_dict()
+        for subset, indices in (("train", model.train_indices), ("validation", model.validation_indices))
+        if len(indices) > 0
+    }
+    history = model.history.copy()
+    history.index = history.index.astype(str)
+    params = {key: value for key, value in params.items() if value is not None and key != "adata"}
+    results: dict[str, dict[str, Any]] = {
+        "obs": {},
+        "obsm": {keys.latent: model.get_latent_representation()},
+        "uns": {keys.uns: {"params": params, "history": history, "elbo": elbo, "version": __version__}},
+    }
+    if model.is_mixture:
+        probabilities = model.predict(soft=True).to_numpy()
+        component = probabilities.argmax(1)
+        used = sorted(set(component))  # the model numbers them by size
+        names = [str(c) for c in range(len(used))]
+        results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
+        results["obsm"][keys.probabilities] = probabilities
+    return results
+
+
+def _rate(
+    adata: AnnData,
+    model: SCVAE,
+    keys: Keys,
+    mask: np.ndarray | None,
+    write: bool | None,  # noqa: FBT001
+) -> dict[str, np.ndarray]:
+    """λ of all genes, unless it is not wanted or too large."""
+    if write is False:
+        return {}
+    n_bytes, free = 4 * adata.n_obs * adata.n_vars, _free_memory()
+    if write is None and n_bytes > LARGEST_SHARE_OF_MEMORY * free:
+        warnings.warn(
+            f"layers[{keys.rate!r}] is left out: it would take {n_bytes / 2**30:.1f} GiB, more than a quarter of the "
+            f"{free / 2**30:.1f} GiB of free memory. Pass write_lambda=True to write it all the same, or "
+            "return_model=True and call model.get_lambda(indices=..., gene_list=...) in chunks.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return {}
+    rate = model.get_lambda()
+    if mask is not None:
+        full = np.full(adata.shape, np.nan, dtype=np.float32)
+        full[:, mask] = rate
+        rate = full
+    return {keys.rate: rate}
+
+
+def _write(adata: AnnData, results: dict[str, dict[str, Any]], rate: dict[str, np.ndarray]) -> None:
+    if adata.is_view:
+        logger.warning("Received a view of an AnnData. Making a copy.")
+        adata._init_as_actual(adata.copy())
+    for slot, values in (results | {"layers": rate}).items():
+        for key, value in values.items():
+            getattr(adata, slot)[key] = value
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _as_seed(random_state: object, rng: object) -> int:
+    """One whole number from what scanpy accepts as ``random_state`` or ``rng``."""
+    if rng is not None:
+        if random_state not in (0, None):
+            raise ValueError("`random_state` and `rng` say the same; found both. Pass one of them.")
+        random_state = rng
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**31))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31 - 1))
+    if random_state is None:
+        return int(np.random.default_rng().integers(2**31))
+    if isinstance(random_state, int | np.integer) and random_state >= 0:
+        return int(random_state)
+    raise ValueError(
+        f"`random_state` must be a whole number of at least 0, a NumPy generator or None; found {random_state!r}."
+    )
+
+
+def _as_list(value: Sequence[str] | str | None) -> list[str] | None:
+    return None if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _split_options(options: dict) -> tuple[dict, dict]:
+    """Arguments of `SCVAE` and of `SCVAE.train`.
+
+    Raises
+    ------
+    ValueError
+        If one belongs to neither.
+    """
+    from scvae_tools.model import SCVAE
+
+    def known(function: object) -> set[str]:
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(inspect.signature(scvae).parameters)
+
+    of_model, of_training = known(SCVAE.__init__), known(SCVAE.train) - {"progress"}
+    for name in options:
+        if name not in of_model | of_training:
+            close = difflib.get_close_matches(name, [*of_model, *of_training, *inspect.signature(scvae).parameters])
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"Unknown argument {name!r}.{hint} Beside its own, scvae takes {', '.join(sorted(of_model))} for the "
+                f"model and {', '.join(sorted(of_training))} for the training."
+            )
+    return {k: v for k, v in options.items() if k in of_model}, {k: v for k, v in options.items() if k in of_training}
