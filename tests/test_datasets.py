@@ -116,7 +116,7 @@ def test_recovery_inverts_scaling_and_rounding(container):
 
 def test_recovery_refines_the_step_beyond_the_rounding_of_the_smallest_value():
     counts = np.arange(1, 251)[None]
-    log_values = np.log1p(1.27 * counts).round(3)  # as it stands, the smallest value puts 250 a quarter of a count off
+    log_values = np.log1p(1.22 * counts).round(3)  # the smallest value alone puts 250 a third of a count off
     first_step = np.expm1(log_values.min())
     assert np.abs(np.expm1(log_values) / first_step - counts).max() > datasets.MAX_DISTANCE
     assert np.array_equal(datasets._recover_counts(log_values).toarray(), counts)

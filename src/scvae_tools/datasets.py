@@ -243,7 +243,7 @@ def _recover_counts(log_values: np.ndarray | sparse.spmatrix | sparse.sparray) -
     step = np.full(n_cells, np.inf)
     np.minimum.at(step, row, scaled)
     counts = np.rint(scaled / step[row])
-    # The rounding of the smallest value moves counts in the hundreds by up to 0.34; least squares averages it out.
+    # The rounding of the smallest value moves large counts (by 0.11 at worst here); least squares averages it out.
     squares = np.bincount(row, counts**2, minlength=n_cells)
     step = np.bincount(row, scaled * counts, minlength=n_cells) / np.maximum(squares, 1)
     _check_distances(np.abs(scaled / step[row] - counts), row)

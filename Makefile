@@ -1,0 +1,34 @@
+# make demo: the main job on 700 real cells.   make test: linter and all tests.
+# PYTHON= chooses another interpreter, with an environment of its own (PYTHON=python3.12 -> .venv-3.12).
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= $(if $(filter file,$(origin PYTHON)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+# The tested set of each Python; a Python without one takes the newest releases.
+CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
+# Two test processes of one thread each are faster than one of two.
+TEST_PROCESSES ?= 2
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group test $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --durations 10
+
+lint: install
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf .venv .venv-* demo .pytest_cache .ruff_cache
