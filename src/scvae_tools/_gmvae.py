@@ -146,11 +146,11 @@ class MixtureVAE(VAE):
         check_choice("covariance", covariance, COVARIANCES)
         check_choice("weights", weights, WEIGHTS)
         self.n_components = None
-        self.standard_normal = self.prior
         self._mixture_options = {"covariance": covariance, "weights": weights}
-        # A buffer, so that it is saved; its value is mirrored in `prior`, so that no step has to read it.
+        # A buffer, so that it is saved; mirrored in a plain bool, so that no step has to read it from the device.
         self.register_buffer("mixture_is_set", torch.zeros((), dtype=torch.bool))
-        self.register_load_state_dict_post_hook(lambda module, _: module._choose_prior())
+        self.is_mixture = False  #: whether the mixture has been set; before, the model is a VAE
+        self.register_load_state_dict_post_hook(_mirror_is_mixture)
         if n_components is not None:
             self.build_mixture(n_components)
 
@@ -162,13 +162,10 @@ class MixtureVAE(VAE):
         self.mixture = GaussianMixture(n_components, self.n_latent, **self._mixture_options)
         self.mixture.to(self.z_mean.weight)
 
-    def _choose_prior(self) -> None:
-        self.prior = self.mixture if bool(self.mixture_is_set) else self.standard_normal
-
     @property
-    def is_mixture(self) -> bool:
-        """Whether the mixture has been set; before, the model is a VAE."""
-        return self.prior is not self.standard_normal
+    def prior(self) -> nn.Module:
+        """p(y) p(z|y) in force: N(0, I) until the mixture has been set."""
+        return self.mixture if self.is_mixture else self.standard_normal
 
     @torch.no_grad()
     def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
@@ -186,7 +183,7 @@ class MixtureVAE(VAE):
         spread = (covariance + torch.diag(posterior_variance)).expand(self.n_components, -1, -1)
         self.mixture.set(weights, means, spread)
         self.mixture_is_set.fill_(True)  # noqa: FBT003
-        self._choose_prior()
+        self.is_mixture = True
 
     def permute_components(self, order: Tensor) -> None:
         """Number the components anew: the first is what was ``order[0]``."""
@@ -199,6 +196,10 @@ class MixtureVAE(VAE):
             probabilities = self.mixture.log_weights().exp()
             components = torch.multinomial(probabilities, n_cells, replacement=True)
         return self.mixture.sample(components), components
+
+
+def _mirror_is_mixture(module: MixtureVAE, _: object) -> None:
+    module.is_mixture = bool(module.mixture_is_set)
 
 
 class GMVAE(MixtureVAE):

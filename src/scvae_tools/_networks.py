@@ -68,6 +68,24 @@ def stack(
     )
 
 
+@torch.no_grad()
+def extend_batches(layers: FCLayers, n_batch: int, n_before: int, *, freeze: bool) -> None:
+    """Let the columns of batches added by scArches start as those of the others are on average.
+
+    scArches appends them with random values, which would change a model that had one batch, and so no column. With
+    ``freeze`` these columns alone are trained: scArches would train those of the other covariates too.
+    """
+    weight = layers.fc_layers[0][0].weight
+    n_known = n_before if n_before > 1 else 0
+    n_new = (n_batch if n_batch > 1 else 0) - n_known
+    if n_new > 0:
+        known = weight[:, weight.shape[1] - n_new - n_known : weight.shape[1] - n_new]
+        weight[:, weight.shape[1] - n_new :] = known.mean(1, keepdim=True) if n_known else 0.0
+    if freeze:
+        is_new = torch.arange(weight.shape[1], device=weight.device) >= weight.shape[1] - n_new
+        weight.register_hook(lambda gradient: gradient * is_new)
+
+
 class Encoder(nn.Module):
     """x (n, g), in the encoder's scale, to features (n, n_hidden)."""
 
@@ -113,20 +131,12 @@ class Decoder(nn.Module):
                     self.heads[head.name].bias.fill_(head.initial)
 
     @torch.no_grad()
-    def extend_batches(self, n_before: int) -> None:
-        """Let batches that were added behind the first ``n_before`` start as the others are on average.
-
-        scArches appends their columns with random values, which would change a model that had one batch only.
-        """
-        first, n_new = self.px_decoder.fc_layers[0][0].weight, self.n_batch - n_before
-        if n_new > 0:
-            n_known = n_before if n_before > 1 else 0  # a single batch has no column
-            known = first[:, first.shape[1] - self.n_batch :][:, :n_known]
-            start = known.mean(1, keepdim=True) if n_known else torch.zeros_like(first[:, :1])
-            first[:, first.shape[1] - (self.n_batch - n_known) :] = start
-            for value in self.shared.values():
-                if value.ndim == 2:
-                    value[:, n_before:] = value[:, :n_before].mean(1, keepdim=True)
+    def extend_batches(self, n_before: int, *, freeze: bool) -> None:
+        """Let batches added behind the first ``n_before`` start as those are on average; see `extend_batches`."""
+        extend_batches(self.px_decoder, self.n_batch, n_before, freeze=freeze)
+        for value in self.shared.values():
+            if value.ndim == 2 and self.n_batch > n_before:
+                value[:, n_before:] = value[:, :n_before].mean(1, keepdim=True)
 
     def features(self, z: Tensor, covariates: Covariates) -> Tensor:
         """Last hidden layer, (..., n, n_hidden)."""

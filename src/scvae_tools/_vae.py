@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
-from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes
+from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes, extend_batches
 from scvae_tools.likelihoods import CountDistribution, get_likelihood
 
 if TYPE_CHECKING:
@@ -182,8 +182,13 @@ class VAE(BaseMinifiedModeModuleClass):
             normalization="none" if normalization == "none" else "layer",
             **options,
         )
-        self.prior: nn.Module = StandardNormal()
+        self.standard_normal = StandardNormal()
         self._register_reference()
+
+    @property
+    def prior(self) -> nn.Module:
+        """p(y) p(z|y) in force."""
+        return self.standard_normal
 
     # -- the data's scale ------------------------------------------------------------------------------------------
 
@@ -226,9 +231,11 @@ class VAE(BaseMinifiedModeModuleClass):
         continuous = self.reference_continuous[rows] if self.sizes.n_continuous else None
         return self.reference_size[rows, None], Covariates(self.reference_batch[rows], categorical, continuous)
 
-    def extend_batches(self, n_before: int) -> None:
-        """Start batches added by scArches as the others are on average."""
-        self.decoder.extend_batches(n_before)
+    def extend_batches(self, n_before: int, *, freeze: bool) -> None:
+        """Start batches added by scArches as the others are on average; with ``freeze`` train nothing else."""
+        self.decoder.extend_batches(n_before, freeze=freeze)
+        if self.encoder.encode_covariates:
+            extend_batches(self.encoder.layers, self.sizes.n_batch, n_before, freeze=freeze)
 
     # -- inference -------------------------------------------------------------------------------------------------
 

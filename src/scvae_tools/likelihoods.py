@@ -203,10 +203,11 @@ def log_rising_ratio(x: Tensor, r: Tensor) -> Tensor:
     shifted = r + 6
     series = (shifted + x - 0.5) * torch.log1p(x / shifted) - x
     series = series + _stirling_correction(shifted + x) - _stirling_correction(shifted)
-    steps = 1 + x / r
-    for step in range(1, 6):
+    # The first factor can be as large as x/r, and all six together would overflow float32 for counts above 10^5.
+    steps = 1 + x / (r + 1)
+    for step in range(2, 6):
         steps = steps * (1 + x / (r + step))
-    return series + x * torch.log1p(6 / r) - torch.log(steps)
+    return series + x * torch.log1p(6 / r) - torch.log1p(x / r) - torch.log(steps)
 
 
 def _stirling_correction(t: Tensor) -> Tensor:

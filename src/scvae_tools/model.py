@@ -327,7 +327,7 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
         expected = self.var_names
         if len(expected) == adata.n_vars and (expected == adata.var_names.astype(str)).all():
             return
-        missing = [gene for gene in expected if gene not in adata.var_names]
+        missing = [gene for gene in expected.tolist() if gene not in adata.var_names]
         found = (
             f"{len(missing)} of the model's {len(expected)} genes are missing, the first {missing[0]!r}. Take data "
             "with these genes, or fill them with `SCVAE.prepare_query_anndata`."
@@ -478,7 +478,7 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
             if interrupted:
                 self._report_interruption(stage, len(rows))
             self.is_trained_ = True
-        if self.is_mixture:
+        if starts_mixture and self.is_mixture:
             self._sort_components()
 
     def _append_history(self, rows: list[dict]) -> None:
@@ -540,8 +540,10 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
             size = batch_size or EVALUATION_BATCH_SIZE
             dataloader = self._make_data_loader(adata, indices=indices, batch_size=size)
         self.module.eval()
+        with _seeded(0):
+            batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
         with torch.inference_mode():
-            for tensors in dataloader:
+            for tensors in batches:
                 yield {name: value.to(self.module.device) for name, value in tensors.items()}
 
     def get_elbo_terms(
@@ -1027,14 +1029,14 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
             New data with the model's genes.
         reference_model
             Trained model, or the directory where one is saved.
-        *args, **kwargs
+        **kwargs
             Those of ``scvi.model.base.ArchesMixin.load_query_data``.
         """
         reference = reference_model if isinstance(reference_model, SCVAE) else cls.load(reference_model)
         reference._check_genes(adata)
         with quiet(), _seeded(0):
-            query = super().load_query_data(adata, reference, *args, **kwargs)
-        query.module.extend_batches(reference.module.sizes.n_batch)
+            query = super().load_query_data(adata, reference, **kwargs)
+        query.module.extend_batches(reference.module.sizes.n_batch, freeze=not kwargs.get("unfrozen", False))
         return query
 
 
