@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scvae_tools import datasets, likelihoods, pl, tl
+    from scvae_tools._counts import CountsError
+    from scvae_tools._training import NonFiniteError
     from scvae_tools.model import SCVAE
 
 __version__ = metadata.version("scvae-tools")
-__all__ = ["SCVAE", "datasets", "likelihoods", "pl", "tl"]
+__all__ = ["SCVAE", "CountsError", "NonFiniteError", "datasets", "likelihoods", "pl", "tl"]
+_HOMES = {"SCVAE": "model", "CountsError": "_counts", "NonFiniteError": "_training"}
 
 
 def __getattr__(name: str) -> object:
     """Load a public name when it is first used, since torch and scvi-tools take seconds to import (PEP 562)."""
-    if name == "SCVAE":
-        return import_module("scvae_tools.model").SCVAE
+    if name in _HOMES:
+        return getattr(import_module(f"scvae_tools.{_HOMES[name]}"), name)
     if name in __all__:
         return import_module(f"scvae_tools.{name}")
     raise AttributeError(f"module 'scvae_tools' has no attribute {name!r}")

@@ -6,8 +6,6 @@ Nothing here changes the AnnData.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -19,12 +17,12 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
+from scvae_tools._messages import inform, warn
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from scipy.sparse import csr_matrix
-
-logger = logging.getLogger("scvae_tools")
 
 LARGEST_COUNT = 2**24  #: float32 holds every integer up to here and only some above
 LOG_MAXIMUM = 15  #: log1p of three million; a non-integer matrix below it looks log-transformed
@@ -357,7 +355,7 @@ def _check_integers(found: _Found, layer: str | None, *, allow: bool) -> None:
     )
     if allow:
         text = f"{found.where} holds {message}{looks}. They are modelled as estimated counts (allow_non_integer=True)."
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warn(text)
         return
     raise CountsError(
         f"{found.where} must hold integer counts; found {message}{looks}. {_where_counts_are(found.adata, layer)} "
@@ -430,7 +428,7 @@ def _mask_code(mask_var: str | np.ndarray) -> str:
 def _log_genes_without_counts(counts: csr_matrix, where: str) -> None:
     number = counts.shape[1] - len(np.unique(counts.indices))
     if number:
-        logger.info("%s: %d of %d genes have no count in any cell.", where, number, counts.shape[1])
+        inform("%s: %d of %d genes have no count in any cell.", where, number, counts.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

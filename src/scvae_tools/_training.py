@@ -21,6 +21,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
+from scvae_tools._messages import warn
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -266,7 +268,7 @@ def run_stage(
     except NonFiniteError as error:
         module.load_state_dict(before)
         lower = settings.lr * LEARNING_RATE_CUT
-        warnings.warn(f"{error}; trying this stage once more with lr={lower:g}.", UserWarning, stacklevel=4)
+        warn(f"{error}; trying this stage once more with lr={lower:g}.")
     try:
         return _fit(module, stage, loaders, settings, first_epoch, lower)
     except NonFiniteError as error:
@@ -333,9 +335,9 @@ def _fit_or_interrupt(
     try:
         trainer.fit(plan, train, validation)
     except SystemExit:
-        if str(trainer.state.status) != "interrupted":
+        if not trainer.interrupted:
             raise
-    return str(trainer.state.status) == "interrupted"
+    return trainer.interrupted
 
 
 @contextlib.contextmanager

@@ -165,7 +165,7 @@ class VAE(BaseMinifiedModeModuleClass):
                 raise ValueError(f"`{name}` must be a whole number of at least 1; found {value!r}.")
         if not 0 <= dropout_rate < 1:
             raise ValueError(f"`dropout_rate` must be in [0, 1); found {dropout_rate!r}.")
-        self.sizes, self.n_latent = sizes, n_latent
+        self.sizes, self.n_latent, self.normalization = sizes, n_latent, normalization
         self.likelihood: Likelihood = get_likelihood(likelihood)
         self.gene_likelihood = likelihood  # the name under which scvi-tools looks for it
         self.latent_distribution = "normal"
@@ -274,7 +274,7 @@ class VAE(BaseMinifiedModeModuleClass):
         """
         if len(posterior.mean) == 1:
             return self.log_likelihood(x, z[:, 0], log_size, covariates).mean(0)
-        component, cell = torch.nonzero(posterior.q_y.T > torch.finfo(torch.float32).eps, as_tuple=True)  # (p,)
+        component, cell = torch.nonzero(torch.finfo(torch.float32).eps < posterior.q_y.T, as_tuple=True)  # (p,)
         z = z[:, component, cell]  # (s, p, d)
         each = self.log_likelihood(x[cell], z, log_size[cell], covariates.rows(cell)).mean(0)
         weight = posterior.q_y[cell, component]
@@ -318,7 +318,7 @@ class VAE(BaseMinifiedModeModuleClass):
     def decode(self, z: Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> CountDistribution:
         """p(x|z) of z (..., n, d)."""
         log_size = self.log_size(size)
-        params = self.decoder(z, log_size, covariates, genes)
+        params = {name: value.detach() for name, value in self.decoder(z, log_size, covariates, genes).items()}
         return CountDistribution(self.likelihood, params, scale=(params["log_rate"] - log_size).exp())
 
     def rate(self, x: Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> Tensor:

@@ -33,6 +33,7 @@ from scvi.model.base._save_load import _initialize_model
 from scvae_tools import _keys
 from scvae_tools._counts import check_obs, gene_mean_fraction, read_counts
 from scvae_tools._gmvae import GMVAE, MixtureVAE, VaDE
+from scvae_tools._messages import said_before, warn
 from scvae_tools._networks import Covariates, Sizes
 from scvae_tools._saving import ADATA_FILE, MODEL_FILE, read_saved, write_saved
 from scvae_tools._start import count_communities, fit_mixture
@@ -222,7 +223,8 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
 
     def _set_reference(self) -> None:
         """Show the module the data's scale: gene means, size factors, covariates."""
-        counts = read_counts(self.adata, layer=self._layer, allow_non_integer=True)
+        with said_before():
+            counts = read_counts(self.adata, layer=self._layer, allow_non_integer=True)
         total = np.asarray(counts.sum(1), dtype=np.float64).ravel()
         manager, registered = self.adata_manager, self.adata_manager.data_registry
         has = REGISTRY_KEYS.SIZE_FACTOR_KEY in registered
@@ -353,7 +355,7 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
 
     @property
     def components(self) -> list[str]:
-        """Names of the components: "0", "1", ... by decreasing number of training cells."""
+        """Names of the components: "0", "1", ... by decreasing number of cells of the data it was trained on."""
         return [str(component) for component in range(self.n_components or 0)]
 
     @property
@@ -454,9 +456,18 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
             train = np.setdiff1d(np.arange(n), validation)
         self.train_indices, self.validation_indices = np.sort(train), np.sort(validation)
         self.test_indices = np.array([], dtype=int)
+        if (self.n_components or 1) > len(train):
+            raise ValueError(
+                f"`n_components` must be at most the number of training cells; found {self.n_components} components "
+                f"for {len(train)} cells. Pass fewer, or a larger `train_size`."
+            )
 
     def _loaders(self, batch_size: int) -> tuple[Iterable, Iterable | None]:
-        train = self._make_data_loader(self.adata, self.train_indices, batch_size=batch_size, shuffle=True)
+        # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
+        drops = self.module.normalization == "batch" and len(self.train_indices) % batch_size == 1
+        train = self._make_data_loader(
+            self.adata, self.train_indices, batch_size=batch_size, shuffle=True, drop_last=drops
+        )
         if len(self.validation_indices) == 0:
             return train, None
         return train, self._make_data_loader(self.adata, self.validation_indices, batch_size=batch_size)
@@ -486,30 +497,22 @@ class SCVAE(RNASeqMixin, VAEMixin, ArchesMixin, BaseMinifiedModeModelClass):
         self.history_ = pd.concat([*earlier, pd.DataFrame(rows)], ignore_index=True)
 
     def _report_interruption(self, stage: Stage, n_epochs: int) -> None:
-        import warnings
-
         if len(self.history_) == 0:
             raise KeyboardInterrupt
-        warnings.warn(
+        warn(
             f"Training was interrupted in stage {stage.name!r} after {n_epochs} of its at most {stage.max_epochs} "
             "epochs. Kept: the weights with the best validation ELBO of that stage, or else the last ones"
-            + ("." if stage.is_mixture else "; the mixture, if any, is fitted to this latent space without training."),
-            UserWarning,
-            stacklevel=5,
+            + ("." if stage.is_mixture else "; the mixture, if any, is fitted to this latent space without training.")
         )
 
     def _start_mixture(self, random_state: int) -> None:
         """Set the mixture from the latent means of the training cells."""
+        self.is_trained_ = True
         mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
         if self.n_components is None:
             self.module.build_mixture(count_communities(mean, random_state=random_state))
             # What `load` will need to build the same module.
             self.init_params_["non_kwargs"]["n_components"] = self.n_components
-        if self.n_components > len(mean):
-            raise ValueError(
-                f"`n_components` must be at most the number of training cells; found {self.n_components} components "
-                f"for {len(mean)} cells. Pass fewer, or a larger `train_size`."
-            )
         start = fit_mixture(mean, self.n_components, random_state=random_state)
         as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
         self.module.set_mixture(*map(as_tensor, start), as_tensor(variance.mean(0)))
@@ -1047,5 +1050,5 @@ def _check_training_arguments(max_epochs: int | None, batch_size: int, train_siz
         raise ValueError(f"`batch_size` must be a whole number of at least 1; found {batch_size!r}.")
     if not 0 < train_size <= 1:
         raise ValueError(f"`train_size` must be in (0, 1]; found {train_size!r}.")
-    if not lr > 0:
-        raise ValueError(f"`lr` must be positive; found {lr!r}.")
+    if not 0 < lr < np.inf:
+        raise ValueError(f"`lr` must be positive{' and finite' if lr > 0 else ''}; found {lr!r}.")

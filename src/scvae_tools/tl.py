@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from scvae_tools._keys import Keys
+from scvae_tools._messages import inform, said_before, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from scvae_tools.model import SCVAE
 
 __all__ = ["scvae"]
-
-logger = logging.getLogger("scvae_tools")
 
 #: λ is dense: it is left out where it would take more than this share of the free memory.
 LARGEST_SHARE_OF_MEMORY = 0.25
@@ -167,6 +164,7 @@ def scvae(
     from scvae_tools._counts import read_counts, require_anndata, resolve_mask_var
 
     require_anndata(adata)
+    _require_writable(adata, copy=copy)
     keys = Keys(key_added)
     seed = _as_seed(random_state, rng)
     model_options, train_options = _split_options(kwargs)
@@ -179,19 +177,29 @@ def scvae(
         "categorical_covariate_keys": _as_list(categorical_covariate_keys),
         "continuous_covariate_keys": _as_list(continuous_covariate_keys),
     }
-    architecture = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers, **model_options}
-    model = _build(adata, counts, mask, obs_keys, likelihood, mixture, n_components, seed, architecture)
+    options = {"likelihood": likelihood, "mixture": mixture, "n_components": n_components, "random_state": seed}
+    options |= {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers, **model_options}
+    model = _build(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {"batch_size": batch_size, "train_size": train_size, "early_stopping": early_stopping, **train_options}
     model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
 
-    params = {"likelihood": likelihood, **model.init_params_["non_kwargs"], **training, **obs_keys, "layer": layer}
+    params = {**model.init_params_["non_kwargs"], **training, **obs_keys, "layer": layer}
     params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
+    params |= {"max_epochs": max_epochs} | ({} if mixture else dict.fromkeys(("covariance", "weights", "n_components")))
     results = _results(model, keys, params)
     rate = _rate(adata, model, keys, mask, write_lambda)
-    target = adata.copy() if copy else adata
+    target = adata if not copy else adata.to_memory() if adata.isbacked else adata.copy()
     _write(target, results, rate)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def _require_writable(adata: AnnData, *, copy: bool) -> None:
+    if adata.isbacked and adata.is_view and not copy:
+        raise ValueError(
+            "`adata` must be able to hold the results; found a view of a backed AnnData. Pass copy=True, or "
+            "adata.to_memory()."
+        )
 
 
 def _build(
@@ -199,11 +207,9 @@ def _build(
     counts: csr_matrix,
     mask: np.ndarray | None,
     obs_keys: dict,
-    likelihood: str,
-    mixture: bool | str,  # noqa: FBT001
-    n_components: int | None,
-    seed: int,
-    architecture: dict,
+    options: dict,
+    *,
+    allow_non_integer: bool,
 ) -> SCVAE:
     """Make a model of a private AnnData, so that the user's holds no trace of scvi-tools and is not kept alive."""
     from anndata import AnnData as PrivateData
@@ -216,16 +222,10 @@ def _build(
     names = adata.var_names if mask is None else adata.var_names[mask]
     obs = adata.obs[list(dict.fromkeys(columns))].copy()
     private = PrivateData(counts, obs=obs, var=pd.DataFrame(index=names))
-    SCVAE.setup_anndata(private, **obs_keys, allow_non_integer=True)
+    with said_before():
+        SCVAE.setup_anndata(private, **obs_keys, allow_non_integer=allow_non_integer)
     try:
-        return SCVAE(
-            private,
-            likelihood=likelihood,
-            mixture=mixture,
-            n_components=n_components,
-            random_state=seed,
-            **architecture,
-        )
+        return SCVAE(private, **options)
     finally:
         SCVAE._setup_adata_manager_store.pop(private.uns["_scvi_uuid"], None)
 
@@ -269,12 +269,10 @@ def _rate(
         return {}
     n_bytes, free = 4 * adata.n_obs * adata.n_vars, _free_memory()
     if write is None and n_bytes > LARGEST_SHARE_OF_MEMORY * free:
-        warnings.warn(
-            f"layers[{keys.rate!r}] is left out: it would take {n_bytes / 2**30:.1f} GiB, more than a quarter of the "
-            f"{free / 2**30:.1f} GiB of free memory. Pass write_lambda=True to write it all the same, or "
-            "return_model=True and call model.get_lambda(indices=..., gene_list=...) in chunks.",
-            UserWarning,
-            stacklevel=3,
+        warn(
+            f"layers[{keys.rate!r}] is left out: it would take {_size(n_bytes)}, more than a quarter of the "
+            f"{_size(free)} of free memory. Pass write_lambda=True to write it all the same, or "
+            "return_model=True and call model.get_lambda(indices=..., gene_list=...) in chunks."
         )
         return {}
     rate = model.get_lambda()
@@ -287,11 +285,15 @@ def _rate(
 
 def _write(adata: AnnData, results: dict[str, dict[str, Any]], rate: dict[str, np.ndarray]) -> None:
     if adata.is_view:
-        logger.warning("Received a view of an AnnData. Making a copy.")
+        inform("Received a view of an AnnData. Making a copy of it.")
         adata._init_as_actual(adata.copy())
     for slot, values in (results | {"layers": rate}).items():
         for key, value in values.items():
             getattr(adata, slot)[key] = value
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2g} GiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
 def _free_memory() -> int:
