@@ -12,8 +12,11 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Starts of the Gaussian mixture; the likeliest is kept.
-N_STARTS = 20
+#: Starts of the Gaussian mixture; the likeliest is kept. On 4,271 PBMCs (8 types) one in forty k-means starts reached
+#: the best likelihood, with an ARI of 0.75 to 0.77 in each of four latent spaces; the average start reached 0.63.
+N_STARTS = 100
+#: The starts are compared on at most so many cells; the likeliest is then fitted to all.
+LARGEST_SAMPLE = 10_000
 #: Leiden's default of 1 splits: on four labelled sets of 8 to 14 types it found 14, 22, 13 and 14 communities, and 0.25
 #: found 5, 13, 8 and 10; the mean ARI of the mixture with that many components was 0.54 and 0.67.
 RESOLUTION = 0.25
@@ -85,8 +88,13 @@ def fit_mixture(latent: np.ndarray, n_components: int, *, random_state: int, n_s
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    mixture = GaussianMixture(n_components, covariance_type="tied", n_init=n_starts, random_state=random_state % 2**32)
+    latent = np.asarray(latent, dtype=np.float64)
+    rng = np.random.default_rng(random_state)
+    sample = latent if len(latent) <= LARGEST_SAMPLE else rng.choice(latent, LARGEST_SAMPLE, replace=False)
+    options = {"covariance_type": "tied", "random_state": random_state % 2**32}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture.fit(np.asarray(latent, dtype=np.float64))
+        mixture = GaussianMixture(n_components, n_init=n_starts, **options).fit(sample)
+        start = {"weights_init": mixture.weights_, "means_init": mixture.means_, "precisions_init": mixture.precisions_}
+        mixture = GaussianMixture(n_components, tol=1e-4, max_iter=200, **start, **options).fit(latent)
     return MixtureStart(mixture.weights_, mixture.means_, mixture.covariances_)

@@ -1,0 +1,76 @@
+"""Stages, guards and the isolation of what is global."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from scvae_tools._training import (
+    default_max_epochs,
+    isolated_random_state,
+    plan_stages,
+    quiet,
+    sigint_restored,
+)
+
+
+@pytest.mark.parametrize(("n_cells", "epochs"), [(10, 400), (700, 400), (4_271, 120), (20_000, 26), (1_000_000, 20)])
+def test_the_default_number_of_epochs_gives_about_4000_steps(n_cells, epochs):
+    assert default_max_epochs(n_cells) == epochs
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("max_epochs", [*range(1, 12), 100, 399])
+def test_stages_share_all_epochs_and_a_mixture_gets_at_least_one(max_epochs, mixture):
+    stages = plan_stages(max_epochs, mixture=mixture)
+    assert sum(stage.max_epochs for stage in stages) == max_epochs
+    assert all(stage.max_epochs > 0 for stage in stages)
+    assert stages[-1].is_mixture == mixture
+    assert [stage.name for stage in stages if stage.warms_up] in ([], ["warm-up"])
+
+
+def test_a_trained_model_goes_on_where_it_was():
+    names = [stage.name for stage in plan_stages(10, mixture=True, resumes_vae=True)]
+    assert names == ["vae", "mixture"]
+    assert [stage.name for stage in plan_stages(10, mixture=True, resumes_mixture=True)] == ["mixture"]
+
+
+def draw():
+    return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+
+
+def test_random_states_are_seeded_inside_and_restored_outside():
+    with isolated_random_state(11):
+        first = draw()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
+    expected = draw()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
+    with isolated_random_state(11):
+        assert draw() == first
+    assert draw() == expected
+    with pytest.raises(KeyError), isolated_random_state(11):
+        raise KeyError
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
+    assert draw() == expected
+
+
+def test_loggers_and_filters_are_silenced_inside_only():
+    logger, filters = logging.getLogger("lightning.pytorch"), list(warnings.filters)
+    level = logger.level
+    with quiet():
+        assert logger.level == logging.ERROR
+    assert logger.level == level
+    assert warnings.filters == filters
+
+
+def test_the_handler_of_ctrl_c_is_put_back():
+    handler = signal.getsignal(signal.SIGINT)
+    with sigint_restored():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is handler
