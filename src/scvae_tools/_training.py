@@ -337,6 +337,8 @@ def _fit_or_interrupt(
     except SystemExit:
         if not trainer.interrupted:
             raise
+    if trainer.received_sigterm:  # a scheduler ends the process: it must end, and not look like a success
+        raise SystemExit(128 + signal.SIGTERM)
     return trainer.interrupted
 
 
