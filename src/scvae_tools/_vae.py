@@ -460,7 +460,8 @@ def log_normal(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 def log_softplus(a: Tensor) -> Tensor:
     """Log softplus(a), also where softplus underflows: it tends to a."""
-    return torch.where(a < -15, a, softplus(a.clamp(min=-15)).log())
+    # Clamped below the switch: at the bound itself the gradient of clamp is a matter of torch's version.
+    return torch.where(a < -15, a, softplus(a.clamp(min=-16)).log())
 
 
 def drop_single(samples: Tensor) -> Tensor:
