@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-import random
 import signal
 import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
-import torch
 
 from scvae_tools._training import (
     default_max_epochs,
-    isolated_random_state,
     plan_stages,
     quiet,
     sigint_restored,
@@ -41,25 +37,6 @@ def test_a_trained_model_goes_on_where_it_was():
     names = [stage.name for stage in plan_stages(10, mixture=True, resumes_vae=True)]
     assert names == ["vae", "mixture"]
     assert [stage.name for stage in plan_stages(10, mixture=True, resumes_mixture=True)] == ["mixture"]
-
-
-def draw():
-    return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
-
-
-def test_random_states_are_seeded_inside_and_restored_outside():
-    with isolated_random_state(11):
-        first = draw()
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
-    expected = draw()
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
-    with isolated_random_state(11):
-        assert draw() == first
-    assert draw() == expected
-    with pytest.raises(KeyError), isolated_random_state(11):
-        raise KeyError
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
-    assert draw() == expected
 
 
 def test_loggers_and_filters_are_silenced_inside_only():

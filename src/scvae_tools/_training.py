@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import signal
 import threading
 import warnings
@@ -353,22 +352,6 @@ def sigint_restored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-@contextlib.contextmanager
-def isolated_random_state(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch inside; leave their global states as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextlib.contextmanager

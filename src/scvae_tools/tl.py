@@ -162,11 +162,12 @@ def scvae(
     >>> sc.pp.neighbors(adata, use_rep="X_scvae")
     """
     from scvae_tools._counts import read_counts, require_anndata, resolve_mask_var
+    from scvae_tools._random import as_seed
 
     require_anndata(adata)
     _require_writable(adata, copy=copy)
     keys = Keys(key_added)
-    seed = _as_seed(random_state, rng)
+    seed = as_seed(random_state, rng)
     model_options, train_options = _split_options(kwargs)
     mask = resolve_mask_var(adata, mask_var)
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
@@ -300,25 +301,6 @@ def _free_memory() -> int:
     import psutil
 
     return psutil.virtual_memory().available
-
-
-def _as_seed(random_state: object, rng: object) -> int:
-    """One whole number from what scanpy accepts as ``random_state`` or ``rng``."""
-    if rng is not None:
-        if random_state not in (0, None):
-            raise ValueError("`random_state` and `rng` say the same; found both. Pass one of them.")
-        random_state = rng
-    if isinstance(random_state, np.random.Generator):
-        return int(random_state.integers(2**31))
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(2**31 - 1))
-    if random_state is None:
-        return int(np.random.default_rng().integers(2**31))
-    if isinstance(random_state, int | np.integer) and random_state >= 0:
-        return int(random_state)
-    raise ValueError(
-        f"`random_state` must be a whole number of at least 0, a NumPy generator or None; found {random_state!r}."
-    )
 
 
 def _as_list(value: Sequence[str] | str | None) -> list[str] | None:

@@ -1,0 +1,83 @@
+"""Randomness as an argument: seeds from what users pass, and global states that come out as they went in."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_is_seeded: ContextVar[bool] = ContextVar("is_seeded", default=False)
+
+
+def as_seed(random_state: object, rng: object) -> int:
+    """One whole number from what scanpy accepts as ``random_state`` or ``rng``."""
+    if rng is not None:
+        if random_state not in (0, None):
+            raise ValueError("`random_state` and `rng` say the same; found both. Pass one of them.")
+        random_state = rng
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**31))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31 - 1))
+    if random_state is None:
+        return int(np.random.default_rng().integers(2**31))
+    if isinstance(random_state, int | np.integer) and random_state >= 0:
+        return int(random_state)
+    raise ValueError(
+        f"`random_state` must be a whole number of at least 0, a NumPy generator or None; found {random_state!r}."
+    )
+
+
+@contextmanager
+def isolated_random_state(seed: int) -> Iterator[None]:
+    """Seed Python, NumPy and torch inside; leave their global states as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the outermost call; calls inside go on with its stream."""
+    if _is_seeded.get():
+        yield
+        return
+    token = _is_seeded.set(True)
+    try:
+        with isolated_random_state(seed):
+            yield
+    finally:
+        _is_seeded.reset(token)
+
+
+def with_random_state(method: Callable) -> Callable:
+    """Give a method of scvi-tools a ``random_state`` in place of its use of the global one."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, random_state: int = 0, **kwargs: Any) -> Any:
+        with seeded(random_state):
+            return method(self, *args, **kwargs)
+
+    signature = inspect.signature(method)
+    extra = inspect.Parameter("random_state", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int")
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    wrapped.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
+    return wrapped
