@@ -6,13 +6,12 @@ estimates must lie within `N_ERRORS` standard errors, taken from `REPEATS` indep
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from independent import N_ERRORS, array, assert_within_errors, estimate, log_likelihood_at, normal, seeded
 from scipy import special, stats
 from sklearn.mixture import GaussianMixture as FittedMixture
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -22,33 +21,13 @@ from scvae_tools._networks import Covariates, Sizes
 from scvae_tools._vae import VAE, Posterior
 from scvae_tools.likelihoods import LIKELIHOODS
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  #: at most a few thousand operations in float64
-N_ERRORS = 5
-REPEATS = 20
 N_CELLS, N_GENES = 3, 3
 KINDS = {"gmvae": GMVAE, "vade": VaDE}
 COVARIATE_SIZES = Sizes(N_GENES, n_batch=3, n_categories=(2,), n_continuous=1)
 
 
 # -- factories ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def array(value: torch.Tensor) -> np.ndarray:
-    return value.detach().numpy()
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -142,28 +121,6 @@ def log_prior_each(prior: GaussianMixture, z: np.ndarray) -> np.ndarray:
     )
 
 
-def log_pmf(x: np.ndarray, params: dict[str, torch.Tensor]) -> np.ndarray:
-    """Log p(x_g) by SciPy; heads that it does not know fail, so that a new likelihood is written down here."""
-    params = {name: array(value) for name, value in params.items()}
-    assert set(params) <= {"log_rate", "log_r", "gate"}
-    rate = np.exp(params["log_rate"])
-    if "log_r" in params:
-        r = np.exp(params["log_r"])
-        base = stats.nbinom.logpmf(x, r, r / (r + rate))
-    else:
-        base = stats.poisson.logpmf(x, rate)
-    if "gate" not in params:
-        return base
-    kept = base + special.log_expit(-params["gate"])
-    return np.where(x == 0, np.logaddexp(special.log_expit(params["gate"]), kept), kept)
-
-
-def log_likelihood_at(module: VAE, z: np.ndarray, cells: tuple) -> np.ndarray:
-    """Σ_g log p(x_g|z) of z (..., n, d), (..., n)."""
-    x, size, covariates = cells
-    return log_pmf(x.numpy(), module.decoder(torch.tensor(z), module.log_size(size), covariates)).sum(-1)
-
-
 def nodes(d: int) -> tuple[np.ndarray, np.ndarray]:
     """Points (t, d) and weights (t,) of the trapezoidal rule for expectations under N(0, I)."""
     line = np.linspace(-8, 8, {1: 2001, 2: 121}[d])
@@ -206,17 +163,6 @@ def log_marginal_by_quadrature(module: MixtureVAE, cells: tuple) -> np.ndarray:
         log_p_x = log_likelihood_at(module, np.repeat(z[:, None], len(cells[0]), axis=1), cells)
         each.append(special.logsumexp(log_p_x, axis=0, b=weight * t[:, None]))
     return special.logsumexp(each, axis=0)
-
-
-def estimate(draw: Callable[[], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of `REPEATS` calls, and its standard error."""
-    with seeded(0), torch.no_grad():
-        values = np.stack([array(draw()) for _ in range(REPEATS)])
-    return values.mean(0), values.std(0, ddof=1) / np.sqrt(REPEATS)
-
-
-def assert_within_errors(found: np.ndarray, error: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_array_less(np.abs(found - expected), N_ERRORS * error + 1e-9)
 
 
 def share_noise(monkeypatch: pytest.MonkeyPatch, noise: torch.Tensor) -> None:

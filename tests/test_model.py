@@ -6,6 +6,7 @@ import gc
 import inspect
 import random
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -385,13 +386,20 @@ def test_history_has_a_row_an_epoch_and_names_the_stages():
         np.testing.assert_allclose(terms[0], terms[1] - terms[2] - terms[3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("n_cells", [100, 3_000, 1_000_000])
-def test_the_kl_weight_reaches_one_for_any_number_of_cells(n_cells):
-    from scvae_tools._training import default_max_epochs, plan_stages
+@pytest.mark.parametrize(("n_cells", "batch_size"), [(5, 128), (100, 128), (3_000, 128), (1_000_000, 128)])
+def test_the_kl_weight_rises_evenly_to_one_for_any_number_of_cells(n_cells, batch_size):
+    from scvae_tools._training import TrainingPlan, default_max_epochs, plan_stages
 
-    stages = plan_stages(default_max_epochs(n_cells), mixture=True)
-    assert [stage.name for stage in stages] == ["warm-up", "vae", "mixture"]
-    assert sum(stage.max_epochs for stage in stages) == default_max_epochs(n_cells)
+    warm_up, after = plan_stages(default_max_epochs(n_cells), mixture=True)[:2]
+    n_batches = -(-n_cells // batch_size)
+    steps = np.arange(warm_up.max_epochs * n_batches + 1)
+    plan = SimpleNamespace(stage=warm_up, trainer=SimpleNamespace(num_training_batches=n_batches, global_step=0))
+    weights = []
+    for plan.trainer.global_step in steps.tolist():
+        weights.append(TrainingPlan.kl_weight(plan))
+    np.testing.assert_allclose(weights, steps / steps[-1])
+    plan.stage = after
+    assert TrainingPlan.kl_weight(plan) == 1
 
 
 def test_training_again_goes_on_from_the_mixture():
@@ -427,6 +435,40 @@ def test_held_out_cells_can_be_named():
     assert list(model.validation_indices) == [1, 5, 9]
     assert len(model.train_indices) == N_CELLS - 3
     assert len(set(model.train_indices) & {1, 5, 9}) == 0
+
+
+def test_held_out_cells_can_be_a_mask_and_must_leave_some_to_train_on():
+    model, mask = make_model(train=False), np.arange(N_CELLS) % 10 == 3
+    model.train(2, validation_indices=mask, progress=False)
+    np.testing.assert_array_equal(model.validation_indices, np.flatnonzero(mask))
+    with pytest.raises(ValueError, match="must leave cells to train on; found all 120 held out"):
+        model.train(1, validation_indices=range(N_CELLS), progress=False)
+    with pytest.raises(ValueError, match=r"`validation_indices` must be positions among 120 cells; found 120"):
+        model.train(1, validation_indices=[120], progress=False)
+
+
+def test_cells_can_be_chosen_by_a_mask_wherever_by_position(trained):
+    model, positions = trained("nb", "gmvae"), [7, 50, 119]
+    mask = np.isin(np.arange(N_CELLS), positions)
+    methods = (
+        model.get_lambda,
+        model.get_latent_representation,
+        model.get_elbo_terms,
+        model.predict,
+        lambda indices: model.predict(indices=indices, soft=True),
+        model.get_normalized_expression,
+        lambda indices: model.get_marginal_ll(indices=indices, n_mc_samples=2, return_mean=False),
+        lambda indices: model.get_likelihood_parameters(indices=indices)["mean"],
+    )
+    for method in methods:
+        by_position = method(indices=positions)
+        assert len(by_position) == 3
+        for chosen in (mask, mask.tolist(), [-113, -70, -1]):
+            np.testing.assert_array_equal(method(indices=chosen), by_position)
+        with pytest.raises(ValueError, match=r"one boolean per cell, shape \(120,\); found shape \(5,\)"):
+            method(indices=mask[:5])
+        with pytest.raises(ValueError, match="must be positions among 120 cells; found 700"):
+            method(indices=[0, 700])
 
 
 def test_the_same_seed_gives_the_same_model_and_leaves_the_global_state():

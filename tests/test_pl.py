@@ -202,8 +202,9 @@ def test_a_plain_vae_has_no_panel_for_y():
     assert titles(pl.training(make_adata(n_components=0))) == ["ELBO", "Log-likelihood", "KL of z"]
 
 
-def test_a_column_of_nan_for_y_is_no_panel():
-    history = make_history(mixture=False).assign(kl_y_train=np.nan, kl_y_validation=np.nan)
+@pytest.mark.parametrize("empty", [np.nan, 0.0])
+def test_a_column_of_nothing_for_y_is_no_panel(empty):
+    history = make_history(mixture=False).assign(kl_y_train=empty, kl_y_validation=empty)
     assert len(pl.training(make_adata(history=history))) == 3
 
 

@@ -6,14 +6,13 @@ estimates must lie within `N_ERRORS` standard errors, taken from `REPEATS` indep
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from itertools import product
-from typing import TYPE_CHECKING
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+from independent import N_ERRORS, array, assert_within_errors, estimate, log_likelihood_at, log_pmf, normal, seeded
 from scipy import special, stats
 from torch.distributions import Normal, kl_divergence
 
@@ -30,31 +29,11 @@ from scvae_tools._vae import (
 )
 from scvae_tools.likelihoods import LIKELIHOODS, get_likelihood
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  #: at most a few thousand operations in float64
-N_ERRORS = 5
-REPEATS = 20
 N_CELLS, N_GENES = 4, 3
 
 
 # -- factories ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def array(value: torch.Tensor) -> np.ndarray:
-    return value.detach().numpy()
 
 
 def make_vae(sizes: Sizes | None = None, **options: object) -> VAE:
@@ -91,45 +70,12 @@ def make_posterior(k: int = 3, n: int = 2, d: int = 2) -> Posterior:
 # -- independent numbers -----------------------------------------------------------------------------------------------
 
 
-def log_pmf(x: np.ndarray, params: dict[str, torch.Tensor]) -> np.ndarray:
-    """Log p(x_g) by SciPy; heads that it does not know fail, so that a new likelihood is written down here."""
-    params = {name: array(value) for name, value in params.items()}
-    assert set(params) <= {"log_rate", "log_r", "gate"}
-    rate = np.exp(params["log_rate"])
-    if "log_r" in params:
-        r = np.exp(params["log_r"])
-        base = stats.nbinom.logpmf(x, r, r / (r + rate))
-    else:
-        base = stats.poisson.logpmf(x, rate)
-    if "gate" not in params:
-        return base
-    kept = base + special.log_expit(-params["gate"])
-    return np.where(x == 0, np.logaddexp(special.log_expit(params["gate"]), kept), kept)
-
-
 def nodes(d: int = 1, n: int = 2001, span: float = 9.0) -> tuple[np.ndarray, np.ndarray]:
     """Points (t, d) and weights (t,) of the trapezoidal rule for expectations under N(0, I)."""
     line = np.linspace(-span, span, n)
     points = np.array(list(product(line, repeat=d)))
     weights = np.exp(-0.5 * (points**2).sum(1)) / (2 * np.pi) ** (d / 2) * (line[1] - line[0]) ** d
     return points, weights
-
-
-def log_likelihood_at(module: VAE, z: np.ndarray, cells: tuple) -> np.ndarray:
-    """Σ_g log p(x_g|z) of z (t, n, d), (t, n)."""
-    x, size, covariates = cells
-    return log_pmf(x.numpy(), module.decoder(torch.tensor(z), module.log_size(size), covariates)).sum(-1)
-
-
-def estimate(draw: Callable[[], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of `REPEATS` calls, and its standard error."""
-    with seeded(0), torch.no_grad():
-        values = np.stack([array(draw()) for _ in range(REPEATS)])
-    return values.mean(0), values.std(0, ddof=1) / np.sqrt(REPEATS)
-
-
-def assert_within_errors(found: np.ndarray, error: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_array_less(np.abs(found - expected), N_ERRORS * error + 1e-9)
 
 
 # -- q(y|x) and q(z|x,y) -----------------------------------------------------------------------------------------------

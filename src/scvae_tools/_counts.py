@@ -20,7 +20,7 @@ from scipy import sparse
 from scvae_tools._messages import inform, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from scipy.sparse import csr_matrix
 
@@ -152,6 +152,39 @@ def gene_mean_fraction(counts: csr_matrix, size: np.ndarray) -> np.ndarray:
     for rows in _blocks_of_rows(n_cells, max(1, counts.nnz // n_cells)):
         total += counts[rows].T @ weight[rows]  # float64, a block at a time: scipy copies the block to float64
     return total / n_cells
+
+
+def cell_positions(indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices") -> np.ndarray:
+    """Positions of chosen cells, from positions or from one boolean per cell; all cells for ``None``.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many booleans as cells, or a position is not that of a cell.
+    """
+    if indices is None:
+        return np.arange(n_cells)
+    chosen = np.asarray(indices)
+    if chosen.dtype == bool:
+        if chosen.shape != (n_cells,):
+            raise ValueError(
+                f"`{name}` must have one boolean per cell, shape ({n_cells},); found shape {chosen.shape}. Make it "
+                "from this AnnData, or pass positions."
+            )
+        return np.flatnonzero(chosen)
+    if chosen.size == 0:
+        return chosen.astype(int)
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+        raise ValueError(
+            f"`{name}` must list positions of cells or booleans; found {chosen.dtype} of shape {chosen.shape}. For "
+            "names of cells, pass adata.obs_names.get_indexer(names)."
+        )
+    outside = (chosen < -n_cells) | (chosen >= n_cells)
+    if outside.any():
+        raise ValueError(
+            f"`{name}` must be positions among {n_cells} cells; found {chosen[outside][0]}. Positions count from 0."
+        )
+    return np.where(chosen < 0, chosen + n_cells, chosen)
 
 
 # -- finding the matrix ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model.base import RNASeqMixin, VAEMixin
 
 from scvae_tools import _keys
+from scvae_tools._counts import cell_positions
 from scvae_tools._gmvae import GMVAE, MixtureVAE
 from scvae_tools._random import seeded, with_random_state
 from scvae_tools._training import quiet
@@ -53,6 +54,10 @@ class EvaluationMixin(RNASeqMixin, VAEMixin):
             for tensors in batches:
                 yield {name: value.to(self.module.device) for name, value in tensors.items()}
 
+    def _make_data_loader(self, adata: AnnData, indices: Sequence[int] | None = None, **options: Any) -> Iterable:
+        """Loader of scvi-tools over cells given by position or by one boolean each."""
+        return super()._make_data_loader(adata, cell_positions(indices, adata.n_obs), **options)
+
     def get_elbo_terms(
         self,
         adata: AnnData | None = None,
@@ -69,7 +74,7 @@ class EvaluationMixin(RNASeqMixin, VAEMixin):
         adata
             Data with the model's genes; None for the data of the model.
         indices
-            Positions of the cells; None for all.
+            Positions of the cells, or one boolean per cell; None for all.
         batch_size
             Cells evaluated at a time.
         n_samples
@@ -196,7 +201,7 @@ class EvaluationMixin(RNASeqMixin, VAEMixin):
         if not soft:
             return np.array(self.components)[probabilities.argmax(1)]
         names = (self.adata if adata is None else adata).obs_names
-        index = names if indices is None else names[np.asarray(indices)]
+        index = names[cell_positions(indices, len(names))]
         return pd.DataFrame(probabilities, index=index, columns=self.components)
 
     def iter_lambda(
@@ -248,7 +253,7 @@ class EvaluationMixin(RNASeqMixin, VAEMixin):
         ``out``, or an array (n_cells, n_genes) float32.
         """
         start = 0
-        n_cells = (self.adata if adata is None else adata).n_obs if indices is None else len(indices)
+        n_cells = len(cell_positions(indices, (self.adata if adata is None else adata).n_obs))
         for chunk in self.iter_lambda(adata, indices, gene_list, batch_size):
             out = np.empty((n_cells, chunk.shape[1]), dtype=np.float32) if out is None else out
             out[start : start + len(chunk)] = chunk

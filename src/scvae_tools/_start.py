@@ -12,14 +12,17 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Starts of the Gaussian mixture; the likeliest is kept. On 4,271 PBMCs (8 types) one in forty k-means starts reached
-#: the best likelihood, with an ARI of 0.75 to 0.77 in each of four latent spaces; the average start reached 0.63.
+# Figures below: benchmarks/starts.py, one latent space of each of four labelled sets (8, 10, 10 and 14 types).
+
+#: Starts of the Gaussian mixture; the likeliest is kept, so that the partition depends little on the seed: fewer than one
+#: start in ten reaches the best likelihood on 4,271 PBMCs. There it has an ARI of 0.75, the average start 0.65; on the
+#: other three sets it is no better than the average start (0.47 and 0.52, 0.67 and 0.66, 0.60 and 0.61).
 N_STARTS = 100
 #: The starts are compared on at most so many cells; the likeliest is then fitted to all.
 LARGEST_SAMPLE = 10_000
-#: Leiden's default of 1 splits: on four labelled sets of 8, 10, 10 and 14 types it found 14, 22, 13 and 14 communities,
-#: and 0.5 found 10, 16, 9 and 12; the mean ARI of the mixture with that many components was 0.54 and 0.63. A lower one
-#: does as well there, but merges clear types of small data.
+#: Leiden's default of 1 splits: it found 14, 22, 13 and 14 communities, 0.5 found 10, 16, 9 and 12, and 0.25 found 6, 13,
+#: 8 and 10; the mean ARI of the mixture with that many components was 0.57, 0.65 and 0.70. The lowest merges clear types
+#: in small data (CD34+ with T cells in the 700 PBMCs of the demo, 5 components in place of 7), hence the middle one.
 RESOLUTION = 0.5
 #: Leiden communities with a smaller share of the cells are not counted.
 SMALLEST_SHARE = 0.01
@@ -72,8 +75,9 @@ def count_communities(latent: np.ndarray, *, random_state: int) -> int:
 def fit_mixture(latent: np.ndarray, n_components: int, *, random_state: int, n_starts: int = N_STARTS) -> MixtureStart:
     """Gaussian mixture with one full covariance shared by all components, the likeliest of several k-means starts.
 
-    Of the starts compared on ten data sets this gave the best partition: mean ARI at the true k 0.691, against 0.630
-    for k-means and 0.503 for Leiden (docs/model.md).
+    Of the starts compared on ten data sets before the package was written this gave the best partition: mean ARI at
+    the true k 0.691, against 0.630 for k-means and 0.503 for Leiden. ``benchmarks/starts.py`` shows the spread of the
+    starts on a data set.
 
     Parameters
     ----------

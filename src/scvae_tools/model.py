@@ -22,7 +22,7 @@ from scvi.data.fields import (
 from scvi.model._utils import parse_device_args
 
 from scvae_tools import _keys
-from scvae_tools._counts import check_obs, gene_mean_fraction, read_counts
+from scvae_tools._counts import cell_positions, check_obs, gene_mean_fraction, read_counts
 from scvae_tools._evaluation import EvaluationMixin
 from scvae_tools._gmvae import GMVAE, MixtureVAE, VaDE
 from scvae_tools._messages import said_before, warn
@@ -355,7 +355,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         train_size
             Share of the cells that are trained on; the others tell when to stop and which weights to keep.
         validation_indices
-            Positions of the cells to hold out, in place of a random draw.
+            Positions of the cells to hold out, or one boolean per cell, in place of a random draw.
         early_stopping, patience
             Whether, and after how many epochs without a better validation ELBO, a stage ends.
         gradient_clip
@@ -413,10 +413,12 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
             n_train = max(1, round(train_size * n))
             train, validation = order[:n_train], order[n_train:]
         else:
-            validation = np.asarray(validation_indices)
+            validation = np.unique(cell_positions(validation_indices, n, "validation_indices"))
             train = np.setdiff1d(np.arange(n), validation)
         self.train_indices, self.validation_indices = np.sort(train), np.sort(validation)
         self.test_indices = np.array([], dtype=int)
+        if len(train) == 0:
+            raise ValueError(f"`validation_indices` must leave cells to train on; found all {n} held out.")
         if (self.n_components or 1) > len(train):
             raise ValueError(
                 f"`n_components` must be at most the number of training cells; found {self.n_components} components "

@@ -198,7 +198,7 @@ def _check_history(history: DataFrame | None, owner: str, remedy: str) -> DataFr
 
 def _panels(history: DataFrame) -> list[str]:
     """List the panels to draw: KL of y only where there has been a mixture."""
-    has_mixture = any(np.isfinite(values).any() for values in _splits(history, "kl_y").values())
+    has_mixture = any(np.nan_to_num(values).any() for values in _splits(history, "kl_y").values())
     return [name for name in _PANELS if name != "kl_y" or has_mixture]
 
 

@@ -251,8 +251,7 @@ def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]
     if model.is_mixture:
         probabilities = model.predict(soft=True).to_numpy()
         component = probabilities.argmax(1)
-        used = sorted(set(component))  # the model numbers them by size
-        names = [str(c) for c in range(len(used))]
+        names = [model.components[c] for c in np.unique(component)]  # the model numbers them by size
         results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
         results["obsm"][keys.probabilities] = probabilities
     return results
