@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 # Figures below: benchmarks/starts.py, one latent space of each of four labelled sets (8, 10, 10 and 14 types).
 
-#: Starts of the Gaussian mixture; the likeliest is kept, so that the partition depends little on the seed: fewer than one
-#: start in ten reaches the best likelihood on 4,271 PBMCs. There it has an ARI of 0.75, the average start 0.65; on the
-#: other three sets it is no better than the average start (0.47 and 0.52, 0.67 and 0.66, 0.60 and 0.61).
+#: Starts of the Gaussian mixture; the likeliest is kept, so that the partition depends little on the seed: fewer than
+#: one start in ten reaches the best likelihood on 4,271 PBMCs. There it has an ARI of 0.75, the average start 0.65; on
+#: the other three sets it is no better than the average start (0.47 and 0.52, 0.67 and 0.66, 0.60 and 0.61).
 N_STARTS = 100
 #: The starts are compared on at most so many cells; the likeliest is then fitted to all.
 LARGEST_SAMPLE = 10_000
-#: Leiden's default of 1 splits: it found 14, 22, 13 and 14 communities, 0.5 found 10, 16, 9 and 12, and 0.25 found 6, 13,
-#: 8 and 10; the mean ARI of the mixture with that many components was 0.57, 0.65 and 0.70. The lowest merges clear types
-#: in small data (CD34+ with T cells in the 700 PBMCs of the demo, 5 components in place of 7), hence the middle one.
+#: Leiden's default of 1 splits: it found 14, 22, 13 and 14 communities, 0.5 found 10, 16, 9 and 12, and 0.25 found
+#: 6, 13, 8 and 10; the mean ARI of the mixture with that many components was 0.57, 0.65 and 0.70. The lowest merges
+#: clear types in small data (CD34+ with T cells in the 700 PBMCs of the demo, which got 5 components in place of 7),
+#: hence the middle one.
 RESOLUTION = 0.5
 #: Leiden communities with a smaller share of the cells are not counted.
 SMALLEST_SHARE = 0.01
