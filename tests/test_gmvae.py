@@ -33,8 +33,8 @@ COVARIATE_SIZES = Sizes(N_GENES, n_batch=3, n_categories=(2,), n_continuous=1)
 def randomise(module: torch.nn.Module) -> None:
     """Move every parameter that training would move."""
     with torch.no_grad():
-        for seed, parameter in enumerate(p for p in module.parameters() if p.requires_grad):
-            parameter.add_(0.3 * normal(*parameter.shape, seed=seed).to(parameter))
+        for seed, parameter in enumerate(p for p in module.parameters() if p.requires_grad and p.numel()):
+            parameter.add_(0.3 * normal(*parameter.shape, seed=80 + seed).to(parameter))
 
 
 def covariance_of(d: int) -> torch.Tensor:
@@ -311,7 +311,7 @@ def test_bound_equals_quadrature(kind: str, likelihood: str, geometry: str) -> N
         np.testing.assert_allclose(array(bound.kl_z), expected["kl_z"], **EXACT)
         np.testing.assert_allclose(array(bound.kl_y), expected["kl_y"], **EXACT)
     for name, value in expected.items():
-        found, error = estimate(lambda name=name: getattr(module.bound(*cells, n_samples=300), name))
+        found, error = estimate(lambda name=name: getattr(module.bound(*cells, n_samples=1000), name))
         assert_within_errors(found, error, value)
         assert (N_ERRORS * error < 0.1).all()
 
@@ -380,7 +380,7 @@ def test_bound_and_gradient_equal_a_loop_over_components(
     )
     for name, gradient, by_loop in gradients:
         np.testing.assert_allclose(gradient, by_loop, **EXACT, err_msg=name)
-        assert gradient.ne(0).any(), name
+        assert gradient.ne(0).any() or not gradient.numel(), name
 
 
 @pytest.mark.parametrize("q", [1e-30, 1e-12, 1e-7])
@@ -395,8 +395,8 @@ def test_unlikely_components_are_left_out_without_effect(q: float, monkeypatch: 
         module.y_logits.weight.zero_()
         module.y_logits.bias.copy_(torch.tensor([q, 1 - 2 * q, q]).log())
     decoded = []
-    decoder = module.decoder.forward
-    monkeypatch.setattr(module.decoder, "forward", lambda z, *rest: decoded.append(z.shape[-2]) or decoder(z, *rest))
+    features = module.decoder.features
+    monkeypatch.setattr(module.decoder, "features", lambda z, *rest: decoded.append(z.shape[-2]) or features(z, *rest))
     share_noise(monkeypatch, noise)
     found = module.bound(*cells).elbo
     assert decoded == [N_CELLS]  # not 3 N_CELLS
@@ -719,7 +719,7 @@ def test_a_batch_of_one_cell_has_the_gradient_of_finite_differences(kind: str, c
                 parameter.add_(sign * 1e-6 * direction)
                 expected += sign * float(loss()) / 2e-6
                 parameter.sub_(sign * 1e-6 * direction)
-        assert parameter.grad.ne(0).any(), name
+        assert parameter.grad.ne(0).any() or not parameter.numel(), name
         found = float((parameter.grad * direction).sum())
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 

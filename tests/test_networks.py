@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from scvae_tools._batches import Counts
 from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes, extend_batches
 from scvae_tools.likelihoods import LIKELIHOODS, get_likelihood
 
 if TYPE_CHECKING:
+    from scvi.nn import FCLayers
+
     from collections.abc import Iterator
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  #: a few hundred operations in float64
@@ -77,14 +80,17 @@ def array(value: torch.Tensor) -> np.ndarray:
     return value.detach().numpy()
 
 
-def one_layer(inputs: np.ndarray, module: nn.Module, normalization: str) -> np.ndarray:
+def one_layer(inputs: np.ndarray, module: Encoder | FCLayers, normalization: str) -> np.ndarray:
     """[linear, norm, ReLU] of the first layer, by hand."""
-    linear = module.fc_layers[0][0]
-    h = inputs @ array(linear.weight).T + array(linear.bias)
+    layers = module.layers if isinstance(module, Encoder) else module
+    linear = layers.fc_layers[0][0]
+    weight = array(linear.weight).T
+    h = inputs @ (np.vstack([array(module.gene_weight), weight]) if isinstance(module, Encoder) else weight)
+    h = h + array(linear.bias)
     if normalization == "layer":
         h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
     elif normalization == "batch":  # fresh statistics: mean 0 and variance 1
-        norm = module.fc_layers[0][1]
+        norm = layers.fc_layers[0][1]
         h = h / np.sqrt(1 + norm.eps) * array(norm.weight) + array(norm.bias)
     return np.maximum(h, 0)
 
@@ -140,25 +146,28 @@ def test_encoder_equals_its_formula(encode_covariates: bool, normalization: str)
     encoder = make_encoder(encode_covariates=encode_covariates, normalization=normalization).eval()
     x, covariates = normal(N_CELLS, N_GENES), make_covariates()
     inputs = with_covariates(x.numpy(), covariates) if encode_covariates else x.numpy()
-    np.testing.assert_allclose(array(encoder(x, covariates)), one_layer(inputs, encoder.layers, normalization), **EXACT)
+    np.testing.assert_allclose(
+        array(encoder(Counts.of(x), covariates)), one_layer(inputs, encoder, normalization), **EXACT
+    )
 
 
 def test_a_second_layer_takes_the_first_as_input() -> None:
     encoder = make_encoder(encode_covariates=False, n_layers=2, normalization="none")
     x = normal(N_CELLS, N_GENES)
-    hidden = one_layer(x.numpy(), encoder.layers, "none")
+    hidden = one_layer(x.numpy(), encoder, "none")
     second = encoder.layers.fc_layers[1][0]
     expected = np.maximum(hidden @ array(second.weight).T + array(second.bias), 0)
-    np.testing.assert_allclose(array(encoder(x, make_covariates())), expected, **EXACT)
+    np.testing.assert_allclose(array(encoder(Counts.of(x), make_covariates())), expected, **EXACT)
 
 
 def test_dropout_silences_its_share_of_features_in_training_and_none_in_evaluation() -> None:
     encoder = make_encoder(encode_covariates=False, dropout_rate=0.3, normalization="none", n_hidden=200)
     x = normal(50, N_GENES)
-    clean = one_layer(x.numpy(), encoder.layers, "none")
-    np.testing.assert_allclose(array(encoder.eval()(x, make_covariates())), clean, **EXACT)
+    clean = one_layer(x.numpy(), encoder, "none")
+    covariates = make_covariates(n_cells=50)
+    np.testing.assert_allclose(array(encoder.eval()(Counts.of(x), covariates)), clean, **EXACT)
     with seeded(0):
-        dropped = array(encoder.train()(x, make_covariates()))
+        dropped = array(encoder.train()(Counts.of(x), covariates))
     alive = clean > 0
     error = np.sqrt(0.3 * 0.7 / alive.sum())
     assert abs((dropped[alive] == 0).mean() - 0.3) < 5 * error  # five standard errors of a binomial fraction
@@ -328,11 +337,8 @@ def test_a_frozen_first_layer_learns_new_batches_only(n_before: int) -> None:
 
 def test_an_encoder_of_covariates_takes_new_batches_like_the_mean_of_the_known() -> None:
     encoder = make_encoder(encode_covariates=True, normalization="none")
-    x, covariates = normal(N_CELLS, N_GENES), make_covariates()
-    linear = encoder.layers.fc_layers[0][0]
+    x, covariates = Counts.of(normal(N_CELLS, N_GENES)), make_covariates()
     extend_batches(encoder.layers, SIZES.n_batch, 2, freeze=False)
-    each = [
-        linear(torch.tensor(with_covariates(x.numpy(), covariates._replace(batch=torch.full((N_CELLS, 1), b)))))
-        for b in range(3)
-    ]
+    encoder.layers.fc_layers[0][3] = None  # no ReLU, so that the mean goes through
+    each = [encoder(x, covariates._replace(batch=torch.full((N_CELLS, 1), b))) for b in range(3)]
     np.testing.assert_allclose(array(each[2]), array(each[0] + each[1]) / 2, **EXACT)

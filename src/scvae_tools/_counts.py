@@ -84,6 +84,11 @@ def read_counts(
     return counts
 
 
+def load_counts(matrix: object) -> csr_matrix:
+    """CSR float32 of counts that `read_counts` has accepted; their own arrays where they are held so already."""
+    return _to_float32(_canonical(_to_csr(matrix, None, "The matrix")))
+
+
 def require_anndata(adata: object) -> None:
     """Refuse a MuData, with its modalities named, and anything else that is not an AnnData."""
     if isinstance(adata, AnnData):
@@ -459,7 +464,9 @@ def _mask_code(mask_var: str | np.ndarray) -> str:
 
 
 def _log_genes_without_counts(counts: csr_matrix, where: str) -> None:
-    number = counts.shape[1] - len(np.unique(counts.indices))
+    seen = np.zeros(counts.shape[1], dtype=bool)
+    seen[counts.indices] = True
+    number = int((~seen).sum())
     if number:
         inform("%s: %d of %d genes have no count in any cell.", where, number, counts.shape[1])
 

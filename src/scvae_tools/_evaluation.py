@@ -14,6 +14,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model.base import RNASeqMixin, VAEMixin
 
 from scvae_tools import _keys
+from scvae_tools._batches import CountLoader
 from scvae_tools._counts import cell_positions
 from scvae_tools._gmvae import GMVAE, MixtureVAE
 from scvae_tools._random import seeded, with_random_state
@@ -29,6 +30,8 @@ SCVI_PARAMETERS = {"log_rate": ("mean", "mu"), "log_r": ("dispersions", "theta")
 
 class EvaluationMixin(RNASeqMixin, VAEMixin):
     """Evaluation of `SCVAE`, in place of that of scvi-tools where it knows one Gaussian prior only."""
+
+    _data_loader_cls = CountLoader
 
     def _batches(
         self,
@@ -55,8 +58,9 @@ class EvaluationMixin(RNASeqMixin, VAEMixin):
                 yield {name: value.to(self.module.device) for name, value in tensors.items()}
 
     def _make_data_loader(self, adata: AnnData, indices: Sequence[int] | None = None, **options: Any) -> Iterable:
-        """Loader of scvi-tools over cells given by position or by one boolean each."""
-        return super()._make_data_loader(adata, cell_positions(indices, adata.n_obs), **options)
+        """Loader of cells given by position or by one boolean each."""
+        indices = cell_positions(indices, adata.n_obs)
+        return super()._make_data_loader(adata, indices, likelihood=self.module.likelihood, **options)
 
     def get_elbo_terms(
         self,

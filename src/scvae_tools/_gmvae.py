@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from scvae_tools._batches import Counts
 from scvae_tools._vae import LOG_2PI, VAE, Bound, Posterior, check_choice
 
 if TYPE_CHECKING:
@@ -261,17 +262,29 @@ class VaDE(MixtureVAE):
         noise = torch.randn(N_PREDICTION_DRAWS, 1, self.n_latent, generator=torch.Generator().manual_seed(0))
         self.register_buffer("prediction_noise", noise)
 
-    def bound(self, x: Tensor, size: Tensor, covariates: Covariates, n_samples: int = 1) -> Bound:
+    def bound(
+        self,
+        x: Counts | Tensor,
+        size: Tensor,
+        covariates: Covariates,
+        n_samples: int = 1,
+        *,
+        is_averaged: bool = False,
+    ) -> Bound:
         """E log p(x|z) − KL(q(z|x) ‖ Σ_y π_y p(z|y)), the KL by Monte Carlo.
 
         log p(z) = Σ_y γ_y [log p(z|y) − log γ_y/π_y] with γ = p(y|z), so the KL splits exactly into a term for z and
         one for y, E KL(γ ‖ π).
         """
         if not self.is_mixture:
-            return super().bound(x, size, covariates, n_samples)
+            return super().bound(x, size, covariates, n_samples, is_averaged=is_averaged)
+        x = Counts.of(x)
         posterior = self.posterior(self.encode(x, size, covariates))
-        z = posterior.sample_each(n_samples)[:, 0]  # (s, n, d)
-        log_likelihood = self.log_likelihood(x, z, self.log_size(size), covariates).mean(0)
+        z = posterior.sample_each(n_samples)  # (s, 1, n, d)
+        log_likelihood = self.expected_log_likelihood(
+            x, z, posterior, self.log_size(size), covariates, is_averaged=is_averaged
+        )
+        z = z[:, 0]
         log_each = self.mixture.log_prob_each(z)  # (s, k, n)
         log_prior = self.mixture.log_weights()[:, None]
         log_gamma = log_softmax(log_prior + log_each, dim=1)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from scvi.nn import FCLayers
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import embedding_bag, linear, one_hot
+
+from scvae_tools._blocked import Heads
+from scvae_tools._memory import Buffers
 
 if TYPE_CHECKING:
+    from scvae_tools._batches import Compressed, Counts
     from scvae_tools.likelihoods import Likelihood, Params
 
 NORMALIZATIONS = ("layer", "batch", "none")
 DISPERSIONS = ("gene", "gene-batch", "gene-cell")
+
+#: The first layer of the encoder gathers the weights of a cell's non-zeros where these are a smaller share of the genes
+#: than this, and else makes the batch dense: measured, the two take the same time here (`make profile`).
+LARGEST_SPARSE_DENSITY = 0.25
+#: Entries of its gradient that are computed at a time, before they are put in their place.
+GATHERED_ENTRIES = 2**19
 
 
 class Covariates(NamedTuple):
@@ -86,18 +97,80 @@ def extend_batches(layers: FCLayers, n_batch: int, n_before: int, *, freeze: boo
         weight.register_hook(lambda gradient: gradient * is_new)
 
 
+class _SparseProduct(torch.autograd.Function):
+    """x W of sparse x (n, g) and W (g, h), (n, h): sums of the rows of W at the non-zeros of each cell.
+
+    Its gradient by W sums the rows of the incoming gradient at the non-zeros of each gene, which is the same operation
+    in the other order. x is data and has none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, by_cell: Compressed, by_gene: Compressed, buffers: Buffers) -> Tensor:
+        ctx.by_gene, ctx.buffers = by_gene, buffers
+        ctx.save_for_backward(weight)
+        return _sums_of_rows(by_cell, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        (weight,) = ctx.saved_tensors
+        by_weight = ctx.buffers.empty_like(weight)
+        for rows, part in ctx.by_gene.blocks(max(1, GATHERED_ENTRIES // weight.shape[1])):
+            by_weight[rows] = _sums_of_rows(part, gradient.contiguous())
+        return by_weight, None, None, None
+
+
+def _sums_of_rows(factor: Compressed, table: Tensor) -> Tensor:
+    """Product of a compressed matrix with a dense one."""
+    value = factor.value.to(table.dtype)
+    return embedding_bag(
+        factor.column, table, factor.start, mode="sum", per_sample_weights=value, include_last_offset=True
+    )
+
+
 class Encoder(nn.Module):
-    """x (n, g), in the encoder's scale, to features (n, n_hidden)."""
+    """x (n, g), in the encoder's scale, to features (n, n_hidden).
 
-    def __init__(self, sizes: Sizes, *, encode_covariates: bool, **options: object) -> None:
+    The first layer has two matrices, one for the counts and one for the covariates, if they are encoded: that of the
+    counts is held by gene, so that the few rows which the non-zeros of a cell need can be gathered, and that of the
+    covariates where scArches looks for it.
+    """
+
+    def __init__(
+        self, sizes: Sizes, *, encode_covariates: bool, buffers: Buffers | None = None, **options: Any
+    ) -> None:
         super().__init__()
+        self.buffers = buffers or Buffers()
         self.encode_covariates = encode_covariates
-        self.layers = stack(sizes.n_genes, sizes, covariates=encode_covariates, **options)
+        self.n_categories = [*sizes.n_categories, sizes.n_batch]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            self.layers = stack(0, sizes, covariates=encode_covariates, **options)
+        first = self.layers.fc_layers[0][0]
+        self.gene_weight = nn.Parameter(torch.empty(sizes.n_genes, first.out_features))  # (g, n_hidden)
+        bound = (sizes.n_genes + first.in_features) ** -0.5  # as torch starts a linear layer of both
+        for parameter in (self.gene_weight, first.weight, first.bias):
+            nn.init.uniform_(parameter, -bound, bound) if parameter.numel() else None
 
-    def forward(self, x: Tensor, covariates: Covariates) -> Tensor:
+    def forward(self, x: Counts, covariates: Covariates) -> Tensor:
+        (first, *rest), *layers = self.layers.fc_layers
+        if x.density < LARGEST_SPARSE_DENSITY:
+            features = _SparseProduct.apply(self.gene_weight, x.by_cell, x.by_gene, self.buffers)
+        else:
+            features = x.dense().to(self.gene_weight) @ self.gene_weight
+        features = features + first(self._encoded(covariates))
+        for module in filter(None, (*rest, *(module for layer in layers for module in layer))):
+            features = module(features)
+        return features
+
+    def _encoded(self, covariates: Covariates) -> Tensor:
+        """Continuous covariates, then indicators of the categories, as `FCLayers` orders them; (n, 0) for none."""
         if not self.encode_covariates:
-            return self.layers(x)
-        return self.layers(covariates.beside(x), *covariates.categories())
+            return self.gene_weight.new_zeros(len(covariates.batch), 0)
+        codes = zip(covariates.categories(), self.n_categories, strict=True)
+        indicators = [one_hot(code[:, 0].long(), n).to(self.gene_weight) for code, n in codes if n > 1]
+        continuous = [] if covariates.continuous is None else [covariates.continuous.to(self.gene_weight)]
+        return torch.cat([*continuous, *indicators, self.gene_weight.new_zeros(len(covariates.batch), 0)], dim=1)
 
 
 class Decoder(nn.Module):
@@ -142,6 +215,10 @@ class Decoder(nn.Module):
         """Last hidden layer, (..., n, n_hidden)."""
         flat = z.reshape(-1, *z.shape[-2:])
         return self.px_decoder(covariates.beside(flat), *covariates.categories()).reshape(*z.shape[:-1], -1)
+
+    def all_heads(self) -> Heads:
+        """What the blocked sum over genes needs."""
+        return Heads({name: (head.weight, head.bias) for name, head in self.heads.items()}, dict(self.shared))
 
     def params(self, features: Tensor, log_size: Tensor, batch: Tensor, genes: Tensor | None = None) -> Params:
         """Parameters of the likelihood of all genes, or of those with the given positions.

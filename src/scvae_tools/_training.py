@@ -109,7 +109,19 @@ class TrainingPlan(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        """Clip by the norm; where that can be asked without waiting for a device, leave shorter gradients untouched."""
+        if gradient_clip_algorithm not in (None, "norm") or gradient_clip_val is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if norm.device.type != "cpu" or norm > gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def kl_weight(self) -> float:
         """1, or the share of the warm-up that has passed."""
@@ -125,7 +137,7 @@ class TrainingPlan(lightning.LightningModule):
         self.row["kl_weight"] = self.kl_weight()
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        bound = self.module.bound(*self.module.data(batch))
+        bound = self.module.bound(*self.module.data(batch), is_averaged=True)
         self._add(bound)
         return bound.loss(self.kl_weight())
 
@@ -306,7 +318,7 @@ def _fit(
         }
         | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"},
     )
-    with sigint_restored():
+    with sigint_restored(), module.buffers.kept():
         interrupted = _fit_or_interrupt(trainer, plan, loaders[0], loaders[1] if has_validation else None)
     if best is not None:
         best.restore(module)

@@ -3,7 +3,8 @@
 A likelihood declares the heads that the decoder must emit and, in terms of them, log p(0), log p(x) for x > 0, mean,
 variance and a sampler. Everything else (decoder, bound, model, plots, tests, documentation) reads the declaration, so
 a new likelihood is a class here, a row in `LIKELIHOODS`, a row in its test's table and a line in
-``docs/likelihoods.md``.
+``docs/likelihoods.md``. Derivatives come from autograd; a likelihood may declare them beside its formula, which saves
+a third of the time that the sum over genes takes, and is then tested against autograd.
 
 All parameters live in log space: ``log_rate`` is log λ with the size factor included, ``log_r`` the log of the inverse
 dispersion r, ``gate`` the logit of the probability of an excess zero. No formula contains an ``eps``.
@@ -13,12 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import softplus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Params = dict[str, Tensor]
 
@@ -62,8 +66,12 @@ class Likelihood(ABC):
         """Log p(0), in nats."""
 
     @abstractmethod
-    def log_prob_positive(self, x: Tensor, params: Params) -> Tensor:
-        """Log p(x) in nats where x > 0; finite, but not meaningful, at x = 0."""
+    def log_kernel(self, x: Tensor, params: Params) -> Tensor:
+        """Log p(x) − log b(x) in nats where x > 0, with b the base measure; finite, but not meaningful, at x = 0."""
+
+    def log_base_measure(self, x: Tensor) -> Tensor:
+        """Log b(x), in nats: the factor of p(x) that no parameter enters, 1/x! unless declared otherwise."""
+        return -torch.lgamma(x + 1)
 
     @abstractmethod
     def mean(self, params: Params) -> Tensor:
@@ -77,9 +85,21 @@ class Likelihood(ABC):
     def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
         """Draw counts, of the broadcast shape of the parameters."""
 
+    def log_prob_positive(self, x: Tensor, params: Params) -> Tensor:
+        """Log p(x) in nats where x > 0; finite, but not meaningful, at x = 0."""
+        return self.log_kernel(x, params) + self.log_base_measure(x)
+
     def log_prob(self, x: Tensor, params: Params) -> Tensor:
         """Log p(x) in nats for any count x."""
         return torch.where(x > 0, self.log_prob_positive(x, params), self.log_prob_zero(params))
+
+    def differentiate_zero(self, params: Params) -> tuple[Tensor, Params]:
+        """Log p(0), and its derivative by each head, element by element; all of the broadcast shape."""
+        return differentiate(self.log_prob_zero, params)
+
+    def differentiate_kernel(self, x: Tensor, params: Params) -> tuple[Tensor, Params]:
+        """Log p(x) − log b(x) where x > 0, and its derivative by each head; all of the broadcast shape."""
+        return differentiate(lambda heads: self.log_kernel(x, heads), params)
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -96,8 +116,17 @@ class Poisson(Likelihood):
     def log_prob_zero(self, params: Params) -> Tensor:
         return -params["log_rate"].exp()
 
-    def log_prob_positive(self, x: Tensor, params: Params) -> Tensor:
-        return x * params["log_rate"] - params["log_rate"].exp() - torch.lgamma(x + 1)
+    def log_kernel(self, x: Tensor, params: Params) -> Tensor:
+        return x * params["log_rate"] - params["log_rate"].exp()
+
+    def differentiate_zero(self, params: Params) -> tuple[Tensor, Params]:
+        log_zero = self.log_prob_zero(params)
+        return log_zero, {"log_rate": log_zero}
+
+    def differentiate_kernel(self, x: Tensor, params: Params) -> tuple[Tensor, Params]:
+        log_rate = params["log_rate"]
+        rate = log_rate.exp()
+        return x * log_rate - rate, {"log_rate": x - rate}
 
     def mean(self, params: Params) -> Tensor:
         return params["log_rate"].exp()
@@ -118,11 +147,26 @@ class NegativeBinomial(Likelihood):
         log_r = params["log_r"]
         return -log_r.exp() * softplus(params["log_rate"] - log_r)
 
-    def log_prob_positive(self, x: Tensor, params: Params) -> Tensor:
+    def log_kernel(self, x: Tensor, params: Params) -> Tensor:
         log_rate, log_r = params["log_rate"], params["log_r"]
         r = log_r.exp()
-        rising = log_rising_ratio(x, r)
-        return x * log_rate + rising - (x + r) * softplus(log_rate - log_r) - torch.lgamma(x + 1)
+        return x * log_rate + log_rising_ratio(x, r) - (x + r) * softplus(log_rate - log_r)
+
+    def differentiate_zero(self, params: Params) -> tuple[Tensor, Params]:
+        log_r = params["log_r"]
+        minus_r, m = -log_r.exp(), params["log_rate"] - log_r
+        log_zero = softplus(m).mul_(minus_r)
+        by_rate = torch.sigmoid_(m).mul_(minus_r)
+        return log_zero, {"log_rate": by_rate, "log_r": log_zero - by_rate}
+
+    def differentiate_kernel(self, x: Tensor, params: Params) -> tuple[Tensor, Params]:
+        log_rate, log_r = params["log_rate"], params["log_r"]
+        r, m = log_r.exp(), log_rate - log_r
+        rising, by_log_r = differentiate_log_rising_ratio(x, r)
+        total, log_sum = x + r, softplus(m)
+        expected = total * torch.sigmoid_(m)
+        log_kernel = x * log_rate + rising - total * log_sum
+        return log_kernel, {"log_rate": x - expected, "log_r": by_log_r - r * log_sum + expected}
 
     def mean(self, params: Params) -> Tensor:
         return torch.broadcast_tensors(params["log_rate"].exp(), params["log_r"])[0]
@@ -149,8 +193,24 @@ class ZeroInflated(Likelihood):
         gate = params["gate"]
         return torch.logaddexp(gate, self.base.log_prob_zero(params)) - softplus(gate)
 
-    def log_prob_positive(self, x: Tensor, params: Params) -> Tensor:
-        return self.base.log_prob_positive(x, params) - softplus(params["gate"])
+    def log_kernel(self, x: Tensor, params: Params) -> Tensor:
+        return self.base.log_kernel(x, params) - softplus(params["gate"])
+
+    def log_base_measure(self, x: Tensor) -> Tensor:
+        return self.base.log_base_measure(x)
+
+    def differentiate_zero(self, params: Params) -> tuple[Tensor, Params]:
+        gate = params["gate"]
+        base_zero, by_base = self.base.differentiate_zero(params)
+        log_zero = torch.logaddexp(gate, base_zero).sub_(softplus(gate))
+        from_base = torch.sigmoid(base_zero - gate)  # the probability that a zero is one of the base
+        by_gate = (1 - from_base).sub_(torch.sigmoid(gate))
+        return log_zero, {name: from_base * value for name, value in by_base.items()} | {"gate": by_gate}
+
+    def differentiate_kernel(self, x: Tensor, params: Params) -> tuple[Tensor, Params]:
+        gate = params["gate"]
+        base, by_base = self.base.differentiate_kernel(x, params)
+        return base - softplus(gate), by_base | {"gate": -torch.sigmoid(gate).expand_as(base)}
 
     def mean(self, params: Params) -> Tensor:
         return torch.sigmoid(-params["gate"]) * self.base.mean(params)
@@ -187,6 +247,16 @@ def get_likelihood(name: str) -> Likelihood:
     return LIKELIHOODS[name]
 
 
+def differentiate(function: Callable[[Params], Tensor], params: Params) -> tuple[Tensor, Params]:
+    """Value of an elementwise function of parameters and its derivative by each, all of the broadcast shape."""
+    shape = torch.broadcast_shapes(*(value.shape for value in params.values()))
+    with torch.enable_grad():
+        leaves = {name: value.detach().expand(shape).requires_grad_() for name, value in params.items()}
+        result = function(leaves)
+        gradients = torch.autograd.grad(result.sum(), leaves.values(), materialize_grads=True)
+    return result.detach(), {name: value.contiguous() for name, value in zip(params, gradients, strict=True)}
+
+
 def log_rising_ratio(x: Tensor, r: Tensor) -> Tensor:
     """Γ(x + r) / (Γ(r) r^x), in logs, accurate in float32 for every r > 0 and x ≥ 0.
 
@@ -208,6 +278,36 @@ def log_rising_ratio(x: Tensor, r: Tensor) -> Tensor:
     for step in range(2, 6):
         steps = steps * (1 + x / (r + step))
     return series + x * torch.log1p(6 / r) - torch.log1p(x / r) - torch.log(steps)
+
+
+def differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """`log_rising_ratio`, and its derivative by log r: r [ψ(x + r) − ψ(r)] − x with ψ the digamma function.
+
+    ψ is shifted up by six too, ψ(t) = ψ(t + 6) − Σ_j 1/(t + j), and the two series, of ψ(t) = log t − 1/(2t) + c'(t),
+    are subtracted term by term:
+
+        ψ(x + r) − ψ(r) = log1p(x/s) + h(s + x) − h(s) + Σ_j x / ((r + j)(x + r + j)),    h(t) = c'(t) − 1/(2t).
+    """
+    shifted, total = r + 6, x + r
+    raised = shifted + x
+    log_ratio = torch.log1p(x / shifted)
+    upper, lower = 1 / raised, 1 / shifted
+    upper_square, lower_square = upper * upper, lower * lower
+    value = (raised - 0.5) * log_ratio - x
+    value += upper * (1 / 12 - upper_square * (1 / 360 - upper_square / 1260))
+    value -= lower * (1 / 12 - lower_square * (1 / 360 - lower_square / 1260))
+    slope = log_ratio
+    slope -= upper * (0.5 + upper * (1 / 12 - upper_square * (1 / 120 - upper_square / 252)))
+    slope += lower * (0.5 + lower * (1 / 12 - lower_square * (1 / 120 - lower_square / 252)))
+    steps = torch.ones_like(value)
+    for step in range(1, 6):
+        quotient = x / (r + step)
+        steps *= 1 + quotient
+        slope += quotient / (total + step)
+    value += x * torch.log1p(6 / r)
+    value -= torch.log1p(x / r)
+    value -= steps.log_()
+    return value, slope.mul_(r).add_(x / total).sub_(x)
 
 
 def _stirling_correction(t: Tensor) -> Tensor:

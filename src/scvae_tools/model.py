@@ -99,6 +99,9 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         Whether the encoder sees batch and covariates as the decoder does.
     use_size_factor
         Whether λ = size · exp(f(z)), or exp(f(z)) alone as in the original.
+    engine
+        How log p(x|z) is summed over the genes: ``"blocked"``, ``"dense"`` (all parameters of a batch in memory), or
+        ``"auto"`` for the faster. The results are the same but for rounding.
     random_state
         Seed of the initial weights.
 
@@ -133,6 +136,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         encoder_input: str = "log1p-normalized",
         encode_covariates: bool = False,
         use_size_factor: bool = True,
+        engine: str = "auto",
         random_state: int = 0,
     ) -> None:
         self.init_params_ = self._get_init_params(locals())
@@ -155,6 +159,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
                 encoder_input=encoder_input,
                 encode_covariates=encode_covariates,
                 use_size_factor=use_size_factor,
+                engine=engine,
                 **options,
             )
             if adata is not None and self.minified_data_type is None:

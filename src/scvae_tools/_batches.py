@@ -1,0 +1,286 @@
+"""Counts in batches: from the rows of a CSR matrix to the two orders in which the model reads a batch.
+
+Nothing is made dense on the way. The encoder reads a batch by cell, the decoder's likelihood by gene.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from scipy import sparse
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from scvae_tools._counts import load_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from scvi.data import AnnDataManager
+
+    from scvae_tools.likelihoods import Likelihood
+
+#: Registered data that are codes of categories; all others are numbers.
+CODES = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY, REGISTRY_KEYS.CAT_COVS_KEY)
+
+
+class Compressed(NamedTuple):
+    """Non-zeros of a matrix, row after row: those of row i are at ``start[i]:start[i + 1]``."""
+
+    start: Tensor  # (n_rows + 1,)
+    column: Tensor  # (nnz,)
+    value: Tensor  # (nnz,)
+
+    def row(self) -> Tensor:
+        """Row of each non-zero, (nnz,)."""
+        rows = torch.arange(len(self.start) - 1, device=self.start.device)
+        return torch.repeat_interleave(rows, self.start.diff(), output_size=len(self.column))
+
+    def blocks(self, n_rows: int) -> Iterator[tuple[slice, Compressed]]:
+        """Parts of so many rows, each with the rows that it holds."""
+        n = len(self.start) - 1
+        if n_rows >= n:
+            yield slice(0, n), self
+            return
+        bounds = [*self.start[:-1:n_rows].tolist(), len(self.column)]
+        for low, begin, end in zip(range(0, n, n_rows), bounds[:-1], bounds[1:], strict=True):
+            rows, at = slice(low, min(low + n_rows, n)), slice(begin, end)
+            start = self.start[rows.start : rows.stop + 1] - begin
+            yield rows, Compressed(start, self.column[at], self.value[at])
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Counts of a batch of cells, (n, g); only the non-zeros are held, by cell and by gene.
+
+    Parameters
+    ----------
+    by_cell
+        Rows are the cells, columns the genes.
+    by_gene
+        Rows are the genes, columns the cells.
+    log_base_measure
+        Σ log b(x) of each cell, (n,), of the likelihood in use (see `Likelihood.log_base_measure`); None where it is
+        not known beforehand.
+    """
+
+    by_cell: Compressed
+    by_gene: Compressed
+    log_base_measure: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Counts | Tensor) -> Counts:
+        """Counts of a dense or sparse tensor (n, g); counts stay as they are."""
+        if isinstance(x, Counts):
+            return x
+        if x.layout is torch.sparse_csr:
+            return cls.of_coordinates(*_coordinates(x), x.shape)
+        cell, gene = torch.nonzero(x, as_tuple=True)
+        return cls.of_coordinates(cell, gene, x[cell, gene], x.shape)
+
+    @classmethod
+    def of_coordinates(cls, cell: Tensor, gene: Tensor, value: Tensor, shape: tuple[int, int]) -> Counts:
+        """Counts of the non-zeros in order of the cells, (nnz,) each."""
+        by_gene = torch.argsort(gene, stable=True)
+        return cls(
+            Compressed(_starts(cell, shape[0]), gene, value),
+            Compressed(_starts(gene, shape[1]), cell[by_gene], value[by_gene]),
+        )
+
+    @classmethod
+    def of_matrix(cls, matrix: sparse.csr_matrix, log_base_measure: np.ndarray | None = None) -> Counts:
+        """Counts of a CSR matrix without duplicates and explicit zeros."""
+        base = None if log_base_measure is None else torch.from_numpy(log_base_measure)
+        return cls(_compressed(matrix), _compressed(matrix.tocsc()), base)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, g)."""
+        return len(self.by_cell.start) - 1, len(self.by_gene.start) - 1
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the counts that are not zero."""
+        n, g = self.shape
+        return len(self.by_cell.value) / max(1, n * g)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self.by_cell.value.device
+
+    def total(self) -> Tensor:
+        """Sum of the counts of each cell, (n, 1)."""
+        zero = self.by_cell.value.new_zeros(len(self))
+        return zero.index_add_(0, self.by_cell.row(), self.by_cell.value)[:, None]
+
+    def dense(self) -> Tensor:
+        """All counts, (n, g)."""
+        zero = self.by_cell.value.new_zeros(self.shape)
+        return zero.index_put_((self.by_cell.row(), self.by_cell.column), self.by_cell.value)
+
+    def map(self, function: Callable[[Tensor, Tensor], Tensor]) -> Counts:
+        """With each non-zero x of cell i replaced by function(x, i)."""
+        by_cell = self.by_cell._replace(value=function(self.by_cell.value, self.by_cell.row()))
+        by_gene = self.by_gene._replace(value=function(self.by_gene.value, self.by_gene.column))
+        return replace(self, by_cell=by_cell, by_gene=by_gene, log_base_measure=None)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """On another device; what Lightning and scvi-tools call."""
+        return self._each(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self, *args: Any) -> Self:
+        """In memory from which a GPU copies while it computes; what a ``DataLoader`` calls."""
+        return self._each(lambda tensor: tensor.pin_memory(*args))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        base = self.log_base_measure
+        return Counts(
+            Compressed(*map(function, self.by_cell)),
+            Compressed(*map(function, self.by_gene)),
+            None if base is None else function(base),
+        )
+
+
+def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> Compressed:
+    """Counts by gene of rows that each repeat one cell, for example one row per component of a mixture.
+
+    Parameters
+    ----------
+    by_gene
+        Counts of the cells; its columns are cells.
+    cell
+        Cell of each row, (p,), in any order.
+    n_cells
+        n.
+
+    Returns
+    -------
+    The same with rows for columns: (g, p).
+    """
+    n_rows = torch.bincount(cell, minlength=n_cells)  # of each cell
+    first = torch.cumsum(n_rows, 0) - n_rows
+    rows = torch.argsort(cell, stable=True)  # those of the first cell, of the second, ...
+    repeats = n_rows[by_gene.column]  # (nnz,)
+    ends = torch.cumsum(repeats, 0)
+    total = int(ends[-1]) if len(ends) else 0
+    source = torch.repeat_interleave(repeats, output_size=total)  # non-zero that each new one repeats
+    nth = torch.arange(total, device=cell.device) - (ends - repeats)[source]
+    start = torch.nn.functional.pad(ends, (1, 0))[by_gene.start]
+    return Compressed(start, rows[first[by_gene.column[source]] + nth], by_gene.value[source])
+
+
+def _coordinates(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell, gene and value of the non-zeros of a sparse CSR tensor, duplicates added up."""
+    coordinates = x.to_sparse_coo().coalesce()
+    cell, gene = coordinates.indices()
+    value = coordinates.values()
+    kept = value != 0
+    return cell[kept], gene[kept], value[kept]
+
+
+def _starts(row: Tensor, n_rows: int) -> Tensor:
+    return torch.nn.functional.pad(torch.cumsum(torch.bincount(row, minlength=n_rows), 0), (1, 0))
+
+
+def _compressed(matrix: sparse.csr_matrix | sparse.csc_matrix) -> Compressed:
+    positions = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
+    return Compressed(*positions, torch.from_numpy(matrix.data))
+
+
+class CountDataset(Dataset):
+    """Registered data of an AnnData; ``dataset[positions]`` is a batch.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    likelihood
+        Whose base measure goes with the counts.
+    """
+
+    def __init__(self, manager: AnnDataManager, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        keys = [key for key in manager.data_registry if key not in (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.MINIFY_TYPE_KEY)]
+        self.columns = {
+            key: np.asarray(manager.get_from_registry(key)).astype(np.int64 if key in CODES else np.float32)
+            for key in keys
+        }
+        self.counts = load_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+        if REGISTRY_KEYS.OBSERVED_LIB_SIZE not in self.columns:
+            total = np.asarray(self.counts.sum(1, dtype=np.float64), dtype=np.float32)
+            self.columns[REGISTRY_KEYS.OBSERVED_LIB_SIZE] = total
+        # Filled as cells are first seen: every epoch sees them again.
+        self.log_base_measure = np.full(self.counts.shape[0], np.nan, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    def __getitem__(self, positions: Sequence[int]) -> dict[str, Counts | Tensor]:
+        positions = np.asarray(positions)
+        counts = self.counts[positions]
+        batch = {key: torch.from_numpy(values[positions]) for key, values in self.columns.items()}
+        return batch | {REGISTRY_KEYS.X_KEY: Counts.of_matrix(counts, self._base_measure(counts, positions))}
+
+    def _base_measure(self, counts: sparse.csr_matrix, positions: np.ndarray) -> np.ndarray:
+        if np.isnan(self.log_base_measure[positions]).any():
+            each = self.likelihood.log_base_measure(torch.from_numpy(counts.data)).numpy()
+            parts = sparse.csr_matrix((each, counts.indices, counts.indptr), shape=counts.shape)
+            self.log_base_measure[positions] = np.asarray(parts.sum(1)).ravel()
+        return self.log_base_measure[positions]
+
+
+class CountLoader(DataLoader):
+    """Batches of cells, what `SCVAE` makes in place of the loader of scvi-tools.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    likelihood
+        That of the model.
+    indices
+        Positions of the cells.
+    batch_size, shuffle, drop_last
+        Cells at a time, whether in a new order each time (drawn from torch's generator), and whether to leave out a
+        smaller last batch.
+    **options
+        Of ``torch.utils.data.DataLoader``, such as ``num_workers`` and ``pin_memory``.
+    """
+
+    def __init__(
+        self,
+        manager: AnnDataManager,
+        *,
+        likelihood: Likelihood,
+        indices: np.ndarray,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        **options: Any,
+    ) -> None:
+        self.indices = indices
+        order = RandomSampler(indices) if shuffle else SequentialSampler(indices)
+        batches = _Positions(indices, BatchSampler(order, batch_size, drop_last))
+        # A sampler of whole batches, and no collation: one row access of the CSR matrix makes the batch.
+        super().__init__(CountDataset(manager, likelihood), batch_size=None, sampler=batches, **options)
+
+
+class _Positions:
+    """Batches of positions in a list, as batches of what the list holds."""
+
+    def __init__(self, indices: np.ndarray, batches: BatchSampler) -> None:
+        self.indices, self.batches = indices, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        return (self.indices[positions] for positions in self.batches)

@@ -1,0 +1,260 @@
+"""log p(x | h) of a batch, summed over the genes block by block: value and gradient in one pass.
+
+The matrix of parameters, rows x genes, never exists. For each block of genes the heads are evaluated, log p(0) is taken
+everywhere and log p(x) at the non-zeros, and the gradient goes on at once to weights, biases and features, while the
+block is in cache: three matrix products a head, the number that any implementation needs. Which likelihood it is, this
+module does not know; see `Likelihood.differentiate_zero` and `Likelihood.differentiate_kernel`.
+
+Symbols: p rows (cells, or pairs of cell and component, or samples of them), g genes, h features of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from scvae_tools._memory import Buffers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scvae_tools._batches import Compressed
+    from scvae_tools.likelihoods import Likelihood, Params
+
+#: Entries of a block, rows x genes, by kind of device. On a processor a few such matrices fit into its cache, and the
+#: cost of starting an operation stays small beside it (`make profile` shows both); on others the bound is memory.
+BLOCK_ENTRIES = {"cpu": 2**19}
+BLOCK_ENTRIES_ELSEWHERE = 2**26
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the p rows besides their features.
+
+    Parameters
+    ----------
+    by_gene
+        Non-zeros by gene; their columns are rows here.
+    log_size
+        Log of the size factor, (p,).
+    batch
+        Code of the batch, (p,), and the number of batches.
+    """
+
+    by_gene: Compressed
+    log_size: Tensor
+    batch: Tensor
+    n_batch: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What turns features into parameters, by the name of the head.
+
+    Parameters
+    ----------
+    decoded
+        Weight (g, n_hidden) and bias (g,) of each head that differs between rows.
+    shared
+        Value of each head that all rows share, (g,), or all rows of a batch, (g, n_batch).
+    """
+
+    decoded: dict[str, tuple[Tensor, Tensor]]
+    shared: dict[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that `like` knows."""
+        return [tensor for pair in self.decoded.values() for tensor in pair] + list(self.shared.values())
+
+    def like(self, tensors: tuple[Tensor, ...]) -> Heads:
+        """The same heads with other tensors."""
+        each = iter(tensors)
+        return Heads(
+            {name: (next(each), next(each)) for name in self.decoded}, {name: next(each) for name in self.shared}
+        )
+
+
+def log_likelihood(
+    likelihood: Likelihood,
+    rows: Rows,
+    heads: Heads,
+    features: Tensor,
+    promise: Tensor | None = None,
+    *,
+    block_entries: int | None = None,
+    buffers: Buffers | None = None,
+) -> Tensor:
+    """Σ_g log p(x_g | h) − log b(x_g) of each row, (p,), differentiable by features and heads.
+
+    Parameters
+    ----------
+    likelihood
+        The declaration.
+    rows, heads
+        Data and parameters.
+    features
+        h, (p, n_hidden).
+    promise
+        What the gradient of the loss by each value will be, up to one common factor, (p,). Then the gradient is
+        computed on the way, and `backward` only hands it out. None if it is not known beforehand: `backward` then
+        evaluates everything once more.
+    block_entries
+        Rows x genes of a block; None for what suits the device.
+    buffers
+        Where the memory of the gradients comes from.
+
+    Raises
+    ------
+    RuntimeError
+        In `backward`, if the promise was not kept.
+    """
+    if block_entries is None:
+        block_entries = BLOCK_ENTRIES.get(features.device.type, BLOCK_ENTRIES_ELSEWHERE)
+    sweep = _Sweep(likelihood, rows, heads, block_entries, buffers or Buffers())
+    return _LogLikelihood.apply(sweep, promise, features, *heads.tensors())
+
+
+class _LogLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sweep: _Sweep, promise: Tensor | None, features: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.sweep = sweep
+        if promise is None or not any(ctx.needs_input_grad):
+            ctx.save_for_backward(features, *tensors)
+            ctx.is_done = False
+            return sweep.values(features)
+        values, *gradients = sweep.values_and_gradients(features, promise)
+        ctx.save_for_backward(promise, *gradients)
+        ctx.is_done = True
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        if not ctx.is_done:
+            features, *_ = ctx.saved_tensors
+            _, *gradients = ctx.sweep.values_and_gradients(features, gradient)
+            return None, None, *gradients
+        promise, *gradients = ctx.saved_tensors
+        factor = _common_factor(gradient, promise)
+        return None, None, *(gradients if factor is None else (factor * each for each in gradients))
+
+
+def _common_factor(gradient: Tensor, promise: Tensor) -> Tensor | None:
+    """The number that the promise is short of the gradient; None for 1."""
+    if promise.device.type == "cpu" and torch.allclose(gradient, promise, rtol=1e-5, atol=0):
+        return None
+    factor = gradient.sum() / promise.sum()
+    kept = torch.isclose(gradient, factor * promise, rtol=1e-4, atol=0).all() | ~torch.isfinite(factor)
+    torch._assert_async(kept, "The gradient of the loss by the log-likelihoods must be as promised; it is not.")
+    return factor
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One pass over the blocks of genes."""
+
+    likelihood: Likelihood
+    rows: Rows
+    heads: Heads
+    block_entries: int
+    buffers: Buffers
+    position: Tensor = field(init=False)  # of each non-zero in a (g, p) matrix
+
+    def __post_init__(self) -> None:
+        by_gene, n_rows = self.rows.by_gene, len(self.rows.log_size)
+        object.__setattr__(self, "position", by_gene.row() * n_rows + by_gene.column)
+
+    @torch.no_grad()
+    def values(self, features: Tensor) -> Tensor:
+        """Log-likelihood of each row, (p,)."""
+        total = features.new_zeros(len(features))
+        for block in self._blocks(features):
+            log_prob = self.likelihood.log_prob_zero(block.params).expand(block.shape).contiguous()
+            block.put(log_prob, self.likelihood.log_kernel(block.x, block.at_nonzeros()))
+            total += log_prob.sum(0)
+        return total
+
+    @torch.no_grad()
+    def values_and_gradients(self, features: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """Log-likelihood of each row, (p,), and the gradients of its weighted sum by features and tensors of heads."""
+        total, by_features = features.new_zeros(len(features)), torch.zeros_like(features)
+        gradients = self.heads.like(tuple(map(self.buffers.empty_like, self.heads.tensors())))
+        weighted = weight[:, None] * features
+        for block in self._blocks(features):
+            log_prob, by_head = self.likelihood.differentiate_zero(block.params)
+            log_kernel, by_head_at = self.likelihood.differentiate_kernel(block.x, block.at_nonzeros())
+            block.put(log_prob, log_kernel)
+            total += log_prob.sum(0)
+            for name, by_value in by_head.items():
+                block.put(by_value, by_head_at[name])
+                if name in self.heads.shared:
+                    self._reduce(by_value, weight, out=gradients.shared[name][block.genes])
+                    continue
+                by_weight, by_bias = gradients.decoded[name]
+                torch.mm(by_value, weighted, out=by_weight[block.genes])
+                torch.mv(by_value, weight, out=by_bias[block.genes])
+                by_features.addmm_(by_value.T, self.heads.decoded[name][0][block.genes])
+        return total, by_features.mul_(weight[:, None]), *gradients.tensors()
+
+    def _reduce(self, by_value: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Weighted sum over the rows, or over those of each batch."""
+        if out.ndim == 1:
+            torch.mv(by_value, weight, out=out)
+        else:
+            torch.mm(by_value, weight[:, None] * one_hot(self.rows.batch, self.rows.n_batch).to(weight), out=out)
+
+    def _blocks(self, features: Tensor) -> Iterator[_Block]:
+        n_rows, start = len(features), self.rows.by_gene.start
+        n_genes = len(start) - 1
+        step = max(1, min(n_genes, self.block_entries // max(1, n_rows)))
+        first = range(0, n_genes, step)
+        bounds = start[::step].tolist() if step < n_genes else [0]
+        for low, begin, end in zip(first, bounds, [*bounds[1:], len(self.position)], strict=False):
+            genes, at = slice(low, min(low + step, n_genes)), slice(begin, end)
+            position = self.position[at] - low * n_rows if low else self.position[at]
+            yield _Block(genes, self._params(features, genes), position, self.rows.by_gene.value[at], n_rows)
+
+    def _params(self, features: Tensor, genes: slice) -> Params:
+        """Parameters of the genes of a block, (b, p), or (b, 1) where all rows share them."""
+        params = {}
+        for name, (weight, bias) in self.heads.decoded.items():
+            offset = bias[genes, None]
+            if name == "log_rate":
+                params[name] = (offset + self.rows.log_size).addmm_(weight[genes], features.T)
+            else:
+                params[name] = torch.addmm(offset, weight[genes], features.T)
+        for name, value in self.heads.shared.items():
+            params[name] = value[genes][:, self.rows.batch] if value.ndim == 2 else value[genes, None]
+        return params
+
+
+@dataclass(frozen=True)
+class _Block:
+    genes: slice
+    params: Params
+    position: Tensor  # of the non-zeros in a (b, p) matrix, (nnz,)
+    x: Tensor  # (nnz,)
+    n_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.genes.stop - self.genes.start, self.n_rows
+
+    def at_nonzeros(self) -> Params:
+        gene = torch.div(self.position, self.n_rows, rounding_mode="floor")
+        return {
+            name: (
+                value[:, 0].index_select(0, gene)
+                if value.shape[1] == 1
+                else value.reshape(-1).index_select(0, self.position)
+            )
+            for name, value in self.params.items()
+        }
+
+    def put(self, matrix: Tensor, values: Tensor) -> None:
+        """Overwrite a (b, p) matrix at the non-zeros."""
+        matrix.view(-1).scatter_(0, self.position, values)
