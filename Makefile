@@ -1,4 +1,6 @@
 # make demo: the main job on 700 real cells.   make test: linter and all tests.
+# make bench: speed and memory of training beside scVI (ARGS="--quick": within 3 minutes).
+# make profile: where the time of a training step goes (ARGS="--help": on what).
 # PYTHON= chooses another interpreter, with an environment of its own (PYTHON=python3.12 -> .venv-3.12).
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # Two test processes of one thread each are faster than one of two.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install bench profile clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +31,12 @@ test: lint
 lint: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+bench: install
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+profile: install
+	$(BIN)/python benchmarks/profile_step.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* demo .pytest_cache .ruff_cache

@@ -23,7 +23,17 @@ import pytest
 import torch
 from scipy import special, stats
 
-from scvae_tools.likelihoods import LIKELIHOODS, CountDistribution, get_likelihood, log_rising_ratio
+from scvae_tools.likelihoods import (
+    LIKELIHOODS,
+    CountDistribution,
+    Likelihood,
+    NegativeBinomial,
+    ZeroInflated,
+    differentiate,
+    differentiate_log_rising_ratio,
+    get_likelihood,
+    log_rising_ratio,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -357,6 +367,195 @@ def test_gradients_are_the_slopes_of_log_prob(name):
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
+# -- kernel and base measure -------------------------------------------------------------------------------------------
+
+
+@every_likelihood
+def test_the_base_measure_is_one_over_the_factorial(name):
+    x = np.r_[COUNTS, 2.0**24, 0.5]  # what is accepted, and an estimated count
+    found = LIKELIHOODS[name].log_base_measure(torch.tensor(x))
+    np.testing.assert_allclose(found, -special.gammaln(x + 1), rtol=1e-12, atol=1e-12)
+    assert LIKELIHOODS[name].log_base_measure(torch.tensor(0.0)) == 0  # the zeros are left out of its sum
+
+
+@every_likelihood
+def test_the_kernel_is_what_scipy_has_beside_the_base_measure(name):
+    wide = {"log_rate": np.log([1e-3, 0.1, 1, 30, 1e4]), "log_r": np.array([-4.0, -1, 0, 2, 5])}
+    x, params = make_grid(name, {**EXTREMES, **wide}, COUNTS[COUNTS > 0])
+    found = LIKELIHOODS[name].log_kernel(torch.tensor(x), as_tensors(params)).numpy()
+    expected = CASES[name].log_pmf(x, params) + special.gammaln(x + 1)
+    assert_within(found, expected, 1e-9 * CASES[name].size(x, params) + STIRLING)
+
+
+@every_likelihood
+def test_log_prob_is_that_of_zero_or_kernel_and_base_measure(name):
+    x, params = make_grid(name, MODERATE, COUNTS)
+    likelihood, tensors = LIKELIHOODS[name], as_tensors(params)
+    zero = likelihood.log_prob_zero(tensors).numpy()
+    positive = (likelihood.log_kernel(torch.tensor(x), tensors) + likelihood.log_base_measure(torch.tensor(x))).numpy()
+    np.testing.assert_array_equal(log_prob(name, x, params), np.where(x > 0, positive, zero))
+
+
+class Shifted(NegativeBinomial):
+    """A likelihood with a base measure of its own."""
+
+    def log_base_measure(self, x: Tensor) -> Tensor:
+        return -x
+
+
+def test_zero_inflation_keeps_the_base_measure():
+    inflated, x = ZeroInflated(Shifted()), torch.tensor([1.0, 5.0])
+    params = {head: torch.tensor(0.3) for head in inflated.head_names}
+    np.testing.assert_array_equal(inflated.log_base_measure(x), -x)
+    difference = inflated.log_prob_positive(x, params) - inflated.log_kernel(x, params)
+    np.testing.assert_allclose(difference, -x, rtol=1e-6)  # of numbers of order 1 in float32
+
+
+# -- derivatives, as the blocked sum takes them ------------------------------------------------------------------------
+#
+# Tolerance. The terms of the derivatives are x, (x + r) sigmoid(m) and r softplus(m), probabilities in front of these,
+# and what amplifies the error of m. Every operation rounds once, as in log p(x).
+
+SLOPE_ROUNDINGS = 3  #: at most 1.1 are measured
+SLOPES = {
+    "log_rate": np.log([1e-8, 1e-2, 1.0, 7.0, 1e3, 1e6]),
+    "log_r": np.array([-10.0, -1.0, 0.0, 2.0, 10.0, 18.0]),
+    "gate": np.array([-30.0, -2.0, 3.0, 30.0]),
+}
+SLOPE_COUNTS = np.array([0.0, 1, 2, 10, 1234, 1e5])
+every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def held_by(dtype: torch.dtype, params: Arrays) -> Arrays:
+    """The nearest numbers that ``dtype`` holds, in float64."""
+    return {head: torch.tensor(value, dtype=dtype).double().numpy() for head, value in params.items()}
+
+
+def differentiated(
+    name: str, x: np.ndarray, params: Arrays, dtype: torch.dtype = torch.float64, by: type | None = None
+) -> dict[str, np.ndarray]:
+    """Log p(0) or the kernel, and the derivatives by the heads, with the declaration's methods or those of ``by``."""
+    likelihood, tensors, counts = LIKELIHOODS[name], as_tensors(params, dtype), torch.tensor(x, dtype=dtype)
+    by = by or type(likelihood)
+    zero, by_head_of_zero = by.differentiate_zero(likelihood, tensors)
+    kernel, by_head_of_kernel = by.differentiate_kernel(likelihood, counts, tensors)
+    assert set(by_head_of_zero) == set(by_head_of_kernel) == set(likelihood.head_names)
+    pairs = {"value": (zero, kernel)} | {head: (by_head_of_zero[head], by_head_of_kernel[head]) for head in tensors}
+    assert all(part.dtype == dtype for pair in pairs.values() for part in pair)
+    return {key: torch.where(counts > 0, at, at_zero).double().numpy() for key, (at_zero, at) in pairs.items()}
+
+
+def slope_bound(name: str, x: np.ndarray, params: Arrays, dtype: torch.dtype) -> np.ndarray:
+    """Largest error of a derivative that is accepted, in nats."""
+    log_rate = params["log_rate"]
+    log_r = params.get("log_r", log_rate)  # without r, λ itself
+    size = 1 + x + np.exp(np.minimum(log_rate, log_r)) * (1 + np.abs(log_rate - log_r))
+    return SLOPE_ROUNDINGS * torch.finfo(dtype).eps * size + CASES[name].approximation(x, params)
+
+
+@every_precision
+@every_likelihood
+def test_derivatives_equal_central_differences_in_mpmath(name, dtype):
+    """Of 50 digits and a step of 1e-12: exact to 1e-24 of the third derivative."""
+    x, params = make_grid(name, SLOPES, SLOPE_COUNTS)
+    params = held_by(dtype, params)
+    found = differentiated(name, x, params, dtype)
+    tolerance = slope_bound(name, x, params, dtype)
+    step = mpmath.mpf(10) ** -12
+    for position, head in enumerate(CASES[name].heads):
+        expected = []
+        for count, *numbers in zip(x.tolist(), *(params[head].tolist() for head in CASES[name].heads), strict=True):
+            above, below = (
+                [*numbers[:position], numbers[position] + s, *numbers[position + 1 :]] for s in (step, -step)
+            )
+            expected.append(float((CASES[name].exact(count, *above) - CASES[name].exact(count, *below)) / (2 * step)))
+        assert_within(found[head], np.array(expected), tolerance)
+
+
+@every_likelihood
+def test_declared_derivatives_are_those_of_autograd(name):
+    """In float64: in float32 autograd is the less exact of the two."""
+    x, params = make_grid(name, EXTREMES, COUNTS)
+    found, expected = (differentiated(name, x, params, by=by) for by in (None, Likelihood))
+    tolerance = 2 * slope_bound(name, x, params, torch.float64)  # both are rounded
+    for head in CASES[name].heads:
+        assert_within(found[head], expected[head], tolerance)
+
+
+@every_likelihood
+def test_the_value_beside_the_derivatives_is_the_formula(name):
+    x, params = make_grid(name, EXTREMES, COUNTS)
+    likelihood, tensors = LIKELIHOODS[name], as_tensors(params)
+    positive = likelihood.log_kernel(torch.tensor(x), tensors).numpy()
+    expected = np.where(x > 0, positive, likelihood.log_prob_zero(tensors).numpy())
+    assert_within(differentiated(name, x, params)["value"], expected, bound(name, x, params, torch.float64))
+
+
+@every_likelihood
+def test_derivatives_are_finite_for_every_count_that_is_accepted(name):
+    x, params = make_grid(name, EXTREMES, np.r_[COUNTS, 1e6, 2.0**24])
+    for value in differentiated(name, x, params, torch.float32).values():
+        assert np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("by", ["declaration", "autograd"])
+@pytest.mark.parametrize("shared", [(), ("log_r",), ("gate",), ("log_r", "gate"), ("log_rate",)], ids=" and ".join)
+@every_likelihood
+def test_derivatives_have_the_broadcast_shape_and_can_be_written_into(name, shared, by):
+    """In a block (genes, rows), a head that all rows share has one column; at the non-zeros each has its own entry."""
+    likelihood, generator = LIKELIHOODS[name], torch.Generator().manual_seed(0)
+    methods = type(likelihood) if by == "declaration" else Likelihood
+    shapes = {head: (3, 1) if head in shared else (3, 4) for head in CASES[name].heads}
+    params = {head: torch.randn(shape, generator=generator).double() for head, shape in shapes.items()}
+    full = dict(zip(params, torch.broadcast_tensors(*params.values()), strict=True))
+    at = {head: value.flatten() for head, value in full.items()}
+    x = torch.arange(1.0, at["log_rate"].numel() + 1, dtype=torch.float64)
+    before = [value.clone() for value in (x, *params.values(), *at.values())]
+    pairs = (
+        (methods.differentiate_zero(likelihood, params), Likelihood.differentiate_zero(likelihood, full)),
+        (methods.differentiate_kernel(likelihood, x, at), Likelihood.differentiate_kernel(likelihood, x, at)),
+    )
+    for (value, by_head), (expected, expected_by_head) in pairs:
+        assert value.shape == expected.shape
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=STIRLING)
+        for head, derivative in expected_by_head.items():
+            assert by_head[head].shape == value.shape
+            np.testing.assert_allclose(by_head[head], derivative, rtol=1e-12, atol=STIRLING)
+        for tensor in (value, *by_head.values()):
+            tensor.view(-1).zero_()
+    for value, copy in zip((x, *params.values(), *at.values()), before, strict=True):
+        assert torch.equal(value, copy)
+
+
+@pytest.mark.parametrize("shared", [(), ("log_r",), ("gate",), ("log_r", "gate")], ids=" and ".join)
+@every_likelihood
+def test_what_the_kernel_needs_of_shared_heads_can_be_computed_before(name, shared):
+    """Once for each count of a batch, and passed with the parameters of whatever repeats it."""
+    x, params = make_grid(name, EXTREMES, COUNTS[COUNTS > 0])
+    likelihood, tensors, counts = LIKELIHOODS[name], as_tensors(params), torch.tensor(x)
+    constants = likelihood.kernel_constants(counts, {head: tensors[head] for head in tensors if head in shared})
+    assert not set(constants) & set(likelihood.head_names)
+    assert all(value.shape == counts.shape for value in constants.values())
+    tolerance = bound(name, x, params, torch.float64)
+    found = likelihood.log_kernel(counts, tensors | constants).numpy()
+    assert_within(found, likelihood.log_kernel(counts, tensors).numpy(), tolerance)
+    value, by_head = likelihood.differentiate_kernel(counts, tensors | constants)
+    expected, expected_by_head = likelihood.differentiate_kernel(counts, tensors)
+    assert_within(value.numpy(), expected.numpy(), tolerance)
+    for head in CASES[name].heads:
+        assert_within(by_head[head].numpy(), expected_by_head[head].numpy(), tolerance)
+
+
+def test_a_head_that_a_function_ignores_has_the_derivative_zero():
+    params = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([3.0, 4.0, 5.0])}
+    with torch.no_grad():
+        value, by_head = differentiate(lambda heads: heads["a"] ** 2, params)
+    np.testing.assert_array_equal(value, [[1, 1, 1], [4, 4, 4]])
+    np.testing.assert_array_equal(by_head["a"], [[2, 2, 2], [4, 4, 4]])
+    np.testing.assert_array_equal(by_head["b"], np.zeros((2, 3)))
+    assert not any(tensor.requires_grad for tensor in (value, *by_head.values(), *params.values()))
+
+
 # -- mean, variance, samples -------------------------------------------------------------------------------------------
 
 
@@ -474,6 +673,46 @@ def test_the_slope_of_the_rising_ratio_is_a_difference_of_digammas(dtype):
     series = 1 / (240 * 6**8)  # the slope of the term left out
     tolerance = RISING_ROUNDINGS * torch.finfo(dtype).eps * (x / r).double().numpy() + series
     assert_within(found.double().numpy(), _exactly(slope, x, r), tolerance)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (8, -1)], ids=["one axis", "two axes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rising_ratio_and_its_slope_by_log_r_equal_mpmath(dtype, shape):
+    def slope(x: float, r: mpmath.mpf) -> mpmath.mpf:
+        return r * (mpmath.digamma(x + r) - mpmath.digamma(r)) - x
+
+    x, r = _rising_grid(dtype)
+    value, by_log_r = differentiate_log_rising_ratio(x.reshape(shape), r.reshape(shape))
+    assert value.dtype == by_log_r.dtype == dtype
+    assert value.shape == by_log_r.shape == x.reshape(shape).shape
+    rounding = RISING_ROUNDINGS * torch.finfo(dtype).eps
+    size = (x * (1 + torch.log1p(x) + torch.log1p(1 / r))).double().numpy()
+    assert_within(value.flatten().double().numpy(), _exactly(_exact_rising, x, r), rounding * size + STIRLING)
+    tolerance = rounding * x.double().numpy() + STIRLING
+    assert_within(by_log_r.flatten().double().numpy(), _exactly(slope, x, r), tolerance)
+
+
+@pytest.mark.parametrize("n_ones", [0, 1, 30, 59, 60])
+@pytest.mark.parametrize("n_dispersions", [1, 60])
+def test_the_rising_ratio_is_the_same_whatever_counts_it_is_asked_for_with(n_ones, n_dispersions):
+    """Both are exactly 0 at a count of 1, which most counts are. Tolerance: the series and its slope, each to 2e-9."""
+    rng = np.random.default_rng(0)
+    x = torch.tensor(np.r_[np.ones(n_ones), rng.integers(2, 50, 60 - n_ones)])[torch.tensor(rng.permutation(60))]
+    r = torch.tensor(np.exp(rng.normal(size=n_dispersions)))
+    before = x.clone(), r.clone()
+    value, by_log_r = differentiate_log_rising_ratio(x, r)
+    counts, size = x.numpy(), r.numpy()
+    expected = special.gammaln(counts + size) - special.gammaln(size) - counts * np.log(size)
+    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=STIRLING)
+    expected = size * (special.digamma(counts + size) - special.digamma(size)) - counts
+    np.testing.assert_allclose(by_log_r, expected, rtol=1e-12, atol=STIRLING)
+    assert torch.equal(x, before[0])
+    assert torch.equal(r, before[1])
+
+
+def test_the_rising_ratio_of_no_count_is_empty():
+    value, by_log_r = differentiate_log_rising_ratio(torch.zeros(0), torch.zeros(0))
+    assert value.shape == by_log_r.shape == (0,)
 
 
 def test_the_rising_ratio_of_zero_is_zero():

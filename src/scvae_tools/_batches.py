@@ -5,6 +5,7 @@ Nothing is made dense on the way. The encoder reads a batch by cell, the decoder
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -13,7 +14,7 @@ import torch
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
 from scvae_tools._counts import load_counts
 
@@ -132,9 +133,13 @@ class Counts:
         by_gene = self.by_gene._replace(value=function(self.by_gene.value, self.by_gene.column))
         return replace(self, by_cell=by_cell, by_gene=by_gene, log_base_measure=None)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """On another device; what Lightning and scvi-tools call."""
-        return self._each(lambda tensor: tensor.to(*args, **kwargs))
+    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+        """On another device; what Lightning and scvi-tools call.
+
+        A copy to a GPU does not wait: pinned memory is copied while the GPU computes, other memory is copied at once.
+        """
+        options = {"non_blocking": torch.device(device).type == "cuda"} | kwargs
+        return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self, *args: Any) -> Self:
         """In memory from which a GPU copies while it computes; what a ``DataLoader`` calls."""
@@ -149,7 +154,7 @@ class Counts:
         )
 
 
-def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> Compressed:
+def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> tuple[Compressed, Tensor]:
     """Counts by gene of rows that each repeat one cell, for example one row per component of a mixture.
 
     Parameters
@@ -163,7 +168,7 @@ def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> Compressed
 
     Returns
     -------
-    The same with rows for columns: (g, p).
+    The same with rows for columns, (g, p); and which of the non-zeros each of its non-zeros repeats.
     """
     n_rows = torch.bincount(cell, minlength=n_cells)  # of each cell
     first = torch.cumsum(n_rows, 0) - n_rows
@@ -174,7 +179,7 @@ def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> Compressed
     source = torch.repeat_interleave(repeats, output_size=total)  # non-zero that each new one repeats
     nth = torch.arange(total, device=cell.device) - (ends - repeats)[source]
     start = torch.nn.functional.pad(ends, (1, 0))[by_gene.start]
-    return Compressed(start, rows[first[by_gene.column[source]] + nth], by_gene.value[source])
+    return Compressed(start, rows[first[by_gene.column[source]] + nth], by_gene.value[source]), source
 
 
 def _coordinates(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,20 +272,22 @@ class CountLoader(DataLoader):
         **options: Any,
     ) -> None:
         self.indices = indices
-        order = RandomSampler(indices) if shuffle else SequentialSampler(indices)
-        batches = _Positions(indices, BatchSampler(order, batch_size, drop_last))
         # A sampler of whole batches, and no collation: one row access of the CSR matrix makes the batch.
+        batches = _Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last)
         super().__init__(CountDataset(manager, likelihood), batch_size=None, sampler=batches, **options)
 
 
-class _Positions:
-    """Batches of positions in a list, as batches of what the list holds."""
+class _Batches:
+    """Positions of the cells of each batch."""
 
-    def __init__(self, indices: np.ndarray, batches: BatchSampler) -> None:
-        self.indices, self.batches = indices, batches
+    def __init__(self, indices: np.ndarray, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
+        self.indices, self.batch_size, self.shuffle = indices, batch_size, shuffle
+        self.n_used = len(indices) - len(indices) % batch_size if drop_last else len(indices)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return math.ceil(self.n_used / self.batch_size)
 
-    def __iter__(self) -> Any:
-        return (self.indices[positions] for positions in self.batches)
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = self.indices[torch.randperm(len(self.indices)).numpy()] if self.shuffle else self.indices
+        for start in range(0, self.n_used, self.batch_size):
+            yield order[start : start + self.batch_size]

@@ -10,14 +10,15 @@ Symbols: p rows (cells, or pairs of cell and component, or samples of them), g g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from scvae_tools._memory import Buffers
+from scvae_tools._batches import rows_of_cells
+from scvae_tools._memory import Buffers, keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,17 +39,20 @@ class Rows:
     Parameters
     ----------
     by_gene
-        Non-zeros by gene; their columns are rows here.
+        Non-zeros of the n cells, by gene.
     log_size
-        Log of the size factor, (p,).
-    batch
-        Code of the batch, (p,), and the number of batches.
+        Log of the size factor of each cell, (n,).
+    batch, n_batch
+        Code of the batch of each cell, (n,), and the number of batches.
+    cell
+        Cell of each row, (p,); None where the rows are the cells.
     """
 
     by_gene: Compressed
     log_size: Tensor
     batch: Tensor
     n_batch: int
+    cell: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,12 @@ def log_likelihood(
     RuntimeError
         In `backward`, if the promise was not kept.
     """
+    if features.device.type == "cpu":
+        keep_freed_memory()
     if block_entries is None:
         block_entries = BLOCK_ENTRIES.get(features.device.type, BLOCK_ENTRIES_ELSEWHERE)
     sweep = _Sweep(likelihood, rows, heads, block_entries, buffers or Buffers())
+    promise = promise if torch.is_grad_enabled() else None
     return _LogLikelihood.apply(sweep, promise, features, *heads.tensors())
 
 
@@ -147,26 +154,40 @@ def _common_factor(gradient: Tensor, promise: Tensor) -> Tensor | None:
     """The number that the promise is short of the gradient; None for 1."""
     if promise.device.type == "cpu" and torch.allclose(gradient, promise, rtol=1e-5, atol=0):
         return None
-    factor = gradient.sum() / promise.sum()
-    kept = torch.isclose(gradient, factor * promise, rtol=1e-4, atol=0).all() | ~torch.isfinite(factor)
-    torch._assert_async(kept, "The gradient of the loss by the log-likelihoods must be as promised; it is not.")
+    square = promise.square().sum()
+    factor = torch.where(square > 0, (gradient * promise).sum() / square, 0.0)
+    # A loss that is NaN breaks no promise; the training finds it by itself.
+    is_kept = torch.isclose(gradient, factor * promise, rtol=1e-4, atol=0).all() | gradient.isnan().any()
+    torch._assert_async(is_kept, "The gradient of the loss by the log-likelihoods must be as promised; it is not.")
     return factor
 
 
-@dataclass(frozen=True)
 class _Sweep:
     """One pass over the blocks of genes."""
 
-    likelihood: Likelihood
-    rows: Rows
-    heads: Heads
-    block_entries: int
-    buffers: Buffers
-    position: Tensor = field(init=False)  # of each non-zero in a (g, p) matrix
+    @torch.no_grad()
+    def __init__(self, likelihood: Likelihood, rows: Rows, heads: Heads, block_entries: int, buffers: Buffers) -> None:
+        self.likelihood, self.heads, self.block_entries, self.buffers = likelihood, heads, block_entries, buffers
+        self.log_size, self.batch, self.n_batch = rows.log_size, rows.batch, rows.n_batch
+        self.by_gene = rows.by_gene._replace(value=rows.by_gene.value.to(heads.tensors()[0].dtype))
+        constants = self._constants(rows)
+        if rows.cell is not None:
+            self.log_size, self.batch = rows.log_size[rows.cell], rows.batch[rows.cell]
+            self.by_gene, source = rows_of_cells(self.by_gene, rows.cell, len(rows.log_size))
+            constants = {name: value.index_select(0, source) for name, value in constants.items()}
+        self.constants = constants  # of each non-zero
+        self.position = self.by_gene.row() * len(self.log_size) + self.by_gene.column  # of each, in a (g, p) matrix
 
-    def __post_init__(self) -> None:
-        by_gene, n_rows = self.rows.by_gene, len(self.rows.log_size)
-        object.__setattr__(self, "position", by_gene.row() * n_rows + by_gene.column)
+    def _constants(self, rows: Rows) -> Params:
+        """What the likelihood can say of the non-zeros of the cells without the decoder."""
+        if not self.heads.shared:
+            return {}
+        gene, cell = self.by_gene.row(), self.by_gene.column
+        shared = {
+            name: value[gene, rows.batch[cell]] if value.ndim == 2 else value.index_select(0, gene)
+            for name, value in self.heads.shared.items()
+        }
+        return self.likelihood.kernel_constants(self.by_gene.value, shared)
 
     @torch.no_grad()
     def values(self, features: Tensor) -> Tensor:
@@ -205,10 +226,10 @@ class _Sweep:
         if out.ndim == 1:
             torch.mv(by_value, weight, out=out)
         else:
-            torch.mm(by_value, weight[:, None] * one_hot(self.rows.batch, self.rows.n_batch).to(weight), out=out)
+            torch.mm(by_value, weight[:, None] * one_hot(self.batch, self.n_batch).to(weight), out=out)
 
     def _blocks(self, features: Tensor) -> Iterator[_Block]:
-        n_rows, start = len(features), self.rows.by_gene.start
+        n_rows, start = len(features), self.by_gene.start
         n_genes = len(start) - 1
         step = max(1, min(n_genes, self.block_entries // max(1, n_rows)))
         first = range(0, n_genes, step)
@@ -216,7 +237,8 @@ class _Sweep:
         for low, begin, end in zip(first, bounds, [*bounds[1:], len(self.position)], strict=False):
             genes, at = slice(low, min(low + step, n_genes)), slice(begin, end)
             position = self.position[at] - low * n_rows if low else self.position[at]
-            yield _Block(genes, self._params(features, genes), position, self.rows.by_gene.value[at], n_rows)
+            constants = {name: value[at] for name, value in self.constants.items()}
+            yield _Block(genes, self._params(features, genes), position, self.by_gene.value[at], constants, n_rows)
 
     def _params(self, features: Tensor, genes: slice) -> Params:
         """Parameters of the genes of a block, (b, p), or (b, 1) where all rows share them."""
@@ -224,11 +246,11 @@ class _Sweep:
         for name, (weight, bias) in self.heads.decoded.items():
             offset = bias[genes, None]
             if name == "log_rate":
-                params[name] = (offset + self.rows.log_size).addmm_(weight[genes], features.T)
+                params[name] = (offset + self.log_size).addmm_(weight[genes], features.T)
             else:
                 params[name] = torch.addmm(offset, weight[genes], features.T)
         for name, value in self.heads.shared.items():
-            params[name] = value[genes][:, self.rows.batch] if value.ndim == 2 else value[genes, None]
+            params[name] = value[genes][:, self.batch] if value.ndim == 2 else value[genes, None]
         return params
 
 
@@ -238,6 +260,7 @@ class _Block:
     params: Params
     position: Tensor  # of the non-zeros in a (b, p) matrix, (nnz,)
     x: Tensor  # (nnz,)
+    constants: Params  # (nnz,) each
     n_rows: int
 
     @property
@@ -245,15 +268,15 @@ class _Block:
         return self.genes.stop - self.genes.start, self.n_rows
 
     def at_nonzeros(self) -> Params:
+        """Parameters and constants of the non-zeros, (nnz,) each."""
         gene = torch.div(self.position, self.n_rows, rounding_mode="floor")
-        return {
-            name: (
-                value[:, 0].index_select(0, gene)
-                if value.shape[1] == 1
-                else value.reshape(-1).index_select(0, self.position)
-            )
+        at = {
+            name: value[:, 0].index_select(0, gene)
+            if value.shape[1] == 1
+            else value.reshape(-1).index_select(0, self.position)
             for name, value in self.params.items()
         }
+        return at | self.constants
 
     def put(self, matrix: Tensor, values: Tensor) -> None:
         """Overwrite a (b, p) matrix at the non-zeros."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LARGEST_COUNT = 2**24  #: float32 holds every integer up to here and only some above
 LOG_MAXIMUM = 15  #: log1p of three million; a non-integer matrix below it looks log-transformed
-_BLOCK = 2**24  # values handled at once, so that checks and conversions need little memory beside the matrix
+_BLOCK = 2**22  # values handled at once, so that checks and conversions need little memory beside the matrix
 
 
 class CountsError(ValueError):

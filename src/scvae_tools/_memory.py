@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,6 @@ class Buffers:
     def kept(self) -> Iterator[None]:
         """Keep memory inside; let go of all of it at the end."""
         self._is_on = True
-        _keep_freed_memory()
         try:
             yield
         finally:
@@ -60,10 +60,12 @@ def _n_references(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-def _keep_freed_memory(n_bytes: int = 31 * 2**20) -> None:
-    """Let glibc keep what is freed for what is asked for next.
+@cache
+def keep_freed_memory(n_bytes: int = 31 * 2**20) -> None:
+    """Let glibc keep what is freed for what is asked for next, once for the process.
 
     It gives blocks above a threshold back to the system at once, and learns the threshold, up to 32 MB, from the
-    largest block that was freed so far. This block is freed without ever having been written to.
+    largest block that was freed so far; each block that is computed then costs fresh pages, which takes longer than
+    most of the operations on it. This one is freed without ever having been written to.
     """
     torch.empty(n_bytes, dtype=torch.uint8)

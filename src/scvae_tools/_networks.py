@@ -115,7 +115,9 @@ class _SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (weight,) = ctx.saved_tensors
         by_weight = ctx.buffers.empty_like(weight)
-        for rows, part in ctx.by_gene.blocks(max(1, GATHERED_ENTRIES // weight.shape[1])):
+        is_host = weight.device.type == "cpu"  # elsewhere the bounds of blocks would have to be waited for
+        n_rows = max(1, GATHERED_ENTRIES // weight.shape[1]) if is_host else len(weight)
+        for rows, part in ctx.by_gene.blocks(n_rows):
             by_weight[rows] = _sums_of_rows(part, gradient.contiguous())
         return by_weight, None, None, None
 

@@ -254,6 +254,7 @@ class Settings:
     patience: int = 20
     accelerator: str = "auto"
     devices: object = "auto"
+    matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
 
@@ -318,7 +319,7 @@ def _fit(
         }
         | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"},
     )
-    with sigint_restored(), module.buffers.kept():
+    with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
         interrupted = _fit_or_interrupt(trainer, plan, loaders[0], loaders[1] if has_validation else None)
     if best is not None:
         best.restore(module)
@@ -351,6 +352,17 @@ def _fit_or_interrupt(
     if trainer.received_sigterm:  # a scheduler ends the process: it must end, and not look like a success
         raise SystemExit(128 + signal.SIGTERM)
     return trainer.interrupted
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """Set the precision of torch's matrix products inside; leave it alone for None."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch.distributions import Normal
 from torch.nn.functional import softplus
 
 from scvae_tools import _blocked
-from scvae_tools._batches import Counts, rows_of_cells
+from scvae_tools._batches import Counts
 from scvae_tools._memory import Buffers
 from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes, extend_batches
 from scvae_tools.likelihoods import CountDistribution, get_likelihood
@@ -298,38 +298,37 @@ class VAE(BaseMinifiedModeModuleClass):
             Gradient of the loss by each value, (..., p), as far as it is known; see `_blocked.log_likelihood`.
         """
         x = Counts.of(x)
-        if cell is not None:
-            log_size, covariates = log_size[cell], covariates.rows(cell)
+        own_covariates = covariates if cell is None else covariates.rows(cell)
         if self.engine == "dense":
-            dense = x.dense() if cell is None else x.dense()[cell]
-            return sum_over_genes(self.likelihood, dense, self.decoder(z, log_size, covariates))
-        features = self.decoder.features(z, covariates)  # (..., p, n_hidden)
+            dense, own_size = (x.dense(), log_size) if cell is None else (x.dense()[cell], log_size[cell])
+            return sum_over_genes(self.likelihood, dense, self.decoder(z, own_size, own_covariates))
+        features = self.decoder.features(z, own_covariates)  # (..., p, n_hidden)
         n_copies = math.prod(z.shape[:-2])
         own = torch.arange(len(x), device=z.device) if cell is None else cell
         rows = _blocked.Rows(
-            x.by_gene if cell is None and n_copies == 1 else rows_of_cells(x.by_gene, own.repeat(n_copies), len(x)),
-            log_size[:, 0].repeat(n_copies),
-            covariates.batch[:, 0].repeat(n_copies),
+            x.by_gene,
+            log_size[:, 0],
+            covariates.batch[:, 0],
             self.sizes.n_batch,
+            None if cell is None and n_copies == 1 else own.repeat(n_copies),
         )
-        promise = None if promise is None else promise.flatten()
         kernel = _blocked.log_likelihood(
             self.likelihood,
             rows,
             self.decoder.all_heads(),
             features.flatten(0, -2),
-            promise,
+            None if promise is None else promise.flatten(),
             block_entries=self.block_entries,
             buffers=self.buffers,
-        ).reshape(z.shape[:-1])
-        return kernel + self.log_base_measure(x).to(kernel)[own]
+        )
+        return kernel.reshape(z.shape[:-1]) + self.log_base_measure(x).to(kernel)[own]
 
     def log_base_measure(self, x: Counts) -> Tensor:
         """Σ_g log b(x_g) of each cell, (n,), without the zeros, where b is 1."""
         if x.log_base_measure is not None:
             return x.log_base_measure
-        zero = x.by_gene.value.new_zeros(len(x))
-        return zero.index_add_(0, x.by_gene.column, self.likelihood.log_base_measure(x.by_gene.value))
+        each = self.likelihood.log_base_measure(x.by_gene.value.to(self.z_mean.weight))
+        return each.new_zeros(len(x)).index_add_(0, x.by_gene.column, each)
 
     def expected_log_likelihood(
         self,

@@ -101,6 +101,15 @@ class Likelihood(ABC):
         """Log p(x) − log b(x) where x > 0, and its derivative by each head; all of the broadcast shape."""
         return differentiate(lambda heads: self.log_kernel(x, heads), params)
 
+    def kernel_constants(self, x: Tensor, shared: Params) -> Params:
+        """What the kernel needs of x and the heads that all rows share, under names of its own.
+
+        A batch holds each x once, but the components of a mixture and the samples of a cell repeat it: this part is
+        computed once, and passed with the parameters to the two methods above. To be declared together with
+        `differentiate_kernel`, which then has to know the derivatives of this part.
+        """
+        return {}
+
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the declared heads."""
@@ -150,7 +159,14 @@ class NegativeBinomial(Likelihood):
     def log_kernel(self, x: Tensor, params: Params) -> Tensor:
         log_rate, log_r = params["log_rate"], params["log_r"]
         r = log_r.exp()
-        return x * log_rate + log_rising_ratio(x, r) - (x + r) * softplus(log_rate - log_r)
+        rising = params["rising"] if "rising" in params else log_rising_ratio(x, r)
+        return x * log_rate + rising - (x + r) * softplus(log_rate - log_r)
+
+    def kernel_constants(self, x: Tensor, shared: Params) -> Params:
+        if "log_r" not in shared:
+            return {}
+        rising, by_log_r = differentiate_log_rising_ratio(x, shared["log_r"].exp())
+        return {"rising": rising, "rising_by_log_r": by_log_r}
 
     def differentiate_zero(self, params: Params) -> tuple[Tensor, Params]:
         log_r = params["log_r"]
@@ -162,7 +178,8 @@ class NegativeBinomial(Likelihood):
     def differentiate_kernel(self, x: Tensor, params: Params) -> tuple[Tensor, Params]:
         log_rate, log_r = params["log_rate"], params["log_r"]
         r, m = log_r.exp(), log_rate - log_r
-        rising, by_log_r = differentiate_log_rising_ratio(x, r)
+        constants = params if "rising" in params else self.kernel_constants(x, params)
+        rising, by_log_r = constants["rising"], constants["rising_by_log_r"]
         total, log_sum = x + r, softplus(m)
         expected = total * torch.sigmoid_(m)
         log_kernel = x * log_rate + rising - total * log_sum
@@ -198,6 +215,9 @@ class ZeroInflated(Likelihood):
 
     def log_base_measure(self, x: Tensor) -> Tensor:
         return self.base.log_base_measure(x)
+
+    def kernel_constants(self, x: Tensor, shared: Params) -> Params:
+        return self.base.kernel_constants(x, shared)
 
     def differentiate_zero(self, params: Params) -> tuple[Tensor, Params]:
         gate = params["gate"]
@@ -277,37 +297,50 @@ def log_rising_ratio(x: Tensor, r: Tensor) -> Tensor:
     steps = 1 + x / (r + 1)
     for step in range(2, 6):
         steps = steps * (1 + x / (r + step))
-    return series + x * torch.log1p(6 / r) - torch.log1p(x / r) - torch.log(steps)
+    ratio = series + x * torch.log1p(6 / r) - torch.log1p(x / r) - torch.log(steps)
+    return torch.where(x == 1, 0.0, ratio)  # exactly, as more than half of the counts are
 
 
 def differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """`log_rising_ratio`, and its derivative by log r: r [ψ(x + r) − ψ(r)] − x with ψ the digamma function.
 
+    Both are exactly 0 at x = 1, as more than half of the counts are; there nothing is computed.
+    """
+    others = torch.nonzero(x != 1) if x.ndim == 1 and x.device.type == "cpu" else None  # would wait for another device
+    if others is None or len(others) > 0.8 * len(x):
+        return _differentiate_log_rising_ratio(x, r.expand_as(x))
+    others = others[:, 0]
+    parts = _differentiate_log_rising_ratio(x.index_select(0, others), r.expand_as(x).index_select(0, others))
+    value, by_log_r = (torch.zeros_like(x).index_copy_(0, others, part) for part in parts)
+    return value, by_log_r
+
+
+def _differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for any x.
+
     ψ is shifted up by six too, ψ(t) = ψ(t + 6) − Σ_j 1/(t + j), and the two series, of ψ(t) = log t − 1/(2t) + c'(t),
     are subtracted term by term:
 
-        ψ(x + r) − ψ(r) = log1p(x/s) + h(s + x) − h(s) + Σ_j x / ((r + j)(x + r + j)),    h(t) = c'(t) − 1/(2t).
+        ψ(x + r) − ψ(r) = log1p(x/s) + h(s) − h(s + x) + Σ_j x / ((r + j)(x + r + j)),    h(t) = 1/(2t) − c'(t).
+
+    What is needed at both ends, s and s + x, or for every step j, is computed for all of them in one operation.
     """
-    shifted, total = r + 6, x + r
-    raised = shifted + x
-    log_ratio = torch.log1p(x / shifted)
-    upper, lower = 1 / raised, 1 / shifted
-    upper_square, lower_square = upper * upper, lower * lower
-    value = (raised - 0.5) * log_ratio - x
-    value += upper * (1 / 12 - upper_square * (1 / 360 - upper_square / 1260))
-    value -= lower * (1 / 12 - lower_square * (1 / 360 - lower_square / 1260))
-    slope = log_ratio
-    slope -= upper * (0.5 + upper * (1 / 12 - upper_square * (1 / 120 - upper_square / 252)))
-    slope += lower * (0.5 + lower * (1 / 12 - lower_square * (1 / 120 - lower_square / 252)))
-    steps = torch.ones_like(value)
-    for step in range(1, 6):
-        quotient = x / (r + step)
-        steps *= 1 + quotient
-        slope += quotient / (total + step)
+    ends = torch.stack([r, r + x]).add_(6)  # s and s + x
+    inverse = ends.reciprocal()
+    square = inverse * inverse
+    correction = inverse * (1 / 12 - square * (1 / 360 - square / 1260))
+    slope_correction = inverse * (0.5 + inverse * (1 / 12 - square * (1 / 120 - square / 252)))
+    log_ratio = torch.log1p(x * inverse[0])
+    steps = torch.arange(1, 6, dtype=r.dtype, device=r.device).reshape(5, *[1] * r.ndim) + r
+    quotients = x / steps
+    value = (ends[1] - 0.5) * log_ratio - x
+    value += correction[1] - correction[0]
     value += x * torch.log1p(6 / r)
     value -= torch.log1p(x / r)
-    value -= steps.log_()
-    return value, slope.mul_(r).add_(x / total).sub_(x)
+    slope = log_ratio + (quotients / steps.add_(x)).sum(0)
+    slope += slope_correction[0] - slope_correction[1]
+    value -= quotients.add_(1).prod(0).log_()
+    return value, slope.mul_(r).add_(x / (r + x)).sub_(x)
 
 
 def _stirling_correction(t: Tensor) -> Tensor:

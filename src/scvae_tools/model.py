@@ -23,7 +23,7 @@ from scvi.model._utils import parse_device_args
 
 from scvae_tools import _keys
 from scvae_tools._counts import cell_positions, check_obs, gene_mean_fraction, read_counts
-from scvae_tools._evaluation import EvaluationMixin
+from scvae_tools._evaluation import EVALUATION_BATCH_SIZE, EvaluationMixin
 from scvae_tools._gmvae import GMVAE, MixtureVAE, VaDE
 from scvae_tools._messages import said_before, warn
 from scvae_tools._networks import Covariates, Sizes
@@ -39,7 +39,7 @@ from scvae_tools._training import (
     quiet,
     run_stage,
 )
-from scvae_tools._vae import N_REFERENCE_CELLS, VAE
+from scvae_tools._vae import N_REFERENCE_CELLS, VAE, check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -343,6 +343,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         gradient_clip: float = 100.0,
         accelerator: str = "auto",
         devices: int | str = "auto",
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
         progress: bool = True,
         random_state: int = 0,
         **trainer_options: Any,
@@ -367,6 +368,10 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
             Largest norm of the gradient.
         accelerator, devices
             Of Lightning.
+        matmul_precision
+            Precision of torch's matrix products during training (``torch.set_float32_matmul_precision``): ``"medium"``
+            takes bfloat16 where the processor has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
+            the setting as it is.
         progress
             Whether to show a bar with epoch, ELBO and time left.
         random_state
@@ -388,6 +393,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         if self.adata is None:
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
         _check_training_arguments(max_epochs, batch_size, train_size, lr)
+        check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         max_epochs = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = parse_device_args(accelerator, devices, return_device="torch")
         stages = plan_stages(
@@ -398,11 +404,20 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         )
         bar = Progress(stages, enable=progress)
         settings = Settings(
-            lr, weight_decay, gradient_clip, early_stopping, patience, accelerator, devices, bar, trainer_options
+            lr,
+            weight_decay,
+            gradient_clip,
+            early_stopping,
+            patience,
+            accelerator,
+            devices,
+            matmul_precision,
+            bar,
+            trainer_options,
         )
         with seeded(random_state), quiet():
             self._split(train_size, validation_indices)
-            loaders = self._loaders(batch_size)
+            loaders = self._loaders(batch_size, pin_memory=device.type == "cuda")
             self.to_device(device)
             try:
                 self._run(stages, loaders, settings, random_state)
@@ -430,15 +445,16 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
                 f"for {len(train)} cells. Pass fewer, or a larger `train_size`."
             )
 
-    def _loaders(self, batch_size: int) -> tuple[Iterable, Iterable | None]:
+    def _loaders(self, batch_size: int, *, pin_memory: bool) -> tuple[Iterable, Iterable | None]:
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
         drops = self.module.normalization == "batch" and len(self.train_indices) % batch_size == 1
-        train = self._make_data_loader(
-            self.adata, self.train_indices, batch_size=batch_size, shuffle=True, drop_last=drops
-        )
+        options = {"shuffle": True, "drop_last": drops, "batch_size": batch_size, "pin_memory": pin_memory}
+        train = self._make_data_loader(self.adata, self.train_indices, **options)
         if len(self.validation_indices) == 0:
             return train, None
-        return train, self._make_data_loader(self.adata, self.validation_indices, batch_size=batch_size)
+        # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
+        options = {"batch_size": max(batch_size, EVALUATION_BATCH_SIZE), "pin_memory": pin_memory}
+        return train, self._make_data_loader(self.adata, self.validation_indices, **options)
 
     def _run(self, stages: list[Stage], loaders: tuple, settings: Settings, random_state: int) -> None:
         """Run the stages; after an interruption set a mixture all the same, so that every result exists."""
