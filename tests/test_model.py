@@ -521,6 +521,11 @@ def test_unknown_options_are_refused_with_the_choices(options, match):
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1; found 0"),
         ({"train_size": 1.2}, r"`train_size` must be in \(0, 1\]; found 1.2"),
         ({"lr": -1}, "`lr` must be positive; found -1"),
+        ({"precision": "bf16-mixed"}, "`precision` must be '32-true'.*found 'bf16-mixed'.*matmul_precision='medium'"),
+        (
+            {"matmul_precision": "low"},
+            "`matmul_precision` must be one of None, 'highest', 'high', 'medium'; found 'low'",
+        ),
     ],
 )
 def test_unfit_training_arguments_are_refused(options, match):

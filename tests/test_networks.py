@@ -18,9 +18,9 @@ from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decod
 from scvae_tools.likelihoods import LIKELIHOODS, get_likelihood
 
 if TYPE_CHECKING:
-    from scvi.nn import FCLayers
-
     from collections.abc import Iterator
+
+    from scvi.nn import FCLayers
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  #: a few hundred operations in float64
 N_CELLS, N_GENES, N_LATENT, N_HIDDEN = 6, 4, 2, 5

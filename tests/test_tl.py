@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,7 +33,7 @@ from scvae_tools._counts import CountsError
 from scvae_tools._training import NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 N_CELLS, N_GENES = 60, 20
@@ -572,8 +573,316 @@ def test_lambda_larger_than_a_quarter_of_the_memory_is_left_out_with_its_size_an
     with pytest.warns(UserWarning, match=r"'scvae_lambda'.* GiB.*write_lambda=True.*model\.get_lambda") as caught:
         fit(adata, max_epochs=2)
     assert said(caught)[0].filename == fit.__code__.co_filename
+    assert re.search(
+        r"backed AnnData into its file.*array on disk.*zarr, h5py, or a memory map", str(caught[0].message)
+    )
     expected = documented_keys(True) | {"layers": set()}
     assert added_keys(make_adata(), adata) == expected
+
+
+def array_for_lambda(
+    kind: str, path: Path, shape: tuple[int, ...] = (N_CELLS, N_GENES), dtype: str = "float32"
+) -> object:
+    if kind == "zarr":
+        zarr = pytest.importorskip("zarr")
+        return zarr.create_array(str(path / "lambda.zarr"), shape=shape, chunks=(7, 20), dtype=dtype)
+    if kind == "h5py":
+        return h5py.File(path / "lambda.h5", "w").create_dataset("lambda", shape, dtype)
+    if kind == "memory map":
+        return np.lib.format.open_memmap(path / "lambda.npy", "w+", dtype, shape)
+    return np.zeros(shape, dtype)
+
+
+each_array_for_lambda = pytest.mark.parametrize("kind", ["zarr", "h5py", "memory map", "array"])
+
+
+@each_array_for_lambda
+@pytest.mark.parametrize("mask_var", [None, "kept"])
+def test_lambda_goes_into_an_array_which_becomes_the_layer(kind, mask_var, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 0)
+    place, adata = array_for_lambda(kind, tmp_path), make_adata()
+    fit(adata, write_lambda=place, mask_var=mask_var)
+    expected = trained(True).adata if mask_var is None else fitted(mask_var=mask_var, write_lambda=True)
+    np.testing.assert_array_equal(place[:], expected.layers["scvae_lambda"])
+    assert added_keys(make_adata(), adata) == documented_keys(True)
+    layer = adata.layers["scvae_lambda"]
+    assert np.shares_memory(layer, place) if isinstance(place, np.ndarray) else layer is place
+
+
+@each_array_for_lambda
+def test_results_with_lambda_on_disk_can_be_written_viewed_and_copied(kind, tmp_path: Path):
+    adata = fitted(write_lambda=array_for_lambda(kind, tmp_path))
+    expected = results_of(trained(True).adata)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert differing(results_of(anndata.read_h5ad(tmp_path / "a.h5ad")), expected) == []
+    np.testing.assert_array_equal(adata[5:9].layers["scvae_lambda"], expected["lambda"][5:9])
+    assert differing(results_of(adata.to_memory()), expected) == []
+    again = fit(adata, copy=True, key_added="again", mixture=False)
+    assert differing(results_of(again), expected) == []
+    assert differing(results_of(again, "again"), results_of(trained(False).adata)) == []
+
+
+def test_a_copy_refers_to_the_array_and_the_original_to_nothing(tmp_path: Path):
+    adata, place = make_adata(), array_for_lambda("zarr", tmp_path)
+    before = fingerprint(adata)
+    copied = fit(adata, write_lambda=place, copy=True)
+    assert fingerprint(adata) == before
+    assert copied.layers["scvae_lambda"] is place
+    np.testing.assert_array_equal(place[:], trained(True).adata.layers["scvae_lambda"])
+
+
+def test_a_view_refers_to_the_array(tmp_path: Path):
+    view, place = make_adata()[:40], array_for_lambda("h5py", tmp_path, (40, N_GENES))
+    fit(view, mixture=False, write_lambda=place)
+    assert view.layers["scvae_lambda"] is place
+    np.testing.assert_array_equal(place[:], fitted(make_adata()[:40].copy(), mixture=False).layers["scvae_lambda"])
+
+
+def test_lambda_of_more_bits_is_the_same(tmp_path: Path):
+    place = array_for_lambda("h5py", tmp_path, dtype="float64")
+    fit(make_adata(), write_lambda=place)
+    np.testing.assert_array_equal(place[:], trained(True).adata.layers["scvae_lambda"])
+
+
+class Rows:
+    """An array of a kind that AnnData does not know; it takes rows by slices and keeps their number."""
+
+    shape, dtype = (N_CELLS, N_GENES), np.dtype("float32")
+
+    def __init__(self) -> None:
+        self.values, self.n_written = np.zeros(self.shape, self.dtype), []
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.values[rows]
+
+    def __setitem__(self, rows: slice, values: np.ndarray) -> None:
+        assert isinstance(rows, slice)
+        self.n_written.append(len(values))
+        self.values[rows] = values
+
+
+def test_an_array_that_anndata_does_not_take_is_filled_alone(caplog):
+    caplog.set_level(logging.INFO, logger="scvae_tools")
+    place, adata = Rows(), make_adata()
+    fit(adata, write_lambda=place)
+    np.testing.assert_array_equal(place.values, trained(True).adata.layers["scvae_lambda"])
+    assert added_keys(make_adata(), adata) == documented_keys(True) | {"layers": set()}
+    assert re.search(r"in the array passed as `write_lambda` alone: AnnData takes no .*Rows as a layer", caplog.text)
+
+
+@pytest.mark.parametrize("mask_var", [None, "kept"])
+def test_lambda_is_written_in_chunks_of_the_stated_memory(mask_var, monkeypatch):
+    expected = fitted(mixture=False, mask_var=mask_var).layers["scvae_lambda"]
+    monkeypatch.setattr("scvae_tools._evaluation.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
+    monkeypatch.setattr("scvae_tools._evaluation.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
+    monkeypatch.setattr("scvae_tools._evaluation.DECODED_NUMBERS", -1)  # one number a value
+    place, in_memory = Rows(), make_adata()
+    fit(make_adata(), mixture=False, mask_var=mask_var, write_lambda=place)
+    fit(in_memory, mixture=False, mask_var=mask_var)
+    probed, *written = place.n_written
+    assert probed == 1
+    assert max(written) <= 7
+    assert sum(written) == N_CELLS
+    for found in (place.values, in_memory.layers["scvae_lambda"]):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)  # float32, in products of another shape
+
+
+class Broken(Rows):
+    def __setitem__(self, rows: slice, values: np.ndarray) -> None:
+        raise OSError("no space left on device")
+
+
+def closed_dataset(path: Path) -> h5py.Dataset:
+    dataset = array_for_lambda("h5py", path)
+    dataset.file.close()
+    return dataset
+
+
+def read_only(kind: str, path: Path) -> object:
+    place = array_for_lambda(kind, path)
+    if kind == "zarr":
+        import zarr
+
+        return zarr.open_array(str(path / "lambda.zarr"), mode="r")
+    if kind == "h5py":
+        place.file.close()
+        return h5py.File(path / "lambda.h5", "r")["lambda"]
+    return np.load(path / "lambda.npy", mmap_mode="r")
+
+
+BAD_PLACES: dict[str, tuple[Callable, str]] = {
+    "a word": (lambda path: "yes", r"found a str without shape or type\. Pass, for example, zarr\.create_array\("),
+    "a number": (lambda path: 1, r"found a int without shape"),
+    "a list": (lambda path: [[0.0]], r"found a list without shape"),
+    "a closed file": (closed_dataset, r"found a h5py.*Dataset without shape"),
+    "another shape": (lambda path: np.zeros((60, 19), "f4"), r" of shape \(60, 20\) .*found the shape \(60, 19\)"),
+    "whole numbers": (lambda path: np.zeros((60, 20), int), r"found the type int64\. Pass"),
+    "half precision": (lambda path: np.zeros((60, 20), "f2"), r"found the type float16"),
+    "a sparse matrix": (lambda path: sparse.csr_matrix((60, 20), dtype="f4"), r"csr_matrix that takes none"),
+    "a tensor": (lambda path: torch.zeros(60, 20), r"found a torch.*Tensor without shape or type"),
+    "zarr, to be read": (functools.partial(read_only, "zarr"), r"that takes none .*Open it for writing"),
+    "h5py, to be read": (functools.partial(read_only, "h5py"), r"that takes none .*Open it for writing"),
+    "memory map, to be read": (functools.partial(read_only, "memory map"), r"that takes none \(assignment destination"),
+    "a full disk": (lambda path: Broken(), r"that takes none \(no space left on device\)"),
+}
+
+
+@pytest.mark.usefixtures("forbid_training")
+@pytest.mark.parametrize("case", BAD_PLACES)
+def test_an_array_that_cannot_take_lambda_is_refused_before_any_training(case, tmp_path: Path):
+    make, message = BAD_PLACES[case]
+    adata = make_adata()
+    before = fingerprint(adata)
+    with pytest.raises(ValueError, match=r"`write_lambda` must be True, False, None, or an array.*" + message):
+        fit(adata, write_lambda=make(tmp_path))
+    assert fingerprint(adata) == before
+
+
+def test_results_are_kept_where_lambda_cannot_be_written(tmp_path: Path, monkeypatch):
+    """The disk is full, or Ctrl-C is pressed, after hours of training."""
+    monkeypatch.setattr(svt.SCVAE, "iter_lambda", lambda self: iter([np.zeros((1, 3))]))
+    adata = make_adata()
+    with pytest.raises(ValueError, match="broadcast"):
+        fit(adata, write_lambda=array_for_lambda("memory map", tmp_path))
+    assert added_keys(make_adata(), adata) == documented_keys(True) | {"layers": set()}
+
+
+# -- in the file of a backed AnnData -----------------------------------------------------------------------------------
+
+
+def backed(path: Path, form: str = "csr_matrix", mode: str = "r+", **layers: object) -> AnnData:
+    """An AnnData backed by a new file."""
+    make_adata(FORMS[form](), **layers).write_h5ad(path)
+    return anndata.read_h5ad(path, backed=mode)
+
+
+@pytest.mark.parametrize("form", ["csr_matrix", "csc_matrix", "dense float32"])
+@pytest.mark.parametrize("mask_var", [None, "kept"])
+def test_lambda_of_a_backed_anndata_is_in_its_file_at_once(form, mask_var, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 0)
+    path = tmp_path / "a.h5ad"
+    adata = backed(path, form, other=np.ones((N_CELLS, N_GENES)))
+    fit(adata, write_lambda=True, mask_var=mask_var)
+    expected = fitted(mask_var=mask_var, write_lambda=True).layers["scvae_lambda"]
+    layer = adata.layers["scvae_lambda"]
+    assert isinstance(layer, h5py.Dataset)
+    np.testing.assert_array_equal(layer[:], expected)
+    assert added_keys(make_adata(other=np.ones((N_CELLS, N_GENES))), adata) == documented_keys(True)
+    read = anndata.read_h5ad(path)
+    assert type(read.layers["scvae_lambda"]) is np.ndarray
+    np.testing.assert_array_equal(read.layers["scvae_lambda"], expected)
+    np.testing.assert_array_equal(read.layers["other"], 1)
+    assert added_keys(make_adata(other=np.ones((N_CELLS, N_GENES))), read)["obsm"] == set()  # until adata.write()
+
+
+def test_the_layer_in_the_file_is_in_the_format_of_anndata(tmp_path: Path):
+    make_adata().write_h5ad(tmp_path / "expected.h5ad")
+    expected = fitted(anndata.read_h5ad(tmp_path / "expected.h5ad"))
+    expected.write_h5ad(tmp_path / "expected.h5ad")
+    adata = backed(tmp_path / "a.h5ad")
+    fit(adata, write_lambda=True)
+    with h5py.File(tmp_path / "expected.h5ad") as file:
+        layer = file["layers/scvae_lambda"]
+        wanted = dict(layer.attrs), layer.dtype, layer.shape, dict(file["layers"].attrs)
+    found = adata.layers["scvae_lambda"]
+    assert (dict(found.attrs), found.dtype, found.shape, dict(found.parent.attrs)) == wanted
+
+
+@pytest.mark.parametrize("n_times", [1, 3])
+def test_a_backed_anndata_with_lambda_in_its_file_can_be_written_again(n_times, tmp_path: Path):
+    path = tmp_path / "a.h5ad"
+    adata = backed(path)
+    fit(adata, write_lambda=True)
+    for _ in range(n_times):
+        adata.write()
+        assert differing(results_of(anndata.read_h5ad(path)), results_of(trained(True).adata)) == []
+        assert differing(results_of(adata), results_of(trained(True).adata)) == []
+    assert adata.isbacked
+    np.testing.assert_array_equal(adata.X[:].toarray(), make_counts())
+
+
+def test_a_backed_anndata_with_lambda_in_its_file_can_be_written_to_another(tmp_path: Path):
+    adata = backed(tmp_path / "a.h5ad")
+    fit(adata, write_lambda=True)
+    adata.write(tmp_path / "b.h5ad")
+    for name in ("a.h5ad", "b.h5ad"):
+        found = anndata.read_h5ad(tmp_path / name).layers["scvae_lambda"]
+        np.testing.assert_array_equal(found, trained(True).adata.layers["scvae_lambda"])
+
+
+def test_closing_the_file_leaves_lambda_readable_and_the_end_of_the_anndata_frees_the_file(tmp_path: Path):
+    path = tmp_path / "a.h5ad"
+    adata = backed(path)
+    fit(adata, write_lambda=True)
+    adata.file.close()
+    np.testing.assert_array_equal(adata.layers["scvae_lambda"][:], trained(True).adata.layers["scvae_lambda"])
+    np.testing.assert_array_equal(adata.X[:].toarray(), make_counts())  # opens the file again
+    in_memory = adata.to_memory()
+    assert differing(results_of(in_memory), results_of(trained(True).adata)) == []
+    del adata
+    gc.collect()
+    with h5py.File(path, "w"):  # refused where the file is open
+        pass
+
+
+def test_lambda_in_the_file_is_replaced(tmp_path: Path):
+    path = tmp_path / "a.h5ad"
+    adata = backed(path, scvae_lambda=np.ones((N_CELLS, N_GENES)))
+    for mixture in (False, True):
+        fit(adata, write_lambda=True, mixture=mixture)
+        expected = trained(mixture).adata.layers["scvae_lambda"]
+        np.testing.assert_array_equal(adata.layers["scvae_lambda"][:], expected)
+        np.testing.assert_array_equal(anndata.read_h5ad(path).layers["scvae_lambda"], expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_of_lambda_that_was_interrupted_nothing_is_left_in_the_file(error, tmp_path: Path, monkeypatch):
+    def interrupted(self: svt.SCVAE) -> Iterator[np.ndarray]:
+        yield np.zeros((30, N_GENES), np.float32)
+        raise error
+
+    monkeypatch.setattr(svt.SCVAE, "iter_lambda", interrupted)
+    path = tmp_path / "a.h5ad"
+    adata = backed(path, scvae_lambda=np.ones((N_CELLS, N_GENES)))
+    with pytest.raises(error):
+        fit(adata, write_lambda=True)
+    assert added_keys(make_adata(scvae_lambda=np.ones((N_CELLS, N_GENES))), adata)["obsm"] == {"X_scvae", "scvae_probs"}
+    adata.file.close()
+    read = anndata.read_h5ad(path)
+    np.testing.assert_array_equal(read.layers["scvae_lambda"], 1)
+    assert keys_of(read)["layers"] == {"scvae_lambda"}
+
+
+@pytest.mark.usefixtures("forbid_training")
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_lambda_for_a_file_that_is_open_to_be_read_is_refused_before_any_training(is_closed, tmp_path: Path):
+    path = tmp_path / "a.h5ad"
+    adata = backed(path, mode="r")
+    before = path.read_bytes()
+    if is_closed:
+        adata.file.close()
+    with pytest.raises(
+        ValueError, match=r"found 'a\.h5ad' open to be read.*backed='r\+'.*np\.empty.*array on disk, or"
+    ):
+        fit(adata, write_lambda=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_lambda_of_a_backed_anndata_goes_where_it_is_told(mode, tmp_path: Path):
+    path = tmp_path / "a.h5ad"
+    adata = backed(path, mode=mode)
+    place = array_for_lambda("array", tmp_path)
+    fit(adata, write_lambda=place)
+    assert np.shares_memory(adata.layers["scvae_lambda"], place)
+    fit(adata, mixture=False)
+    assert type(adata.layers["scvae_lambda"]) is np.ndarray
+    copied = fit(adata, write_lambda=True, copy=True)
+    assert type(copied.layers["scvae_lambda"]) is np.ndarray
+    for found in (place, copied.layers["scvae_lambda"]):
+        np.testing.assert_array_equal(found, trained(True).adata.layers["scvae_lambda"])
+    adata.file.close()
+    assert keys_of(anndata.read_h5ad(path)) == keys_of(make_adata())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

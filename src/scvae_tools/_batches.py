@@ -6,7 +6,6 @@ Nothing is made dense on the way. The encoder reads a batch by cell, the decoder
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -54,7 +53,6 @@ class Compressed(NamedTuple):
             yield rows, Compressed(start, self.column[at], self.value[at])
 
 
-@dataclass(frozen=True, eq=False)
 class Counts:
     """Counts of a batch of cells, (n, g); only the non-zeros are held, by cell and by gene.
 
@@ -69,16 +67,16 @@ class Counts:
         not known beforehand.
     """
 
-    by_cell: Compressed
-    by_gene: Compressed
-    log_base_measure: Tensor | None = None
+    # No dataclass: Lightning would take it apart, to convert what is in it, and put it together again.
+    def __init__(self, by_cell: Compressed, by_gene: Compressed, log_base_measure: Tensor | None = None) -> None:
+        self.by_cell, self.by_gene, self.log_base_measure = by_cell, by_gene, log_base_measure
 
     @classmethod
     def of(cls, x: Counts | Tensor) -> Counts:
         """Counts of a dense or sparse tensor (n, g); counts stay as they are."""
         if isinstance(x, Counts):
             return x
-        if x.layout is torch.sparse_csr:
+        if x.layout is not torch.strided:
             return cls.of_coordinates(*_coordinates(x), x.shape)
         cell, gene = torch.nonzero(x, as_tuple=True)
         return cls.of_coordinates(cell, gene, x[cell, gene], x.shape)
@@ -131,7 +129,7 @@ class Counts:
         """With each non-zero x of cell i replaced by function(x, i)."""
         by_cell = self.by_cell._replace(value=function(self.by_cell.value, self.by_cell.row()))
         by_gene = self.by_gene._replace(value=function(self.by_gene.value, self.by_gene.column))
-        return replace(self, by_cell=by_cell, by_gene=by_gene, log_base_measure=None)
+        return Counts(by_cell, by_gene)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Self:
         """On another device; what Lightning and scvi-tools call.
@@ -183,10 +181,10 @@ def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> tuple[Comp
 
 
 def _coordinates(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cell, gene and value of the non-zeros of a sparse CSR tensor, duplicates added up."""
-    coordinates = x.to_sparse_coo().coalesce()
-    cell, gene = coordinates.indices()
-    value = coordinates.values()
+    """Cell, gene and value of the non-zeros of a sparse tensor, duplicates added up."""
+    listed = x.to_sparse_coo()  # torch takes that of a compressed tensor for free of duplicates without looking
+    listed = torch.sparse_coo_tensor(listed._indices(), listed._values(), x.shape, is_coalesced=False).coalesce()
+    (cell, gene), value = listed.indices(), listed.values()
     kept = value != 0
     return cell[kept], gene[kept], value[kept]
 

@@ -393,6 +393,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         if self.adata is None:
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
         _check_training_arguments(max_epochs, batch_size, train_size, lr)
+        _check_precision(trainer_options.get("precision"))
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         max_epochs = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = parse_device_args(accelerator, devices, return_device="torch")
@@ -517,3 +518,11 @@ def _check_training_arguments(max_epochs: int | None, batch_size: int, train_siz
         raise ValueError(f"`train_size` must be in (0, 1]; found {train_size!r}.")
     if not 0 < lr < np.inf:
         raise ValueError(f"`lr` must be positive{' and finite' if lr > 0 else ''}; found {lr!r}.")
+
+
+def _check_precision(precision: object) -> None:
+    if precision is not None and str(precision) not in ("32", "32-true"):
+        raise ValueError(
+            f"`precision` must be '32-true', in which log-likelihood and KL are tested; found {precision!r}. Pass "
+            "matmul_precision='medium' instead, which takes bfloat16 for the matrix products alone."
+        )

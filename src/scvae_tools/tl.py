@@ -15,6 +15,8 @@ from scvae_tools._messages import inform, said_before, warn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import h5py
+    import zarr
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -52,7 +54,7 @@ def scvae(
     random_state: int | np.random.RandomState | None = 0,
     rng: int | np.random.Generator | None = None,
     key_added: str = "scvae",
-    write_lambda: bool | None = None,
+    write_lambda: bool | np.ndarray | zarr.Array | h5py.Dataset | None = None,
     allow_non_integer: bool = False,
     verbose: bool = True,
     copy: bool = False,
@@ -107,7 +109,11 @@ def scvae(
     key_added
         Name of the results.
     write_lambda
-        Whether to write the layer of λ. None writes it unless it would take more than a quarter of the free memory.
+        Whether to write the layer of λ, or where to. None writes it into memory, unless it would take more than a
+        quarter of what is free. True always writes it; if ``adata`` is backed and not copied, into its file, which must
+        be open with ``backed="r+"``. An array of shape (n_cells, n_genes) and a floating type of 32 bits or more, such
+        as a zarr array, an h5py dataset, or a memory map, is filled, and becomes the layer. Neither a file nor an array
+        on disk needs more than about 0.3 GB of memory, whatever the size of λ.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
     verbose
@@ -132,6 +138,7 @@ def scvae(
         Probability of each component, in the order of the categories; unused ones last. Mixture only.
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
         Mean λ of the count distribution before zero inflation, in counts; NaN for genes that ``mask_var`` leaves out.
+        The array passed as ``write_lambda`` itself, where AnnData takes its kind as a layer (NumPy, zarr, h5py).
     ``adata.uns["scvae"]`` : dict
         ``params``; ``history``, a table with a row per epoch; ``elbo``, for ``train`` and ``validation`` the bound and
         its terms in nats per cell; ``version``.
@@ -150,6 +157,12 @@ def scvae(
     Ctrl-C ends the training; results are written from the best weights so far, and a warning says which. Before the
     first epoch has ended nothing is written.
 
+    λ in the file of a backed AnnData is there at once, and is an ``h5py.Dataset`` in ``adata.layers``; all other
+    results are in memory until ``adata.write()``, which copies the layer within the file and leaves its former room
+    unused (``h5repack`` frees it). ``adata.file.close()`` leaves the layer readable, and with it the file open, until
+    the layer is deleted or the AnnData is gone. When anndata opens the file again, it reads all layers into memory,
+    backed or not. ``adata.copy()`` fails in anndata where a layer is in zarr or h5py; ``adata.to_memory()`` works.
+
     References
     ----------
     .. [Grønbech20] Grønbech, Vording, Timshel, Sønderby, Pers, Winther (2020) scVAE: variational auto-encoders for
@@ -166,6 +179,7 @@ def scvae(
 
     require_anndata(adata)
     _require_writable(adata, copy=copy)
+    _require_place_for_rate(adata, write_lambda, copy=copy)
     keys = Keys(key_added)
     seed = as_seed(random_state, rng)
     model_options, train_options = _split_options(kwargs)
@@ -188,9 +202,10 @@ def scvae(
     params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
     params |= {"max_epochs": max_epochs} | ({} if mixture else dict.fromkeys(("covariance", "weights", "n_components")))
     results = _results(model, keys, params)
-    rate = _rate(adata, model, keys, mask, write_lambda)
-    target = adata if not copy else adata.to_memory() if adata.isbacked else adata.copy()
-    _write(target, results, rate)
+    target = _copied(adata) if copy else adata
+    _write(target, results)
+    # Last, because it takes longest and may fill a disk.
+    _write_rate(target, model, keys.rate, mask, write_lambda)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
@@ -257,39 +272,138 @@ def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]
     return results
 
 
-def _rate(
-    adata: AnnData,
-    model: SCVAE,
-    keys: Keys,
-    mask: np.ndarray | None,
-    write: bool | None,  # noqa: FBT001
-) -> dict[str, np.ndarray]:
-    """λ of all genes, unless it is not wanted or too large."""
-    if write is False:
-        return {}
-    n_bytes, free = 4 * adata.n_obs * adata.n_vars, _free_memory()
-    if write is None and n_bytes > LARGEST_SHARE_OF_MEMORY * free:
-        warn(
-            f"layers[{keys.rate!r}] is left out: it would take {_size(n_bytes)}, more than a quarter of the "
-            f"{_size(free)} of free memory. Pass write_lambda=True to write it all the same, or "
-            "return_model=True and call model.get_lambda(indices=..., gene_list=...) in chunks."
-        )
-        return {}
-    rate = model.get_lambda()
-    if mask is not None:
-        full = np.full(adata.shape, np.nan, dtype=np.float32)
-        full[:, mask] = rate
-        rate = full
-    return {keys.rate: rate}
+def _copied(adata: AnnData) -> AnnData:
+    """Copy in memory; `AnnData.copy` fails with layers on disk."""
+    is_on_disk = any(not hasattr(layer, "copy") for key, layer in adata.layers.items() if key is not None)
+    return adata.to_memory(copy=True) if adata.isbacked or is_on_disk else adata.copy()
 
 
-def _write(adata: AnnData, results: dict[str, dict[str, Any]], rate: dict[str, np.ndarray]) -> None:
+def _write(adata: AnnData, results: dict[str, dict[str, Any]]) -> None:
     if adata.is_view:
         inform("Received a view of an AnnData. Making a copy of it.")
         adata._init_as_actual(adata.copy())
-    for slot, values in (results | {"layers": rate}).items():
+    for slot, values in results.items():
         for key, value in values.items():
             getattr(adata, slot)[key] = value
+
+
+# -- the layer of λ ----------------------------------------------------------------------------------------------------
+
+
+def _require_place_for_rate(adata: AnnData, place: object, *, copy: bool) -> None:
+    """Refuse, before any training, a file or an array into which λ cannot be written."""
+    if place is None or isinstance(place, bool | np.bool_):
+        if place and adata.isbacked and not copy:
+            _require_writable_file(adata)
+        return
+    rule = f"`write_lambda` must be True, False, None, or an array of shape {adata.shape} that takes rows of float32"
+    remedy = f"Pass, for example, zarr.create_array(path, shape={adata.shape}, dtype='float32')."
+    try:
+        shape, dtype = tuple(place.shape), np.dtype(place.dtype)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{rule}; found {_kind(place)} without shape or type. {remedy}") from None
+    if shape != adata.shape:
+        raise ValueError(f"{rule}; found the shape {shape}. {remedy}")
+    if dtype.kind != "f" or dtype.itemsize < 4:
+        raise ValueError(f"{rule}; found the type {dtype}. {remedy}")
+    try:
+        place[0:1] = np.asarray(place[0:1], dtype=dtype)  # stays as it is
+    except Exception as error:
+        raise ValueError(
+            f"{rule}; found {_kind(place)} that takes none ({error}). Open it for writing. {remedy}"
+        ) from error
+
+
+def _require_writable_file(adata: AnnData) -> None:
+    if not adata.file.is_open:
+        adata.file.open()
+    if adata.file["obs"].file.mode == "r":
+        raise ValueError(
+            "write_lambda=True writes λ into the file of a backed AnnData, which must be open for writing; found "
+            f"{adata.filename.name!r} open to be read. Open it with anndata.read_h5ad(path, backed='r+'), or pass "
+            "write_lambda=np.empty(adata.shape, 'float32') for λ in memory, an array on disk, or False."
+        )
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+
+
+def _write_rate(adata: AnnData, model: SCVAE, key: str, mask: np.ndarray | None, place: Any) -> None:
+    """Write λ of all genes, unless it is not wanted or too large, chunk by chunk."""
+    if place is None and _is_too_large(adata, key):
+        return
+    if place is None or isinstance(place, bool | np.bool_):
+        if place is None or place:
+            in_file = bool(place) and adata.isbacked
+            adata.layers[key] = _rate_in_file(adata, model, key, mask) if in_file else _rate(adata.shape, model, mask)
+        return
+    _fill(place, model, mask)
+    try:
+        # anndata writes plain arrays to files, and no memory maps; the plain one is the same memory.
+        adata.layers[key] = np.asarray(place) if isinstance(place, np.ndarray) else place
+    except ValueError:
+        inform("λ is in the array passed as `write_lambda` alone: AnnData takes no %s as a layer.", _kind(place))
+
+
+def _is_too_large(adata: AnnData, key: str) -> bool:
+    """Whether λ would take too much of the free memory; says so."""
+    n_bytes, free = 4 * adata.n_obs * adata.n_vars, _free_memory()
+    if n_bytes <= LARGEST_SHARE_OF_MEMORY * free:
+        return False
+    warn(
+        f"layers[{key!r}] is left out: it would take {_size(n_bytes)}, more than a quarter of the {_size(free)} of "
+        "free memory. Pass write_lambda=True to write it all the same (of a backed AnnData into its file), an array on "
+        "disk to write it there (zarr, h5py, or a memory map of NumPy), or return_model=True and call "
+        "model.get_lambda(indices=..., gene_list=...) in chunks."
+    )
+    return True
+
+
+def _rate(shape: tuple[int, int], model: SCVAE, mask: np.ndarray | None) -> np.ndarray:
+    rate = np.empty(shape, dtype=np.float32)
+    _fill(rate, model, mask)
+    return rate
+
+
+def _rate_in_file(adata: AnnData, model: SCVAE, key: str, mask: np.ndarray | None) -> h5py.Dataset:
+    """Write λ into the layers of a backed AnnData's file, in the format of anndata."""
+    import h5py
+
+    # A handle of its own: `AnnData.write` closes that of the AnnData before it reads the layers.
+    file = h5py.File(adata.file["obs"].file.id.reopen())
+    layers = file.require_group("layers")
+    for name, value in {"encoding-type": "dict", "encoding-version": "0.1.0"}.items():
+        layers.attrs.setdefault(name, value)
+    # Without a name until it is complete: after an interruption nothing is left of it.
+    rate = file.create_dataset(None, shape=adata.shape, dtype=np.float32)
+    rate.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    _fill(rate, model, mask)
+    if key in layers:
+        del layers[key]
+    layers[key] = rate
+    file.flush()
+    return layers[key]
+
+
+def _fill(rate: Any, model: SCVAE, mask: np.ndarray | None) -> None:
+    """Write λ into an array by slices of rows; NaN for genes that are left out."""
+    from scvae_tools import _evaluation
+
+    # A part of the memory: zarr holds several copies of what it is given.
+    rows_at_once = max(1, _evaluation.CHUNK_BYTES // (4 * 4 * rate.shape[1]))
+    start = 0
+    for chunk in model.iter_lambda():
+        for at in range(0, len(chunk), rows_at_once):
+            rows = chunk[at : at + rows_at_once]
+            rate[start : start + len(rows)] = rows if mask is None else _among_all_genes(rows, mask)
+            start += len(rows)
+
+
+def _among_all_genes(rate: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    full = np.full((len(rate), len(mask)), np.nan, dtype=np.float32)
+    full[:, mask] = rate
+    return full
 
 
 def _size(n_bytes: float) -> str:
