@@ -46,7 +46,7 @@ def test_the_rates_of_each_component_of_the_mixture_toy_are_recovered(mixture):
     assert adjusted_rand_score(adata.obs["component"], adata.obs["scvae"]) > 0.94
     rate, component = adata.layers["scvae_lambda"], adata.obs["component"].astype(int).to_numpy()
     found = np.stack([rate[component == c].mean(0) for c in range(5)])
-    assert np.abs(found / adata.varm["lambda"].T - 1).mean() < 0.03
+    assert np.abs(found / adata.varm["lambda"].T - 1).mean() < 0.035  # 0.022 to 0.033 over six seeds
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

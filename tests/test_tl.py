@@ -673,9 +673,9 @@ def test_an_array_that_anndata_does_not_take_is_filled_alone(caplog):
 @pytest.mark.parametrize("mask_var", [None, "kept"])
 def test_lambda_is_written_in_chunks_of_the_stated_memory(mask_var, monkeypatch):
     expected = fitted(mixture=False, mask_var=mask_var).layers["scvae_lambda"]
-    monkeypatch.setattr("scvae_tools._evaluation.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
-    monkeypatch.setattr("scvae_tools._evaluation.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
-    monkeypatch.setattr("scvae_tools._evaluation.DECODED_NUMBERS", -1)  # one number a value
+    monkeypatch.setattr("scvae_tools._expression.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
+    monkeypatch.setattr("scvae_tools._expression.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
+    monkeypatch.setattr("scvae_tools._expression.DECODED_NUMBERS", -1)  # one number a value
     place, in_memory = Rows(), make_adata()
     fit(make_adata(), mixture=False, mask_var=mask_var, write_lambda=place)
     fit(in_memory, mixture=False, mask_var=mask_var)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from scvae_tools.likelihoods import Likelihood
 
+#: Cells at a time where no gradient is needed.
+EVALUATION_BATCH_SIZE = 512
 #: Registered data that are codes of categories; all others are numbers.
 CODES = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY, REGISTRY_KEYS.CAT_COVS_KEY)
 
@@ -175,9 +177,11 @@ def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> tuple[Comp
     ends = torch.cumsum(repeats, 0)
     total = int(ends[-1]) if len(ends) else 0
     source = torch.repeat_interleave(repeats, output_size=total)  # non-zero that each new one repeats
-    nth = torch.arange(total, device=cell.device) - (ends - repeats)[source]
+    # The nth repeat of a non-zero is in the nth row of its cell.
+    shift = first[by_gene.column] - (ends - repeats)
+    row = rows.index_select(0, shift.index_select(0, source).add_(torch.arange(total, device=cell.device)))
     start = torch.nn.functional.pad(ends, (1, 0))[by_gene.start]
-    return Compressed(start, rows[first[by_gene.column[source]] + nth], by_gene.value[source]), source
+    return Compressed(start, row, by_gene.value.index_select(0, source)), source
 
 
 def _coordinates(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

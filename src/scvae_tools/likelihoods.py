@@ -306,10 +306,12 @@ def differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor
 
     Both are exactly 0 at x = 1, as more than half of the counts are; there nothing is computed.
     """
-    others = torch.nonzero(x != 1) if x.ndim == 1 and x.device.type == "cpu" else None  # would wait for another device
-    if others is None or len(others) > 0.8 * len(x):
-        return _differentiate_log_rising_ratio(x, r.expand_as(x))
-    others = others[:, 0]
+    is_one = x == 1
+    if x.ndim != 1 or x.device.type != "cpu":  # another device would have to be waited for
+        parts = _differentiate_log_rising_ratio(x, r.expand_as(x))
+        value, by_log_r = (torch.where(is_one, 0.0, part) for part in parts)
+        return value, by_log_r
+    others = torch.nonzero(~is_one)[:, 0]
     parts = _differentiate_log_rising_ratio(x.index_select(0, others), r.expand_as(x).index_select(0, others))
     value, by_log_r = (torch.zeros_like(x).index_copy_(0, others, part) for part in parts)
     return value, by_log_r

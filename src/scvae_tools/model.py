@@ -22,8 +22,9 @@ from scvi.data.fields import (
 from scvi.model._utils import parse_device_args
 
 from scvae_tools import _keys
+from scvae_tools._batches import EVALUATION_BATCH_SIZE
 from scvae_tools._counts import cell_positions, check_obs, gene_mean_fraction, read_counts
-from scvae_tools._evaluation import EVALUATION_BATCH_SIZE, EvaluationMixin
+from scvae_tools._evaluation import EvaluationMixin
 from scvae_tools._gmvae import GMVAE, MixtureVAE, VaDE
 from scvae_tools._messages import said_before, warn
 from scvae_tools._networks import Covariates, Sizes

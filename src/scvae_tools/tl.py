@@ -388,10 +388,10 @@ def _rate_in_file(adata: AnnData, model: SCVAE, key: str, mask: np.ndarray | Non
 
 def _fill(rate: Any, model: SCVAE, mask: np.ndarray | None) -> None:
     """Write λ into an array by slices of rows; NaN for genes that are left out."""
-    from scvae_tools import _evaluation
+    from scvae_tools import _expression
 
     # A part of the memory: zarr holds several copies of what it is given.
-    rows_at_once = max(1, _evaluation.CHUNK_BYTES // (4 * 4 * rate.shape[1]))
+    rows_at_once = max(1, _expression.CHUNK_BYTES // (4 * 4 * rate.shape[1]))
     start = 0
     for chunk in model.iter_lambda():
         for at in range(0, len(chunk), rows_at_once):

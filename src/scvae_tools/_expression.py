@@ -1,0 +1,646 @@
+"""What a trained model decodes: λ, expression, parameters, counts; in chunks of stated memory. Methods of `SCVAE`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+from scvi import REGISTRY_KEYS, settings
+from scvi.model.base import RNASeqMixin
+from scvi.utils import track
+
+from scvae_tools._batches import EVALUATION_BATCH_SIZE
+from scvae_tools._chunks import Rows, SparseRows, check_overall, nonzero, put
+from scvae_tools._counts import cell_positions
+from scvae_tools._gmvae import GMVAE
+from scvae_tools._messages import warn
+from scvae_tools._random import seeded, with_random_state
+from scvae_tools._training import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from sparse import GCXS
+    from torch import Tensor
+
+    from scvae_tools._networks import Covariates
+    from scvae_tools.likelihoods import CountDistribution
+
+#: Working memory, in bytes above the result, of every method that decodes genes: as many cells, and where a single cell
+#: has too many draws as many genes or draws, are decoded at a time as fit into it. Read at each call.
+CHUNK_BYTES = 2**28
+#: Most cells of a chunk: where few genes are asked for, more would save no time.
+LARGEST_CHUNK = 4096
+#: float32 numbers in memory at once for each value that is decoded, or each count that is drawn and put into a sparse
+#: matrix, and one more for each parameter of the likelihood: measured 2 and 6, the rest is what an allocator keeps.
+DECODED_NUMBERS, DRAWN_NUMBERS = 4, 12
+#: Measured: bytes for each non-zero count of a batch while it is encoded.
+ENCODED_BYTES = 72
+#: The parameters of p(x|z) that scvi-tools knows, by our heads.
+SCVI_PARAMETERS = {"log_rate": ("mean", "mu"), "log_r": ("dispersions", "theta"), "gate": ("dropout", "zi_probs")}
+
+
+class ExpressionMixin(RNASeqMixin):
+    """What `SCVAE` decodes, in place of the methods of scvi-tools, which hold the result twice."""
+
+    @torch.inference_mode()
+    def iter_lambda(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """λ in chunks of cells, each (n_cells of the chunk, n_genes) float32; parameters as in `get_lambda`."""
+        adata = self._validate_anndata(adata)
+        genes = self._gene_positions(gene_list)
+        if self.minified_data_type is not None and isinstance(self.module, GMVAE):
+            raise ValueError(
+                "λ of a GMVAE needs q(z|x,y) of each component, which minified data do not hold. Call `get_lambda` "
+                "before minifying, or `get_normalized_expression` now."
+            )
+        n_decoded = self.n_components if isinstance(self.module, GMVAE) and self.is_mixture else 1
+        n_bytes = self._decoded_bytes(n_decoded * self._n_genes(genes))
+        for tensors in self._batches(adata, indices, batch_size or self._cells_at_once(adata, n_bytes)):
+            if REGISTRY_KEYS.LATENT_QZM_KEY in tensors:
+                _, size, covariates = self.module.data(tensors)
+                px = self.module.decode(tensors[REGISTRY_KEYS.LATENT_QZM_KEY], size, covariates, genes)
+                yield px.mu.cpu().numpy()
+                continue
+            yield self.module.rate(*self.module.data(tensors), genes=genes).cpu().numpy()
+
+    def get_lambda(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        out: Any = None,
+    ) -> Any:
+        """Mean parameter λ of the count distribution before zero inflation, in counts.
+
+        At the posterior means: λ = Σ_y q(y|x) λ(E[z|x,y]), the size factor of the cell included.
+
+        Parameters
+        ----------
+        adata, indices
+            As in `get_elbo_terms`.
+        gene_list
+            Names of the genes, in the order of the result; None for all.
+        batch_size
+            Cells decoded at a time; None for as many as take about ``CHUNK_BYTES`` (256 MB), which is then the memory
+            needed above the result, or above nothing where ``out`` is on disk. The result does not depend on it but
+            for rounding.
+        out
+            Array-like of shape (n_cells, n_genes) to write into by slices of rows, for example a memory map, or an
+            array of zarr or h5py; None for a new array.
+
+        Returns
+        -------
+        ``out``, or an array (n_cells, n_genes) float32.
+
+        Raises
+        ------
+        ValueError
+            If a gene is not one of the model, ``out`` has another shape, or the model is a GMVAE with minified data.
+        """
+        adata = self._validate_anndata(adata)
+        n_cells = len(cell_positions(indices, adata.n_obs))
+        rows = Rows((n_cells, self._n_genes(self._gene_positions(gene_list))), out)
+        for chunk in self.iter_lambda(adata, indices, gene_list, batch_size):
+            array, start = rows.add(len(chunk))
+            array[start : start + len(chunk)] = chunk
+        return rows.result()
+
+    # -- what fits into memory ---------------------------------------------------------------------------------------
+
+    def _n_genes(self, genes: Tensor | None) -> int:
+        return len(self.var_names) if genes is None else len(genes)
+
+    def _decoded_bytes(self, n_values: int) -> int:
+        """Memory in which so many values of each parameter are decoded."""
+        return 4 * n_values * (len(self.module.likelihood.heads) + DECODED_NUMBERS)
+
+    def _drawn_bytes(self) -> int:
+        """Memory in which a count of each gene is drawn."""
+        return 4 * len(self.var_names) * (len(self.module.likelihood.heads) + DRAWN_NUMBERS)
+
+    def _cells_at_once(self, adata: AnnData, bytes_per_cell: int) -> int:
+        """Number of cells that take `CHUNK_BYTES` when they are encoded, and then so much each."""
+        matrix = self.get_anndata_manager(adata, required=True).get_from_registry(REGISTRY_KEYS.X_KEY)
+        n_stored = matrix.nnz if sparse.issparse(matrix) else adata.n_obs * adata.n_vars
+        bytes_per_cell += ENCODED_BYTES * n_stored / max(1, adata.n_obs)
+        return int(np.clip(CHUNK_BYTES // bytes_per_cell, 1, LARGEST_CHUNK))
+
+    def _n_cells(self, adata: AnnData | None, indices: Sequence[int] | None, dataloader: Iterable | None) -> int | None:
+        """Number of cells of the result; None if it shows only when the batches are through."""
+        if dataloader is None:
+            return len(cell_positions(indices, self._validate_anndata(adata).n_obs))
+        known = getattr(dataloader, "indices", None)  # loaders of the model, and of scvi-tools
+        return None if known is None else len(known)
+
+    # -- draws of z, decoded in parts --------------------------------------------------------------------------------
+
+    def _draw(self, tensors: dict[str, Any], n_samples: int, batch: int | None = None) -> _Codes:
+        """Draws of z from q(z|x) of a batch, to be decoded as they are or as if of another batch of the data."""
+        outputs = self.module.inference(**self.module._get_inference_input(tensors), n_samples=n_samples)
+        covariates = self.module._covariates(tensors)
+        if batch is not None:
+            covariates = covariates._replace(batch=torch.full_like(covariates.batch, batch))
+        return _Codes(outputs["z"], outputs["size"], covariates)
+
+    def _parts(self, codes: _Codes, genes: Tensor | None) -> Iterator[tuple[slice, slice]]:
+        """Cells and genes that can be decoded at a time."""
+        return _parts(len(codes), self._n_genes(genes), self._decoded_bytes(codes.n_draws))
+
+    def _decode(self, codes: _Codes, genes: Tensor | None, cells: slice, part: slice) -> CountDistribution:
+        """p(x|z) of some of the cells and, of all or the given genes, of some."""
+        if genes is not None:
+            genes = genes[part]
+        elif part != slice(0, len(self.var_names)):
+            genes = torch.arange(part.start, part.stop, device=codes.z.device)
+        codes = codes.rows(cells)
+        return self.module.decode(codes.z, codes.size, codes.covariates, genes)
+
+    def _gene_positions(self, gene_list: Sequence[str] | None) -> torch.Tensor | None:
+        if gene_list is None:
+            return None
+        positions = pd.Index(self.var_names).get_indexer(list(gene_list))
+        if (positions < 0).any():
+            unknown = [gene for gene, at in zip(gene_list, positions, strict=True) if at < 0]
+            raise ValueError(
+                f"`gene_list` must name genes of the model; {len(unknown)} are not, the first {unknown[0]!r}. "
+                "`model.var_names` lists them."
+            )
+        return torch.as_tensor(positions, device=self.module.device)
+
+    def _genes_of_model(self, gene_list: Sequence[str] | None) -> Tensor | None:
+        """Positions of the genes that the model has, in its order, as scvi-tools reads a list of genes."""
+        if gene_list is None:
+            return None
+        names, known = list(gene_list), pd.Index(self.var_names)
+        unknown = [name for name in names if name not in known]
+        if len(unknown) == len(names):
+            raise ValueError(
+                f"`gene_list` must name genes of the model; found none among its {len(names)} names. "
+                "`model.var_names` lists them."
+            )
+        if unknown:
+            warn(
+                f"`gene_list`: {len(unknown)} of {len(names)} names are left out, the first {unknown[0]!r}, because "
+                "the model has no such gene."
+            )
+        return torch.as_tensor(np.flatnonzero(known.isin(names)), device=self.module.device)
+
+    def get_likelihood_parameters(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 1,
+        give_mean: bool = False,  # noqa: FBT001, FBT002
+        batch_size: int | None = None,
+        dataloader: Iterable | None = None,
+        random_state: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """Parameters of p(x|z) at draws of z from q(z|x).
+
+        Parameters
+        ----------
+        adata, indices, random_state
+            As in `get_elbo_terms`.
+        n_samples
+            Draws of z per cell.
+        give_mean
+            Whether to average over the draws.
+        batch_size
+            Cells encoded at a time, 128 for None. They are decoded in parts of about ``CHUNK_BYTES`` (256 MB), which
+            is the memory needed above the result. The draws depend on ``batch_size``, as in scvi-tools, and on nothing
+            else but ``random_state``.
+        dataloader
+            Batches, in place of ``adata``. One of unknown length (without the attribute ``indices``) needs the memory
+            of the result twice.
+
+        Returns
+        -------
+        ``"mean"`` (λ, in counts) and, where the likelihood has them, ``"dispersions"`` (r) and ``"dropout"``
+        (probability of an excess zero); each (n_cells, n_genes), or (n_samples, n_cells, n_genes), float32.
+        """
+        named = [SCVI_PARAMETERS[head.name] for head in self.module.likelihood.heads]
+        averages = give_mean and n_samples > 1
+        draws = (n_samples,) if n_samples > 1 and not averages else ()
+        shape = (*draws, self._n_cells(adata, indices, dataloader), len(self.var_names))
+        rows = {key: Rows(shape) for key, _ in named}
+        with seeded(random_state):
+            for tensors in self._batches(adata, indices, batch_size or settings.batch_size, dataloader):
+                codes = self._draw(tensors, n_samples)
+                places = {key: rows[key].add(len(codes)) for key, _ in named}
+                for cells, part in self._parts(codes, None):
+                    px = self._decode(codes, None, cells, part)
+                    for key, attribute in named:
+                        value = getattr(px, attribute).expand(px.batch_shape)
+                        put(places[key], cells, part, value.mean(0) if averages else value)
+        return {key: value.result() for key, value in rows.items()}
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: Literal["uniform", "importance"] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,  # noqa: FBT001, FBT002
+        return_numpy: bool | None = None,  # noqa: FBT001
+        silent: bool = True,  # noqa: FBT001, FBT002
+        dataloader: Iterable | None = None,
+        data_loader_kwargs: dict[str, Any] | None = None,
+        *,
+        out: Any = None,
+        random_state: int = 0,
+        **importance_weighting_kwargs: Any,
+    ) -> pd.DataFrame | np.ndarray | Any:
+        """λ over the size factor, at draws of z from q(z|x): expression as if all cells had the same size.
+
+        Arguments and numbers are those of scvi-tools, in less memory and time: only the genes asked for, and of
+        ``n_samples_overall`` only the draws chosen, are decoded.
+
+        Parameters
+        ----------
+        adata, indices
+            As in `get_elbo_terms`.
+        transform_batch
+            Batch, or batches to average over, in place of each cell's own; None for its own.
+        gene_list
+            Names of genes; the result has them in the order of the data. Names that the model does not know are left
+            out, with a warning. None for all.
+        library_size
+            Factor of the result, in counts; or ``"latent"`` for λ itself, with the cell's own size factor.
+        n_samples
+            Draws of z per cell.
+        n_samples_overall
+            Number of draws from all cells together, chosen at random with replacement; in place of ``n_samples``.
+        weights
+            Of that choice: ``"uniform"``, the same as None. The importance weights of scvi-tools are for its own prior
+            and distributions.
+        batch_size
+            Cells encoded at a time, ``scvi.settings.batch_size`` (128) for None. They are decoded in parts of about
+            ``CHUNK_BYTES`` (256 MB), which is the memory needed above the result. The draws depend on ``batch_size``,
+            as in scvi-tools, and on nothing else but ``random_state``.
+        return_mean
+            Whether to average over the draws.
+        return_numpy
+            Whether to return an array in place of a table.
+        silent
+            Whether to show no progress over ``transform_batch``.
+        dataloader
+            Batches, in place of ``adata``. One of unknown length (without the attribute ``indices``) needs the memory
+            of the result twice.
+        data_loader_kwargs
+            Further arguments of the loader that is made of ``adata``.
+        out
+            Array-like of the shape of the result to write into by slices of rows, for example a memory map, or an
+            array of zarr or h5py; None for a new array.
+        random_state
+            Seed of the draws.
+        **importance_weighting_kwargs
+            Ignored; scvi-tools passes some.
+
+        Returns
+        -------
+        ``out`` if given. Otherwise a table of cells x genes, or an array (n_cells, n_genes) float32 if asked for or if
+        the cells came from a ``dataloader``. An array (n_samples, n_cells, n_genes) where draws are not averaged, and
+        (n_samples_overall, n_genes) where their number is given.
+
+        Raises
+        ------
+        ValueError
+            If no gene or a batch is not one of the model, ``out`` has another shape, ``weights`` are not uniform, or
+            ``n_samples_overall`` comes with ``n_samples``, ``out`` or a ``dataloader`` of unknown length.
+        """
+        if weights not in (None, "uniform"):
+            raise ValueError(f"`weights` must be 'uniform' or None; found {weights!r}. Leave it out.")
+        n_cells = self._n_cells(adata, indices, dataloader)
+        check_overall(n_samples_overall, n_samples, out, n_cells)
+        genes = self._genes_of_model(gene_list)
+        decoding = _Decoding(
+            genes,
+            self._batch_codes(transform_batch),
+            *(("mu", 1) if library_size == "latent" else ("scale", library_size)),
+            averages=n_samples > 1 and return_mean,
+            silent=silent,
+        )
+        with seeded(random_state):
+            batch_size, loading = batch_size or settings.batch_size, data_loader_kwargs or {}
+            batches = self._batches(adata, indices, batch_size, dataloader, **loading)
+            if n_samples_overall is not None:
+                return self._chosen_expression(batches, decoding, n_cells, n_samples_overall)
+            array = self._expression(batches, decoding, n_cells, n_samples, out)
+        if return_numpy or dataloader is not None or out is not None:
+            return array
+        if array.ndim == 2:
+            return self._table(array, self._validate_anndata(adata), indices, genes)
+        if return_numpy is False:
+            warn("A table has two axes, and draws that are not averaged have three: returned is an array.")
+        return array
+
+    def _table(
+        self, array: np.ndarray, adata: AnnData, indices: Sequence[int] | None, genes: Tensor | None
+    ) -> pd.DataFrame:
+        """An array (n_cells, n_genes) with the names of cells and genes, and without a copy."""
+        index = adata.obs_names[cell_positions(indices, adata.n_obs)]
+        columns = adata.var_names if genes is None else adata.var_names[genes.cpu().numpy()]
+        return pd.DataFrame(array, index=index, columns=columns, copy=False)
+
+    @torch.inference_mode()
+    def _expression(self, batches: Iterable, decoding: _Decoding, n_cells: int | None, n_samples: int, out: Any) -> Any:
+        """Normalized expression of all cells, (n_cells, n_genes), or (n_samples, n_cells, n_genes)."""
+        draws = () if n_samples == 1 or decoding.averages else (n_samples,)
+        rows = Rows((*draws, n_cells, self._n_genes(decoding.genes)), out)
+        for tensors in batches:
+            codes = self._draw_each(tensors, n_samples, decoding)
+            place = rows.add(len(codes[0]))
+            for cells, part, value in self._expression_parts(codes, decoding):
+                put(place, cells, part, value)
+        return rows.result()
+
+    @torch.inference_mode()
+    def _chosen_expression(self, batches: Iterable, decoding: _Decoding, n_cells: int, n_chosen: int) -> np.ndarray:
+        """Normalized expression at draws that are chosen at random from those of all cells, (n_chosen, n_genes)."""
+        n_samples = n_chosen // n_cells + 1
+        # Chosen beforehand, which scvi-tools does afterwards: the stream is that of NumPy, and z comes from torch's.
+        chosen = np.random.choice(n_samples * n_cells, n_chosen)  # noqa: NPY002
+        sample, cell = np.divmod(chosen, n_cells)
+        result = np.empty((n_chosen, self._n_genes(decoding.genes)), dtype=np.float32)
+        start = 0
+        for tensors in batches:
+            codes = self._draw_each(tensors, n_samples, decoding)
+            stop = start + len(codes[0])
+            rows = np.flatnonzero((start <= cell) & (cell < stop))
+            codes = [each.chosen(sample[rows], cell[rows] - start) for each in codes]
+            for at, part, value in self._expression_parts(codes, decoding):
+                result[rows[at], part] = value.cpu().numpy()
+            start = stop
+        return result
+
+    def _draw_each(self, tensors: dict[str, Any], n_samples: int, decoding: _Decoding) -> list[_Codes]:
+        """Draws of z for each batch to transform to; new ones for each, as in scvi-tools."""
+        return [self._draw(tensors, n_samples, batch) for batch in track(decoding.batches, disable=decoding.silent)]
+
+    def _expression_parts(self, codes: list[_Codes], decoding: _Decoding) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Expression, averaged over batches to transform to and, if asked for, draws: cells, genes, values."""
+        for cells, part in self._parts(codes[0], decoding.genes):
+            each = (self._decode(code, decoding.genes, cells, part).get_normalized(decoding.key) for code in codes)
+            value = sum(each) / len(codes)
+            value = value.mean(0) if decoding.averages else value
+            yield cells, part, value * decoding.factor
+
+    def posterior_predictive_sample(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        dataloader: Iterable | None = None,
+        silent: bool = True,  # noqa: FBT001, FBT002
+        *,
+        random_state: int = 0,
+        **data_loader_kwargs: Any,
+    ) -> GCXS:
+        """Counts drawn from p(x|z) at draws of z from q(z|x).
+
+        Parameters
+        ----------
+        adata, indices
+            As in `get_elbo_terms`.
+        transform_batch
+            Batch in place of each cell's own; of several, the draws are averaged. None for its own.
+        n_samples
+            Draws per cell.
+        gene_list
+            As in `get_normalized_expression`. Counts of all genes are drawn, so that a gene's do not depend on it.
+        batch_size
+            Most cells at a time, ``scvi.settings.batch_size`` (128) for None; fewer where their draws would take more
+            than about ``CHUNK_BYTES`` (256 MB), which is the memory needed above the result. The draws depend on the
+            number of cells at a time, and where those of one cell take more, on ``CHUNK_BYTES``.
+        dataloader
+            Batches, in place of ``adata``; their draws are made a few at a time if need be.
+        silent
+            Whether to show no progress over ``transform_batch``.
+        random_state
+            Seed of the draws.
+        **data_loader_kwargs
+            Further arguments of the loader that is made of ``adata``.
+
+        Returns
+        -------
+        Sparse array of float32, compressed by cell, (n_cells, n_genes), or (n_cells, n_genes, n_samples) of several.
+
+        Raises
+        ------
+        ValueError
+            If no gene or a batch is not one of the model.
+        """
+        from sparse import GCXS
+
+        genes, batches = self._genes_of_model(gene_list), self._batch_codes(transform_batch)
+        n_genes = self._n_genes(genes)
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            fit = self._cells_at_once(adata, n_samples * self._drawn_bytes())
+            batch_size = min(batch_size or settings.batch_size, fit)
+        rows = SparseRows(n_genes * n_samples, np.intp)
+        with seeded(random_state):
+            for tensors in self._batches(adata, indices, batch_size, dataloader, **data_loader_kwargs):
+                parts = (
+                    nonzero(self._predictive_counts(tensors, n, batches, genes, silent=silent), first, n_samples)
+                    for first, n in self._draws_at_once(tensors, n_samples)
+                )
+                rows.add(len(tensors[REGISTRY_KEYS.BATCH_KEY]), *parts)
+        shape = (rows.n_rows, n_genes, n_samples) if n_samples > 1 else (rows.n_rows, n_genes)
+        return GCXS(rows.arrays(), shape=shape, compressed_axes=(0,))
+
+    def _draws_at_once(self, tensors: dict[str, Any], n_samples: int) -> Iterator[tuple[int, int]]:
+        """First and number of the draws of a batch that fit into `CHUNK_BYTES`; of one cell, all mostly do."""
+        n_cells = len(tensors[REGISTRY_KEYS.BATCH_KEY])
+        step = max(1, CHUNK_BYTES // (n_cells * self._drawn_bytes()))
+        return ((first, min(step, n_samples - first)) for first in range(0, n_samples, step))
+
+    def _predictive_counts(
+        self, tensors: dict[str, Any], n_samples: int, batches: list[int | None], genes: Tensor | None, *, silent: bool
+    ) -> np.ndarray:
+        """Posterior predictive counts, averaged over batches to transform to, (n, n_genes, n_samples)."""
+        each = (
+            self.module.sample(tensors, n_samples=n_samples, generative_kwargs={"transform_batch": batch})
+            for batch in track(batches, disable=silent)
+        )
+        counts = sum(each) / len(batches) if len(batches) > 1 else next(each)
+        counts = counts if genes is None else counts[:, genes.cpu()]
+        return counts.reshape(*counts.shape[:2], n_samples).numpy()
+
+    def sample(
+        self,
+        n_cells: int = 1000,
+        *,
+        components: str | Sequence[str] | None = None,
+        batch: str | None = None,
+        batch_size: int | None = None,
+        random_state: int = 0,
+    ) -> AnnData:
+        """New cells from the generative model: y, z, then counts.
+
+        Size factors and covariates are drawn, jointly, from those of the cells that the model was built on.
+
+        Parameters
+        ----------
+        n_cells
+            Their number.
+        components
+            Component of all, or of each; None to draw them from p(y).
+        batch
+            Category of the batch; None to draw it with the other covariates.
+        batch_size
+            Most cells decoded at a time, 512 for None; fewer where they would take more than about ``CHUNK_BYTES``
+            (256 MB), which is the memory needed above the result. The counts drawn depend on it.
+        random_state
+            Seed.
+
+        Returns
+        -------
+        Counts (n_cells, n_genes) as CSR float32, with ``obs["size_factor"]``, ``obs["batch"]``, for a mixture
+        ``obs["component"]``, and ``obsm["X_latent"]``.
+        """
+        chosen = self._chosen_components(components, n_cells)
+        fit = max(1, CHUNK_BYTES // self._drawn_bytes())
+        counts = SparseRows(len(self.var_names), np.int32)
+        with seeded(random_state), torch.inference_mode():
+            z, y = self.module.sample_latent(n_cells, chosen)
+            rows = self._reference_rows(n_cells, batch)
+            size, covariates = self.module.reference(rows)
+            if batch is not None:
+                covariates = covariates._replace(batch=torch.full_like(covariates.batch, self._batch_code(batch)))
+            for at in torch.arange(n_cells, device=z.device).split(min(batch_size or EVALUATION_BATCH_SIZE, fit)):
+                px = self.module.decode(z[at], size[at], covariates.rows(at))
+                counts.add(len(at), nonzero(px.sample().cpu().numpy()[:, :, None]))
+                del px  # before the next is decoded
+        obs = pd.DataFrame(index=[f"sample{i}" for i in range(n_cells)])
+        obs["size_factor"] = size[:, 0].cpu().numpy()
+        obs["batch"] = pd.Categorical(self._batch_categories()[covariates.batch[:, 0].cpu().numpy()])
+        if self.is_mixture:
+            obs["component"] = pd.Categorical(np.array(self.components)[y.cpu().numpy()], categories=self.components)
+        return AnnData(
+            sparse.csr_matrix(counts.arrays(), shape=(n_cells, len(self.var_names))),
+            obs=obs,
+            var=pd.DataFrame(index=self.var_names),
+            obsm={"X_latent": z.cpu().numpy()},
+        )
+
+    def _chosen_components(self, components: str | Sequence[str] | None, n_cells: int) -> torch.Tensor | None:
+        if components is None:
+            return None
+        if not self.is_mixture:
+            raise ValueError("`components` needs a trained mixture; this model has none. Leave it out.")
+        names = [components] * n_cells if isinstance(components, str | int) else list(components)
+        if len(names) != n_cells:
+            raise ValueError(f"`components` must be one, or one for each of {n_cells} cells; found {len(names)}.")
+        positions = pd.Index(self.components).get_indexer([str(name) for name in names])
+        if (positions < 0).any():
+            unknown = names[int(np.argmax(positions < 0))]
+            raise ValueError(f"`components` must be among {', '.join(self.components)}; found {unknown!r}.")
+        return torch.as_tensor(positions, device=self.module.device)
+
+    def _batch_categories(self) -> np.ndarray:
+        state = self.registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]["state_registry"]
+        return np.asarray(state["categorical_mapping"])
+
+    def _batch_code(self, batch: str, name: str = "batch") -> int:
+        categories = self._batch_categories()
+        if batch not in categories:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, categories))}; found {batch!r}.")
+        return int(np.flatnonzero(categories == batch)[0])
+
+    def _batch_codes(self, batches: str | Sequence[str] | None) -> list[int | None]:
+        """Codes of the batches to transform to; None, alone or in the list, for each cell's own."""
+        batches = [batches] if batches is None or np.isscalar(batches) else list(batches)
+        return [None if batch is None else self._batch_code(batch, "transform_batch") for batch in batches]
+
+    def _reference_rows(self, n_cells: int, batch: str | None) -> torch.Tensor:
+        """Rows of the kept size factors and covariates; those of the batch, if it has any."""
+        known = self.module.reference_batch[:, 0]
+        rows = torch.arange(len(known), device=known.device)
+        if batch is not None and (known == self._batch_code(batch)).any():
+            rows = rows[known == self._batch_code(batch)]
+        return rows[torch.randint(len(rows), (n_cells,), device=rows.device)]
+
+    get_feature_correlation_matrix = with_random_state(RNASeqMixin.get_feature_correlation_matrix)
+
+    @functools.wraps(RNASeqMixin.differential_expression)
+    def differential_expression(
+        self, adata: AnnData | None = None, *args: Any, random_state: int = 0, **kwargs: Any
+    ) -> pd.DataFrame:
+        data = self._validate_anndata(adata)
+        columns = set(data.obs)
+        try:
+            with seeded(random_state), quiet():
+                return super().differential_expression(data, *args, **kwargs)
+        finally:
+            for column in set(data.obs) - columns:
+                del data.obs[column]
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Latent codes of some cells, and what else `VAE.decode` takes."""
+
+    z: Tensor  # (n, d), or (s, n, d) of several draws
+    size: Tensor  # (n, 1)
+    covariates: Covariates
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @property
+    def n_draws(self) -> int:
+        """Number of draws of each cell, s."""
+        return len(self.z) if self.z.ndim == 3 else 1
+
+    def rows(self, at: slice | Tensor) -> _Codes:
+        """Those of some cells."""
+        return _Codes(self.z[..., at, :], self.size[at], self.covariates.rows(at))
+
+    def chosen(self, sample: np.ndarray, cell: np.ndarray) -> _Codes:
+        """Single draws (m,) of cells (m,), as the codes of m cells."""
+        at = torch.as_tensor(cell, device=self.z.device)
+        z = self.z[torch.as_tensor(sample, device=self.z.device), at] if self.z.ndim == 3 else self.z[at]
+        return _Codes(z, self.size[at], self.covariates.rows(at))
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """What is asked of normalized expression beside the cells."""
+
+    genes: Tensor | None
+    batches: list[int | None]  # codes to transform to; None for each cell's own
+    key: str  # of `CountDistribution.get_normalized`
+    factor: float
+    averages: bool  # over the draws
+    silent: bool
+
+
+def _parts(n_cells: int, n_genes: int, bytes_each: int) -> Iterator[tuple[slice, slice]]:
+    """Cells and genes that together cover all and take `CHUNK_BYTES` at most: all genes of a cell, if they do."""
+    genes = min(n_genes, max(1, CHUNK_BYTES // bytes_each))
+    cells = max(1, CHUNK_BYTES // (bytes_each * genes))
+    for cell in range(0, n_cells, cells):
+        for gene in range(0, n_genes, genes):
+            yield slice(cell, min(cell + cells, n_cells)), slice(gene, min(gene + genes, n_genes))
