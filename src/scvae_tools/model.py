@@ -358,7 +358,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         lr, weight_decay
             Of Adam.
         batch_size
-            Cells a step.
+            Cells a step; 128 gave the best bound for the time (docs/performance.md).
         train_size
             Share of the cells that are trained on; the others tell when to stop and which weights to keep.
         validation_indices
