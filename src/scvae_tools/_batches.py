@@ -222,7 +222,7 @@ class CountDataset(Dataset):
         }
         self.counts = load_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
         if REGISTRY_KEYS.OBSERVED_LIB_SIZE not in self.columns:
-            total = np.asarray(self.counts.sum(1, dtype=np.float64), dtype=np.float32)
+            total = np.asarray(self.counts.sum(1))  # in float32: in float64 scipy would copy the matrix
             self.columns[REGISTRY_KEYS.OBSERVED_LIB_SIZE] = total
         # Filled as cells are first seen: every epoch sees them again.
         self.log_base_measure = np.full(self.counts.shape[0], np.nan, dtype=np.float32)
