@@ -258,6 +258,8 @@ class CountLoader(DataLoader):
     batch_size, shuffle, drop_last
         Cells at a time, whether in a new order each time (drawn from torch's generator), and whether to leave out a
         smaller last batch.
+    dataset
+        That of another loader of the same cells, so that a matrix which is not CSR is converted once; None to make it.
     **options
         Of ``torch.utils.data.DataLoader``, such as ``num_workers`` and ``pin_memory``.
     """
@@ -271,12 +273,14 @@ class CountLoader(DataLoader):
         batch_size: int,
         shuffle: bool = False,
         drop_last: bool = False,
+        dataset: CountDataset | None = None,
         **options: Any,
     ) -> None:
         self.indices = indices
         # A sampler of whole batches, and no collation: one row access of the CSR matrix makes the batch.
         batches = _Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last)
-        super().__init__(CountDataset(manager, likelihood), batch_size=None, sampler=batches, **options)
+        dataset = CountDataset(manager, likelihood) if dataset is None else dataset
+        super().__init__(dataset, batch_size=None, sampler=batches, **options)
 
 
 class _Batches:

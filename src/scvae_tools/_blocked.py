@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scvae_tools.likelihoods import Likelihood, Params
 
 #: Entries of a block, rows x genes, by kind of device. On a processor a few such matrices fit into its cache, and the
-#: cost of starting an operation stays small beside it (`make profile` shows both); on others the bound is memory.
+#: cost of starting an operation stays small beside it; on others the bound is memory.
 BLOCK_ENTRIES = {"cpu": 2**19}
 BLOCK_ENTRIES_ELSEWHERE = 2**26
 

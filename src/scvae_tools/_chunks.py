@@ -79,11 +79,14 @@ def put(place: tuple[Any, int], cells: slice, part: slice, value: Tensor) -> Non
 
 
 class SparseRows:
-    """Sparse matrix that is put together from batches of rows, without a second copy of it at any time."""
+    """Sparse matrix that is put together from batches of rows, without a second copy of it at any time.
 
-    def __init__(self, n_columns: int, index_type: type) -> None:
-        self.n_columns, self.n_rows = n_columns, 0
-        self.data, self.indices = np.empty(0, dtype=np.float32), np.empty(0, dtype=index_type)
+    Values and columns are kept as bytes: these grow in place, where an array would be copied for every batch.
+    """
+
+    def __init__(self, index_type: type) -> None:
+        self.index_type, self.n_rows = index_type, 0
+        self.value_bytes, self.column_bytes = bytearray(), bytearray()
         self.n_stored = [np.zeros(1, dtype=np.int64)]  # of each row
 
     def add(self, n_rows: int, *parts: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
@@ -91,19 +94,14 @@ class SparseRows:
         row, column, value = parts[0] if len(parts) == 1 else _in_order(*map(np.concatenate, zip(*parts, strict=True)))
         self.n_stored.append(np.bincount(row, minlength=n_rows))
         self.n_rows += n_rows
-        _append(self.data, value)
-        _append(self.indices, column)
+        self.value_bytes += np.ascontiguousarray(value, dtype=np.float32).data.cast("B")
+        self.column_bytes += np.ascontiguousarray(column, dtype=self.index_type).data.cast("B")
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values, columns and starts of the rows, as of a CSR matrix."""
-        return self.data, self.indices, np.cumsum(np.concatenate(self.n_stored))
-
-
-def _append(array: np.ndarray, values: np.ndarray) -> None:
-    """Grow an array that nothing else refers to, in place: the system moves its pages, not their content."""
-    n_before = len(array)
-    array.resize(n_before + len(values), refcheck=False)
-    array[n_before:] = values
+        value = np.frombuffer(self.value_bytes, dtype=np.float32)
+        column = np.frombuffer(self.column_bytes, dtype=self.index_type)
+        return value, column, np.cumsum(np.concatenate(self.n_stored))
 
 
 def _in_order(row: np.ndarray, column: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -459,7 +459,7 @@ class ExpressionMixin(RNASeqMixin):
             adata = self._validate_anndata(adata)
             fit = self._cells_at_once(adata, n_samples * self._drawn_bytes())
             batch_size = min(batch_size or settings.batch_size, fit)
-        rows = SparseRows(n_genes * n_samples, np.intp)
+        rows = SparseRows(np.intp)
         with seeded(random_state):
             for tensors in self._batches(adata, indices, batch_size, dataloader, **data_loader_kwargs):
                 parts = (
@@ -522,7 +522,7 @@ class ExpressionMixin(RNASeqMixin):
         """
         chosen = self._chosen_components(components, n_cells)
         fit = max(1, CHUNK_BYTES // self._drawn_bytes())
-        counts = SparseRows(len(self.var_names), np.int32)
+        counts = SparseRows(np.int32)
         with seeded(random_state), torch.inference_mode():
             z, y = self.module.sample_latent(n_cells, chosen)
             rows = self._reference_rows(n_cells, batch)

@@ -21,8 +21,8 @@ NORMALIZATIONS = ("layer", "batch", "none")
 DISPERSIONS = ("gene", "gene-batch", "gene-cell")
 
 #: The first layer of the encoder gathers the weights of a cell's non-zeros where these are a smaller share of the genes
-#: than this, and else makes the batch dense: measured, the two take the same time here (`make profile`).
-LARGEST_SPARSE_DENSITY = 0.25
+#: than this, and else makes the batch dense: from about there on that is as fast (benchmarks/choices.py).
+LARGEST_SPARSE_DENSITY = 0.7
 #: Entries of its gradient that are computed at a time, before they are put in their place.
 GATHERED_ENTRIES = 2**19
 

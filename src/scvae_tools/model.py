@@ -456,6 +456,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
             return train, None
         # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
         options = {"batch_size": max(batch_size, EVALUATION_BATCH_SIZE), "pin_memory": pin_memory}
+        options["dataset"] = train.dataset
         return train, self._make_data_loader(self.adata, self.validation_indices, **options)
 
     def _run(self, stages: list[Stage], loaders: tuple, settings: Settings, random_state: int) -> None:
