@@ -170,21 +170,22 @@ class _Sweep:
         self.likelihood, self.heads, self.block_entries, self.buffers = likelihood, heads, block_entries, buffers
         self.log_size, self.batch, self.n_batch = rows.log_size, rows.batch, rows.n_batch
         self.by_gene = rows.by_gene._replace(value=rows.by_gene.value.to(heads.tensors()[0].dtype))
-        constants = self._constants(rows)
+        gene = self.by_gene.row()
+        constants = self._constants(rows, gene)
         if rows.cell is not None:
             self.log_size, self.batch = rows.log_size[rows.cell], rows.batch[rows.cell]
             self.by_gene, source = rows_of_cells(self.by_gene, rows.cell, len(rows.log_size))
+            gene = gene.index_select(0, source)
             constants = {name: value.index_select(0, source) for name, value in constants.items()}
         self.constants = constants  # of each non-zero
-        self.position = self.by_gene.row() * len(self.log_size) + self.by_gene.column  # of each, in a (g, p) matrix
+        self.position = gene.mul_(len(self.log_size)).add_(self.by_gene.column)  # of each, in a (g, p) matrix
 
-    def _constants(self, rows: Rows) -> Params:
-        """What the likelihood can say of the non-zeros of the cells without the decoder."""
+    def _constants(self, rows: Rows, gene: Tensor) -> Params:
+        """What the likelihood can say of the non-zeros of the cells, (nnz,) of each gene, without the decoder."""
         if not self.heads.shared:
             return {}
-        gene, cell = self.by_gene.row(), self.by_gene.column
         shared = {
-            name: value[gene, rows.batch[cell]] if value.ndim == 2 else value.index_select(0, gene)
+            name: value[gene, rows.batch[self.by_gene.column]] if value.ndim == 2 else value.index_select(0, gene)
             for name, value in self.heads.shared.items()
         }
         return self.likelihood.kernel_constants(self.by_gene.value, shared)
