@@ -230,8 +230,15 @@ def test_set_keeps_what_the_covariance_can_hold(covariance: str, weights: str) -
     }[covariance]
     np.testing.assert_allclose(array(prior.covariances()), expected, **EXACT)
     np.testing.assert_allclose(array(prior.means), means, **EXACT)
-    held = probabilities if weights == "learned" else np.full(3, 1 / 3)
+    held = np.full(3, 1 / 3) if weights == "uniform" else probabilities
     np.testing.assert_allclose(array(prior.log_weights().exp()), held, **EXACT)
+
+
+def test_weights_that_are_given_stay() -> None:
+    prior = make_prior("full", weights=[0.6, 0.3, 0.1])
+    prior.set(torch.full((3,), 1 / 3), normal(3, 2), make_covariances())
+    np.testing.assert_allclose(array(prior.log_weights().exp()), [0.6, 0.3, 0.1], rtol=1e-6)
+    assert not prior.logits.requires_grad
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
@@ -680,7 +687,7 @@ def test_a_mixture_built_later_takes_the_precision_of_the_model(kind: str) -> No
     ("options", "message"),
     [
         ({"covariance": "spherical"}, "`covariance` must be one of 'diag', 'tied', 'full'; found 'spherical'"),
-        ({"weights": "fixed"}, "`weights` must be one of 'learned', 'uniform'; found 'fixed'"),
+        ({"weights": "fixed"}, "`weights` must be one of 'learned', 'uniform', 'labels'; found 'fixed'"),
         ({"k": 0}, "`n_components` must be a whole number of at least 1; found 0"),
         ({"k": 2.5}, "`n_components` must be a whole number of at least 1; found 2.5"),
         ({"likelihood": "normal"}, "`likelihood` must be one of .*; found 'normal'"),
@@ -711,7 +718,7 @@ def test_a_batch_of_one_cell_has_the_gradient_of_finite_differences(kind: str, c
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             assert name == "mixture.logits"
-            assert weights == "uniform"
+            assert weights != "learned"
             continue
         direction, expected = normal(*parameter.shape, seed=7), 0.0
         for sign in (1, -1):

@@ -5,56 +5,128 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import xlogy
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
-from scvae_tools._start import count_communities, fit_mixture
+from scvae_tools._start import LARGEST_OVERLAP, overlaps, start_mixture
 
 
-def make_clusters(n_clusters, *, n_cells=600, distance=8.0, seed=0):
+def make_clusters(n_clusters, *, n_cells=600, distance=8.0, shares=None, seed=0):
     rng = np.random.default_rng(seed)
-    centres = np.linalg.qr(rng.normal(size=(10, 10)))[0][:n_clusters] * distance
-    truth = np.arange(n_cells) % n_clusters
+    centres = distance * rng.normal(size=(n_clusters, 10)) / np.sqrt(2 * 10)  # `distance` apart on average
+    truth = np.arange(n_cells) % n_clusters if shares is None else rng.choice(n_clusters, n_cells, p=shares)
     return (centres[truth] + rng.normal(size=(n_cells, 10))).astype(np.float32), truth, centres
 
 
-@pytest.mark.parametrize("n_clusters", [1, 2, 5, 9])
-def test_communities_of_separate_clusters_are_counted(n_clusters):
-    latent, _, _ = make_clusters(n_clusters)
-    found = count_communities(latent, random_state=0)
-    # One Gaussian has no structure to stop Leiden from cutting it a few times.
-    assert found == n_clusters if n_clusters > 1 else found < 8
+def partition(latent, start):
+    log_joint = [multivariate_normal(mean, start.covariance).logpdf(latent) for mean in start.means]
+    return np.argmax(np.log(start.weights)[:, None] + log_joint, axis=0)
 
 
-def test_counting_leaves_the_number_of_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        count_communities(make_clusters(3)[0], random_state=0)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("n_clusters", [1, 2, 5, 12, 20])
+def test_separate_clusters_are_counted(n_clusters):
+    latent, truth, _ = make_clusters(n_clusters, n_cells=2000, distance=14.0)
+    start, curve = start_mixture(latent, None, random_state=0)
+    assert len(start.weights) == n_clusters
+    assert adjusted_rand_score(truth, partition(latent, start)) > 0.99
+    assert curve.n_components[curve.chosen].tolist() == [n_clusters]
+
+
+def test_clusters_of_very_unequal_size_are_found():
+    """Sizes from 1 to 50: a mixture of six components cuts the largest in its place."""
+    shares = np.geomspace(1, 1 / 50, 6)
+    latent, truth, _ = make_clusters(6, n_cells=3000, distance=14.0, shares=shares / shares.sum())
+    for n_components in (None, 6):
+        start, _ = start_mixture(latent, n_components, random_state=0)
+        assert len(start.weights) == 6
+        assert adjusted_rand_score(truth, partition(latent, start)) > 0.99
+
+
+def test_the_number_stays_in_the_range_that_is_given():
+    latent, _, _ = make_clusters(5, distance=14.0)
+    for given, expected in (((2, 4), 4), ((2, 9), 5), ((7, 9), 7)):
+        start, curve = start_mixture(latent, given, random_state=0)
+        assert len(start.weights) == expected
+        assert curve.n_components[curve.chosen].tolist() == [expected]
+
+
+def test_the_curve_tells_how_many_runs_stop_where():
+    latent, _, _ = make_clusters(5, distance=14.0)
+    _, curve = start_mixture(latent, None, random_state=0)
+    assert curve.share_of_runs.sum() == pytest.approx(1)
+    assert curve.set_index("n_components").share_of_runs[5] > 0.9
+    assert curve.overlap[curve.n_components <= 5].max() < LARGEST_OVERLAP
+    assert curve.overlap[curve.n_components > 5].min() > LARGEST_OVERLAP
+
+
+def test_the_mixture_has_the_moments_of_the_clusters():
+    latent, truth, centres = make_clusters(4, n_cells=4000, distance=12.0)
+    latent[truth == 3] *= 2.0
+    centres[3] *= 2.0
+    start, _ = start_mixture(latent, 4, random_state=0)
+    nearest = ((start.means[:, None] - centres) ** 2).sum(-1).argmin(1)
+    assert sorted(nearest) == [0, 1, 2, 3]
+    np.testing.assert_allclose(start.weights, 0.25, atol=0.01)
+    np.testing.assert_allclose(start.means, centres[nearest], atol=0.2)
+    for component, cluster in enumerate(nearest):
+        spread = np.cov(latent[truth == cluster].T)
+        np.testing.assert_allclose(start.covariances[component], spread, atol=0.15 * spread.max())
+    within = np.mean([np.cov(latent[truth == cluster].T) for cluster in range(4)], axis=0)
+    np.testing.assert_allclose(start.covariance, within, atol=0.05)
+
+
+def test_overlap_is_the_entropy_lost_by_merging_over_the_cells_of_the_smaller():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(4), size=50)
+
+    def entropy(columns):
+        return -xlogy(columns, columns).sum()
+
+    for i, j in ((0, 1), (2, 0), (3, 2)):
+        merged = np.c_[np.delete(probs, [i, j], axis=1), probs[:, i] + probs[:, j]]
+        expected = (entropy(probs) - entropy(merged)) / min(probs[:, i].sum(), probs[:, j].sum())
+        assert overlaps(probs)[i, j] == pytest.approx(expected)
+    assert np.all(np.diag(overlaps(probs)) == 0)
+
+
+def test_two_halves_of_one_component_overlap_by_twice_log_two():
+    halves = np.c_[np.full((10, 2), 0.5), np.zeros(10)]
+    assert overlaps(halves)[0, 1] == pytest.approx(2 * np.log(2))
+    assert overlaps(halves)[0, 2] == 0
+
+
+@pytest.mark.parametrize("n_components", [5, None])
+def test_the_same_seed_gives_the_same_mixture_and_leaves_random_states_alone(n_components):
+    latent, _, _ = make_clusters(5, distance=4.0)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state(), torch.get_num_threads()
+    (first, _), (second, _) = (start_mixture(latent, n_components, random_state=3) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.array_equal(np.random.get_state()[1], before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert torch.get_num_threads() == before[2]
 
 
 @pytest.mark.parametrize("n_cells", [3, 8, 40])
-def test_a_handful_of_cells_can_be_counted(n_cells):
-    assert 1 <= count_communities(make_clusters(2, n_cells=n_cells)[0], random_state=0) <= n_cells
+@pytest.mark.parametrize("n_components", [None, 3, (2, 3)])
+def test_a_handful_of_cells_has_a_start(n_cells, n_components):
+    latent, _, _ = make_clusters(2, n_cells=n_cells)
+    start, _ = start_mixture(latent, n_components, random_state=0)
+    assert 1 <= len(start.weights) <= n_cells
+    if n_components == 3:
+        assert len(start.weights) == 3
 
 
-def test_the_mixture_finds_means_and_the_covariance_within_clusters():
-    latent, truth, centres = make_clusters(4, n_cells=4000)
-    start = fit_mixture(latent, 4, random_state=0)
-    nearest = ((start.means[:, None] - centres) ** 2).sum(-1).argmin(1)
-    assert sorted(nearest) == [0, 1, 2, 3]
-    np.testing.assert_allclose(start.means, centres[nearest], atol=0.15)
-    np.testing.assert_allclose(start.covariance, np.eye(10), atol=0.1)
-    np.testing.assert_allclose(start.weights, 0.25, atol=0.01)
-    log_joint = [multivariate_normal(mean, start.covariance).logpdf(latent) for mean in start.means]
-    assert adjusted_rand_score(truth, np.argmax(log_joint, axis=0)) == 1
+def test_equal_cells_have_a_start():
+    latent = np.ones((30, 4), dtype=np.float32)
+    for n_components in (None, 2):
+        start, _ = start_mixture(latent, n_components, random_state=0)
+        assert np.isfinite(start.means).all()
+        np.linalg.cholesky(start.covariances)
 
 
-def test_the_same_seed_gives_the_same_mixture():
-    latent, _, _ = make_clusters(5, distance=2.0)
-    first, second = (fit_mixture(latent, 5, random_state=3, n_starts=2) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_more_cells_than_are_compared_all_count():
+    latent, truth, _ = make_clusters(3, n_cells=12_000, distance=14.0)
+    start, _ = start_mixture(latent, 3, random_state=0)
+    np.testing.assert_allclose(start.weights, 1 / 3, atol=1e-3)

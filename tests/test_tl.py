@@ -26,7 +26,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from scipy import sparse
+from scipy import sparse, stats
 
 import scvae_tools as svt
 from scvae_tools._counts import CountsError
@@ -262,7 +262,7 @@ def test_without_a_number_of_components_it_is_counted(mixture):
 @each_mixture
 def test_uns_holds_params_history_elbo_and_version(mixture):
     uns = trained(mixture).adata.uns["scvae"]
-    assert set(uns) == {"params", "history", "elbo", "version"}
+    assert set(uns) - {"components"} == {"params", "history", "elbo", "version"}
     assert uns["version"] == svt.__version__
     assert set(uns["elbo"]) == {"train", "validation"}
 
@@ -478,8 +478,34 @@ def test_the_name_of_a_mask_is_a_param_and_an_array_is_not():
     assert "mask_var" not in adata.uns["array"]["params"]
 
 
-def test_labels_do_not_change_the_results():
-    assert differing(results_of(fitted(labels_key="component")), results_of(trained(True).adata)) == []
+def test_labels_that_the_y_term_leaves_out_do_not_change_the_results():
+    given = fitted(labels_key="component", y_term="kl")
+    assert differing(results_of(given), results_of(trained(True).adata)) == []
+
+
+def test_components_bear_the_names_of_labels():
+    adata = make_adata()
+    names = "type " + adata.obs["component"].astype(str)
+    adata.obs["label"] = np.where(np.arange(adata.n_obs) % 2 == 0, names, "?")
+    results = fitted(adata, labels_key="label", unlabeled_category="?", n_components=None)
+    assert set(results.obs["scvae"].cat.categories) <= set(names)
+    assert results.uns["scvae"]["params"]["unlabeled_category"] == "?"
+    assert "curve" not in results.uns["scvae"]["components"]
+
+
+@each_mixture
+def test_the_components_are_summed_up(mixture):
+    adata = trained(mixture).adata
+    summary = adata.uns["scvae"].get("components")
+    if not mixture:
+        assert summary is None
+        return
+    share = adata.obsm["scvae_probs"].mean(0, dtype=float)
+    assert summary["n_components"] == len(share)
+    assert summary["n_used"] == adata.obs["scvae"].nunique()
+    assert summary["n_effective"] == pytest.approx(np.exp(stats.entropy(share)))
+    chosen = summary["curve"].query("chosen") if "curve" in summary else None
+    assert chosen is None or chosen["n_components"].tolist() == [len(share)]
 
 
 def test_total_counts_as_size_factors_are_the_default():
@@ -1183,7 +1209,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict, str]] = {
         {"n_components": 61},
         r"`n_components` must be at most .*61 components for 60 cells",
     ),
-    "no components": ({"n_components": 0}, r"`n_components` must be .*at least 1; found 0"),
+    "no components": ({"n_components": 0}, r"`n_components` must be .*at least 1.*; found 0"),
+    "components from many to few": ({"n_components": (9, 3)}, r"`n_components` must be .*; found \(9, 3\)"),
     "broken components": ({"n_components": 2.5}, r"`n_components` must be .*; found 2\.5"),
     "batch_size 0": ({"batch_size": 0}, r"`batch_size` must be .*at least 1; found 0"),
     "batch_size 2.5": ({"batch_size": 2.5}, r"`batch_size` must be .*found 2\.5"),

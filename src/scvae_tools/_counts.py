@@ -98,7 +98,7 @@ def require_anndata(adata: object) -> None:
         names = list(modalities)
         choice = "rna" if "rna" in names or not names else names[0]
         raise TypeError(
-            f"`adata` must be an AnnData; found a {type(adata).__name__} with the modalities {_listed(names)}. "
+            f"`adata` must be an AnnData; found a {type(adata).__name__} with the modalities {listed(names)}. "
             f"Pass the one with the counts, such as mdata.mod[{choice!r}]."
         )
     raise TypeError(f"`adata` must be an AnnData; found a {type(adata).__name__}. Wrap it: anndata.AnnData(counts).")
@@ -208,12 +208,12 @@ def _get_matrix(adata: AnnData, layer: str | None) -> object:
         if adata.X is None:
             raise CountsError(
                 "adata.X must hold counts; found None. Set adata.X to the counts, or name the layer that holds them "
-                f"with `layer`. Layers: {_listed(_layer_names(adata))}."
+                f"with `layer`. Layers: {listed(_layer_names(adata))}."
             )
         return adata.X
     if layer not in _layer_names(adata):
         raise CountsError(
-            f"`layer` must name a layer of adata; found {layer!r}, and the layers {_listed(_layer_names(adata))}. "
+            f"`layer` must name a layer of adata; found {layer!r}, and the layers {listed(_layer_names(adata))}. "
             "Pass one of them, or None for adata.X. adata.raw is not read: for that, pass adata.raw.to_adata()."
         )
     return adata.layers[layer]
@@ -233,7 +233,7 @@ def _column_of_var(adata: AnnData, key: str) -> pd.Series:
         boolean = [name for name in adata.var.columns if pd.api.types.is_bool_dtype(adata.var[name])]
         raise CountsError(
             f"`mask_var` must name a boolean column of adata.var; found {key!r}, and the boolean columns "
-            f"{_listed(boolean)}. Pass one of them; sc.pp.highly_variable_genes makes 'highly_variable'."
+            f"{listed(boolean)}. Pass one of them; sc.pp.highly_variable_genes makes 'highly_variable'."
         )
     return adata.var[key]
 
@@ -481,6 +481,7 @@ def check_obs(
     *,
     batch_key: str | None = None,
     labels_key: str | None = None,
+    unlabeled_category: str | None = None,
     size_factor_key: str | None = None,
     categorical_covariate_keys: Iterable[str] | None = None,
     continuous_covariate_keys: Iterable[str] | None = None,
@@ -499,7 +500,9 @@ def check_obs(
     if batch_key is not None:
         _check_batch(adata, batch_key)
     if labels_key is not None:
-        _check_categories(adata, labels_key, "labels_key")
+        _check_labels(_check_categories(adata, labels_key, "labels_key"), labels_key, unlabeled_category)
+    elif unlabeled_category is not None:
+        raise ValueError(f"`unlabeled_category` needs `labels_key`; found {unlabeled_category!r} without one.")
     if size_factor_key is not None:
         _check_size_factor(adata, size_factor_key)
     for key in _keys(categorical_covariate_keys, "categorical_covariate_keys"):
@@ -519,7 +522,7 @@ def _column_of_obs(adata: AnnData, key: str, argument: str) -> pd.Series:
     if key in adata.obs.columns:
         return adata.obs[key]
     close = get_close_matches(str(key), columns)
-    remedy = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Pass one of {_listed(columns)}."
+    remedy = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Pass one of {listed(columns)}."
     raise ValueError(f"`{argument}` must name a column of adata.obs; found {key!r}, which there is not. {remedy}")
 
 
@@ -529,10 +532,26 @@ def _check_categories(adata: AnnData, key: str, argument: str) -> pd.Series:
     if len(missing):
         raise ValueError(
             f"adata.obs[{key!r}] (`{argument}`) must have a category for every cell; found none for {len(missing):,} "
-            f"of {adata.n_obs:,} cells: {_first_cells(adata, missing)}. Give them a category of their own, or remove "
-            f"them: adata = adata[adata.obs[{key!r}].notna()].copy()."
+            f"of {adata.n_obs:,} cells: {_first_cells(adata, missing)}. Give them a category of their own (of labels "
+            f"the `unlabeled_category`), or remove them: adata = adata[adata.obs[{key!r}].notna()].copy()."
         )
     return column
+
+
+def _check_labels(column: pd.Series, key: str, unlabeled_category: str | None) -> None:
+    if unlabeled_category is None:
+        return
+    is_unlabeled = column.astype(str) == str(unlabeled_category)
+    if not is_unlabeled.any():
+        raise ValueError(
+            f"`unlabeled_category` must be what adata.obs[{key!r}] holds for cells without a label; found "
+            f"{unlabeled_category!r}, which it does not hold. Pass one of {listed(column.unique())}, or None."
+        )
+    if is_unlabeled.all():
+        raise ValueError(
+            f"adata.obs[{key!r}] (`labels_key`) must hold a label for some cells; found {unlabeled_category!r} in all "
+            f"{len(column):,}. Leave `labels_key` out."
+        )
 
 
 def _check_batch(adata: AnnData, key: str) -> None:
@@ -580,7 +599,7 @@ def _refuse_cells(adata: AnnData, bad: np.ndarray, values: np.ndarray, rule: str
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def _listed(names: Iterable[object]) -> str:
+def listed(names: Iterable[object]) -> str:
     names = list(names)
     shown = ", ".join(repr(str(name)) for name in names[:20])
     return (shown + (", ..." if len(names) > 20 else "")) or "(none)"

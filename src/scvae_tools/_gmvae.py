@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from scvae_tools._batches import Counts
-from scvae_tools._vae import LOG_2PI, VAE, Bound, Posterior, check_choice
+from scvae_tools._vae import LOG_2PI, VAE, Bound, Posterior, check_choice, cross_entropy, observe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from scvae_tools._networks import Covariates, Sizes
 
 COVARIANCES = ("diag", "tied", "full")
-WEIGHTS = ("learned", "uniform")
+WEIGHTS = ("learned", "uniform", "labels")
+#: What stands for q(y|x) in the loss beside the bound's other terms; the three of the ablation in docs/clustering.md.
+Y_TERMS = ("kl", "none", "cross-entropy")
 
 #: Draws of z for q(y|x) = E p(y|z) in VaDE outside the bound. Fixed, so that a cell's probabilities depend on nothing
 #: but the cell.
@@ -35,10 +40,10 @@ class GaussianMixture(nn.Module):
     covariance
         ``"diag"``, ``"tied"`` (one full Σ for all), or ``"full"``.
     weights
-        ``"learned"`` or ``"uniform"``.
+        ``"learned"``, ``"uniform"``, ``"labels"`` (as the mixture is started, and not trained), or k numbers.
     """
 
-    def __init__(self, n_components: int, n_latent: int, *, covariance: str, weights: str) -> None:
+    def __init__(self, n_components: int, n_latent: int, *, covariance: str, weights: str | Sequence[float]) -> None:
         super().__init__()
         k, d, distinct = n_components, n_latent, 1 if covariance == "tied" else n_components
         self.n_components, self.covariance, self.weights = k, covariance, weights
@@ -51,8 +56,10 @@ class GaussianMixture(nn.Module):
     @torch.no_grad()
     def set(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         """Set π (k,), μ (k, d) and Σ (k, d, d), reduced to what the covariance kind can hold."""
-        if self.weights == "learned":
+        if self.weights in ("learned", "labels"):
             self.logits.copy_(weights.log())
+        elif self.weights != "uniform":
+            self.logits.copy_(torch.as_tensor(self.weights).log())
         self.means.copy_(means)
         if self.covariance == "diag":
             self.log_diagonal.copy_(-0.5 * torch.diagonal(covariances, dim1=-2, dim2=-1).log())
@@ -130,6 +137,10 @@ class MixtureVAE(VAE):
         k, or None to build the mixture later, when training has looked at the latent space.
     covariance, weights
         Of the prior, see `GaussianMixture`.
+    y_term
+        One of `Y_TERMS`.
+    component_of_label
+        Component that each code of the labels stands for, −1 for none; None if labels play no part.
     options
         Those of `VAE`.
     """
@@ -140,12 +151,18 @@ class MixtureVAE(VAE):
         *,
         n_components: int | None = None,
         covariance: str = "full",
-        weights: str = "learned",
+        weights: str | Sequence[float] = "learned",
+        y_term: str = "kl",
+        component_of_label: Sequence[int] | None = None,
         **options: object,
     ) -> None:
         super().__init__(sizes, **options)
         check_choice("covariance", covariance, COVARIANCES)
-        check_choice("weights", weights, WEIGHTS)
+        check_choice("y_term", y_term, Y_TERMS)
+        if isinstance(weights, str):
+            check_choice("weights", weights, WEIGHTS)
+        self.y_term = y_term
+        self.component_of_label = component_of_label
         self.n_components = None
         self._mixture_options = {"covariance": covariance, "weights": weights}
         # A buffer, so that it is saved; mirrored in a plain bool, so that no step has to read it from the device.
@@ -169,7 +186,14 @@ class MixtureVAE(VAE):
         return self.mixture if self.is_mixture else self.standard_normal
 
     @torch.no_grad()
-    def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
+    def set_mixture(
+        self,
+        weights: Tensor,
+        means: Tensor,
+        covariance: Tensor,
+        posterior_variance: Tensor,
+        covariances: Tensor | None = None,
+    ) -> None:
         """Take over a Gaussian mixture fitted to the latent means of the VAE.
 
         Parameters
@@ -180,11 +204,20 @@ class MixtureVAE(VAE):
             Σ (d, d) of the latent means within a component, shared by all.
         posterior_variance
             Mean of the variances of q(z|x), (d,): p(z) models z, whose spread is that of the means plus this.
+        covariances
+            Each component's own, (k, d, d); None for the shared one.
         """
-        spread = (covariance + torch.diag(posterior_variance)).expand(self.n_components, -1, -1)
-        self.mixture.set(weights, means, spread)
+        own = covariance.expand(self.n_components, -1, -1) if covariances is None else covariances
+        self.mixture.set(weights, means, own + torch.diag(posterior_variance))
         self.mixture_is_set.fill_(True)  # noqa: FBT003
         self.is_mixture = True
+
+    def label(self, tensors: dict[str, Counts | Tensor]) -> Tensor | None:
+        if self.component_of_label is None or self.y_term != "cross-entropy" or not self.is_mixture:
+            return None
+        code = tensors[REGISTRY_KEYS.LABELS_KEY][:, 0].long()
+        component = torch.as_tensor(self.component_of_label, device=code.device)
+        return torch.where(code < len(component), component[code.clamp(max=len(component) - 1)], -1)
 
     def permute_components(self, order: Tensor) -> None:
         """Number the components anew: the first is what was ``order[0]``."""
@@ -221,8 +254,15 @@ class GMVAE(MixtureVAE):
         self.to(self.z_mean.weight)
 
     @torch.no_grad()
-    def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
-        super().set_mixture(weights, means, covariance, posterior_variance)
+    def set_mixture(
+        self,
+        weights: Tensor,
+        means: Tensor,
+        covariance: Tensor,
+        posterior_variance: Tensor,
+        covariances: Tensor | None = None,
+    ) -> None:
+        super().set_mixture(weights, means, covariance, posterior_variance, covariances)
         # With one Σ for all components the responsibilities are a linear softmax of the latent mean, which is itself
         # linear in the features: q(y|x) can start exactly at them.
         slope = torch.linalg.solve(covariance, means.T).T  # (k, d)
@@ -270,6 +310,7 @@ class VaDE(MixtureVAE):
         n_samples: int = 1,
         *,
         is_averaged: bool = False,
+        label: Tensor | None = None,
     ) -> Bound:
         """E log p(x|z) − KL(q(z|x) ‖ Σ_y π_y p(z|y)), the KL by Monte Carlo.
 
@@ -277,7 +318,7 @@ class VaDE(MixtureVAE):
         one for y, E KL(γ ‖ π).
         """
         if not self.is_mixture:
-            return super().bound(x, size, covariates, n_samples, is_averaged=is_averaged)
+            return super().bound(x, size, covariates, n_samples, is_averaged=is_averaged, label=label)
         x = Counts.of(x)
         posterior = self.posterior(self.encode(x, size, covariates))
         z = posterior.sample_each(n_samples)  # (s, 1, n, d)
@@ -288,11 +329,15 @@ class VaDE(MixtureVAE):
         log_each = self.mixture.log_prob_each(z)  # (s, k, n)
         log_prior = self.mixture.log_weights()[:, None]
         log_gamma = log_softmax(log_prior + log_each, dim=1)
+        surprise = None
+        if label is not None:
+            surprise = cross_entropy(log_gamma.mT, label).mean(0)
+            log_gamma = observe(log_gamma.mT, label).mT
         gamma = log_gamma.exp()
         negative_entropy = -0.5 * (posterior.log_var[0] + 1 + LOG_2PI).sum(-1)
         kl_z = negative_entropy - (gamma * log_each).sum(1).mean(0)
         kl_y = (gamma * (log_gamma - log_prior)).sum(1).mean(0)
-        return Bound(log_likelihood, kl_z, kl_y)
+        return Bound(log_likelihood, kl_z, kl_y, surprise)
 
     def probabilities(self, posterior: Posterior) -> Tensor:
         if not self.is_mixture:

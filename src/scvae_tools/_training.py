@@ -137,9 +137,10 @@ class TrainingPlan(lightning.LightningModule):
         self.row["kl_weight"] = self.kl_weight()
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        bound = self.module.bound(*self.module.data(batch), is_averaged=True)
+        options = {"is_averaged": True, "label": self.module.label(batch)}
+        bound = self.module.bound(*self.module.data(batch), **options)
         self._add(bound)
-        return bound.loss(self.kl_weight())
+        return bound.loss(self.kl_weight(), y_term=self.module.y_term)
 
     def on_validation_epoch_start(self) -> None:
         # Lightning validates at the end of the training epoch, before its end hook.

@@ -39,26 +39,44 @@ POSTERIOR_VARIANCES = ("per-dimension", "shared")
 #: How log p(x|z) is summed over the genes: block by block (`_blocked`), or with all parameters in memory.
 ENGINES = ("auto", "blocked", "dense")
 
+#: Weight of the cross-entropy of a known label beside the bound of its cell. Any that is large beside the few nats by
+#: which components differ will do: log q(y|x) has weights of its own.
+LABEL_WEIGHT = 10.0
+
 #: Number of joint rows (size factor and covariates) kept in the model so that new cells can be sampled without data.
 N_REFERENCE_CELLS = 1024
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The evidence lower bound of each cell, in nats, by its terms; each is (n,)."""
+    """The evidence lower bound of each cell, in nats, by its terms; each is (n,).
+
+    ``cross_entropy`` is −log q(y|x) of cells whose label is known and 0 of others; None where labels play no part.
+    """
 
     log_likelihood: Tensor
     kl_z: Tensor
     kl_y: Tensor
+    cross_entropy: Tensor | None = None
 
     @property
     def elbo(self) -> Tensor:
         """log-likelihood − KL z − KL y."""
         return self.log_likelihood - self.kl_z - self.kl_y
 
-    def loss(self, kl_weight: float | Tensor = 1.0) -> Tensor:
-        """Mean negative bound with both KL terms weighted."""
-        return -(self.log_likelihood - kl_weight * (self.kl_z + self.kl_y)).mean()
+    def loss(self, kl_weight: float | Tensor = 1.0, *, y_term: str = "kl") -> Tensor:
+        """Mean negative bound with both KL terms weighted, and what the labels add.
+
+        Parameters
+        ----------
+        kl_weight
+            Of both KL terms.
+        y_term
+            ``"none"`` leaves KL(q(y|x) ‖ p(y)) out.
+        """
+        kl = self.kl_z if y_term == "none" else self.kl_z + self.kl_y
+        loss = -(self.log_likelihood - kl_weight * kl).mean()
+        return loss if self.cross_entropy is None else loss + LABEL_WEIGHT * self.cross_entropy.mean()
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,10 @@ class Posterior:
     def q_y(self) -> Tensor:
         """q(y|x), (n, k)."""
         return self.log_q_y.exp()
+
+    def observed(self, label: Tensor) -> Posterior:
+        """With q(y|x) replaced by certainty where the label (n,) is known, that is not negative."""
+        return Posterior(observe(self.log_q_y, label), self.mean, self.log_var)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z|x) = Σ_y q(y|x) q(z|x,y), each (n, d)."""
@@ -147,6 +169,7 @@ class VAE(BaseMinifiedModeModuleClass):
     """
 
     n_components = 1
+    y_term = "kl"
 
     def __init__(
         self,
@@ -365,6 +388,7 @@ class VAE(BaseMinifiedModeModuleClass):
         n_samples: int = 1,
         *,
         is_averaged: bool = False,
+        label: Tensor | None = None,
     ) -> Bound:
         """ELBO = Σ_y q(y|x) [E log p(x|z) − KL(q(z|x,y) ‖ p(z|y))] − KL(q(y|x) ‖ p(y)), the sum over y exact.
 
@@ -377,9 +401,16 @@ class VAE(BaseMinifiedModeModuleClass):
         is_averaged
             Promise that what is differentiated is `Bound.loss`, where all cells weigh the same: the gradient is then
             computed together with the value, which saves a third of the time.
+        label
+            Component of each cell, (n,), −1 where it is not known; for the known the bound is that of x and y,
+            log p(x, y) ≥ E log p(x|z) − KL(q(z|x,y) ‖ p(z|y)) + log p(y) (Kingma et al. 2014, arXiv:1406.5298). None
+            to use no labels.
         """
         x = Counts.of(x)
         posterior = self.posterior(self.encode(x, size, covariates))
+        surprise = None
+        if label is not None:
+            surprise, posterior = cross_entropy(posterior.log_q_y, label), posterior.observed(label)
         z = posterior.sample_each(n_samples)
         log_likelihood = self.expected_log_likelihood(
             x, z, posterior, self.log_size(size), covariates, is_averaged=is_averaged
@@ -387,7 +418,7 @@ class VAE(BaseMinifiedModeModuleClass):
         kl_z = self.prior.kl(posterior.mean, posterior.log_var)  # (k, n)
         log_prior = self.prior.log_weights().to(posterior.log_q_y)
         kl_y = (posterior.q_y * (posterior.log_q_y - log_prior)).sum(1)
-        return Bound(log_likelihood, (posterior.q_y.T * kl_z).sum(0), kl_y)
+        return Bound(log_likelihood, (posterior.q_y.T * kl_z).sum(0), kl_y, surprise)
 
     def importance_weighted_bound(
         self, x: Counts | Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32
@@ -438,6 +469,10 @@ class VAE(BaseMinifiedModeModuleClass):
             tensors.get(REGISTRY_KEYS.CAT_COVS_KEY),
             tensors.get(REGISTRY_KEYS.CONT_COVS_KEY),
         )
+
+    def label(self, tensors: dict[str, Counts | Tensor]) -> Tensor | None:
+        """Component that the label of each cell stands for, −1 where it is not known; None if labels play no part."""
+        return None
 
     def data(self, tensors: dict[str, Counts | Tensor]) -> tuple[Counts, Tensor, Covariates]:
         """Counts (n, g), size factors (n, 1) and covariates of a batch."""
@@ -556,6 +591,19 @@ def _take(value: Tensor, cell: Tensor, gene: Tensor) -> Tensor:
 def log_normal(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """Log N(z; mean, diag exp(log_var)), summed over the last axis."""
     return -0.5 * ((z - mean).square() * (-log_var).exp() + log_var + LOG_2PI).sum(-1)
+
+
+def cross_entropy(log_q_y: Tensor, label: Tensor) -> Tensor:
+    """−log q(y|x) of log q(y|x) (..., n, k) at known labels (n,), 0 where the label is negative, (..., n)."""
+    at = label.clamp(min=0)[:, None].expand(*log_q_y.shape[:-1], 1)
+    return torch.where(label < 0, 0.0, -log_q_y.gather(-1, at)[..., 0])
+
+
+def observe(log_q_y: Tensor, label: Tensor) -> Tensor:
+    """Log q(y|x) (..., n, k) with certainty where the label (n,) is known, that is not negative."""
+    at = label.clamp(min=0)[:, None].expand(*log_q_y.shape[:-1], 1)
+    impossible = torch.full_like(log_q_y, torch.finfo(log_q_y.dtype).min)  # its exp is 0, and 0 times it is 0
+    return torch.where(label[:, None] < 0, log_q_y, impossible.scatter(-1, at, 0.0))
 
 
 def log_softplus(a: Tensor) -> Tensor:

@@ -23,14 +23,14 @@ from scvi.model._utils import parse_device_args
 
 from scvae_tools import _keys
 from scvae_tools._batches import EVALUATION_BATCH_SIZE
-from scvae_tools._counts import cell_positions, check_obs, gene_mean_fraction, read_counts
+from scvae_tools._counts import cell_positions, check_obs, gene_mean_fraction, listed, read_counts
 from scvae_tools._evaluation import EvaluationMixin
 from scvae_tools._gmvae import GMVAE, MixtureVAE, VaDE
 from scvae_tools._messages import said_before, warn
 from scvae_tools._networks import Covariates, Sizes
 from scvae_tools._persistence import PersistenceMixin
 from scvae_tools._random import seeded
-from scvae_tools._start import count_communities, fit_mixture
+from scvae_tools._start import start_from_labels, start_mixture
 from scvae_tools._training import (
     Progress,
     Settings,
@@ -81,7 +81,9 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         ``False`` for a plain VAE; ``True`` or ``"gmvae"`` for q(y|x) q(z|x,y), as in the paper; ``"vade"`` for one
         q(z|x) and a mixture prior, with one decoder pass a cell in place of one per component.
     n_components
-        Number of components; None to count Leiden communities of the latent space before the mixture is trained.
+        Number of components; the smallest and largest number that may be found, such as ``(4, 20)``; or None to find
+        any (see docs/clustering.md). After training ``n_components`` is what was found, and ``component_curve_`` a
+        table with the overlap of the components by their number.
     n_latent, n_hidden, n_layers, dropout_rate
         Size of the latent space, width and number of the hidden layers of encoder and decoder, and their dropout.
     dispersion
@@ -89,7 +91,12 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
     covariance
         Of p(z|y): ``"diag"``, ``"tied"`` or ``"full"``.
     weights
-        p(y): ``"learned"`` or ``"uniform"``.
+        p(y): ``"learned"``, ``"uniform"``, ``"labels"`` (their shares, fixed), or k numbers that add up to 1: in the
+        order of the labels, else of the sizes of the components.
+    y_term
+        What trains q(y|x) beside the rest of the bound: ``"kl"``, its KL divergence from p(y); ``"none"``; or
+        ``"cross-entropy"`` with the labels of the cells where they are known, and the KL elsewhere. None for the last
+        where labels are registered, else the first.
     normalization
         Norm in the encoder: ``"layer"``, ``"batch"`` or ``"none"``.
     posterior_variance
@@ -124,14 +131,15 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         *,
         likelihood: str = "nb",
         mixture: bool | Literal["gmvae", "vade"] = True,
-        n_components: int | None = None,
+        n_components: int | tuple[int, int] | None = None,
         n_latent: int = 10,
         n_hidden: int = 128,
         n_layers: int = 1,
         dropout_rate: float = 0.0,
         dispersion: str = "gene",
         covariance: str = "full",
-        weights: str = "learned",
+        weights: str | Sequence[float] = "learned",
+        y_term: Literal["kl", "none", "cross-entropy"] | None = None,
         normalization: str = "layer",
         posterior_variance: str = "per-dimension",
         encoder_input: str = "log1p-normalized",
@@ -141,11 +149,12 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         random_state: int = 0,
     ) -> None:
         self.init_params_ = self._get_init_params(locals())
+        self.component_curve_ = None  #: see ``n_components``
         super().__init__(adata, registry)
         # scvi-tools keeps the managers, and with them the data, of every model in the class.
         weakref.finalize(self, type(self)._per_instance_manager_store.pop, self.id, None)
         kind = module_name(mixture)
-        options = {} if kind == "none" else self._mixture_options(n_components, covariance, weights)
+        options = {} if kind == "none" else self._mixture_options(n_components, covariance, weights, y_term)
         with seeded(random_state):
             self.module = MODULES[kind](
                 self._sizes(),
@@ -171,14 +180,64 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
             f"n_latent {n_latent}, n_hidden {n_hidden}, n_layers {n_layers}"
         )
 
-    def _mixture_options(self, n_components: int | None, covariance: str, weights: str) -> dict:
-        n_cells = self.summary_stats.n_cells
-        if n_components is not None and n_components > n_cells:
+    def _mixture_options(
+        self,
+        n_components: int | tuple[int, int] | None,
+        covariance: str,
+        weights: str | Sequence[float],
+        y_term: str | None,
+    ) -> dict[str, object]:
+        is_range = _check_n_components(n_components)
+        largest, n_cells = n_components[1] if is_range else n_components, self.summary_stats.n_cells
+        if largest is not None and largest > n_cells:
             raise ValueError(
-                f"`n_components` must be at most the number of cells; found {n_components} components for {n_cells} "
-                "cells. Pass fewer, or None to count Leiden communities."
+                f"`n_components` must be at most the number of cells; found {largest} components for {n_cells} "
+                "cells. Pass fewer, or None to find their number."
             )
-        return {"n_components": n_components, "covariance": covariance, "weights": weights}
+        self._component_range = tuple(map(int, n_components)) if is_range else None
+        number, labels = None if is_range else n_components, self.labels
+        y_term = y_term or ("cross-entropy" if labels else "kl")
+        if not labels and (y_term == "cross-entropy" or weights == "labels"):
+            found = "y_term='cross-entropy'" if y_term == "cross-entropy" else "weights='labels'"
+            raise ValueError(f"{found} needs labels; found none. Pass `labels_key` to `setup_anndata`.")
+        if y_term == "cross-entropy":
+            if is_range or (number is not None and number < len(labels)):
+                raise ValueError(
+                    "`n_components` must be a number of at least one component for each label, or None for just as "
+                    f"many; found {n_components!r} for the {len(labels)} labels {listed(labels)}. Pass "
+                    f"n_components={len(labels)} or more, or y_term='kl' to train without the labels."
+                )
+            number = number or len(labels)
+        if not isinstance(weights, str):
+            weights = _check_weights(weights, number)
+        code_of = {label: code for code, label in enumerate(labels)}
+        codes = [code_of.get(label, -1) for label in self._label_categories] if labels else None
+        return {
+            "n_components": number,
+            "covariance": covariance,
+            "weights": weights,
+            "y_term": y_term,
+            "component_of_label": codes,
+        }
+
+    @property
+    def _label_categories(self) -> list[str]:
+        """Names of the codes of the labels."""
+        state = self.registry["field_registries"][REGISTRY_KEYS.LABELS_KEY]["state_registry"]
+        return [str(name) for name in state["categorical_mapping"]]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels in ``labels_key``, without that of unlabelled cells; none if there is no such key."""
+        setup = self.registry["setup_args"]
+        if setup.get("labels_key") is None:
+            return []
+        return [name for name in self._label_categories if name != setup.get("unlabeled_category")]
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether labels train the components, so that each label has one of its name."""
+        return isinstance(self.module, MixtureVAE) and self.module.y_term == "cross-entropy"
 
     def _sizes(self) -> Sizes:
         stats = self.summary_stats
@@ -223,6 +282,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
         allow_non_integer: bool = False,  # noqa: FBT001, FBT002
+        unlabeled_category: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Check the counts and register them, with what is known of the cells, for `SCVAE`.
@@ -234,13 +294,16 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         layer
             Layer of the counts; None for ``adata.X``.
         batch_key, labels_key
-            Columns of ``obs`` with the batch, which the decoder is given, and with labels.
+            Columns of ``obs`` with the batch, which the decoder is given, and with the labels of the cells that are
+            known: each label then has a component (see ``y_term`` of `SCVAE`).
         size_factor_key
             Column of ``obs`` with positive size factors; None for each cell's total count.
         categorical_covariate_keys, continuous_covariate_keys
             Further columns of ``obs`` that the decoder is given.
         allow_non_integer
             Accept estimated counts, with a warning.
+        unlabeled_category
+            What ``labels_key`` holds for cells without a label; None if all have one.
         **kwargs
             Passed on by scvi-tools when it transfers a set-up to other data.
 
@@ -255,10 +318,12 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         minified = _get_adata_minify_type(adata)
         if minified is None:
             read_counts(adata, layer=layer, allow_non_integer=allow_non_integer)
+        checks_labels = not kwargs.get("allow_missing_labels")
         check_obs(
             adata,
             batch_key=None if "source_registry" in kwargs else batch_key,
-            labels_key=None if kwargs.get("allow_missing_labels") else labels_key,
+            labels_key=labels_key if checks_labels else None,
+            unlabeled_category=unlabeled_category if checks_labels and "source_registry" not in kwargs else None,
             size_factor_key=size_factor_key,
             categorical_covariate_keys=categorical_covariate_keys,
             continuous_covariate_keys=continuous_covariate_keys,
@@ -320,8 +385,14 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
 
     @property
     def components(self) -> list[str]:
-        """Names of the components: "0", "1", ... by decreasing number of cells of the data it was trained on."""
-        return [str(component) for component in range(self.n_components or 0)]
+        """Names of the components: "0", "1", ... by decreasing number of cells of the data it was trained on.
+
+        Where labels train the components, the names of the labels, and "new 0", "new 1", ... for the others.
+        """
+        n = self.n_components or 0
+        if not self.is_supervised:
+            return [str(component) for component in range(n)]
+        return [*self.labels, *(f"new {i}" for i in range(n - len(self.labels)))]
 
     @property
     def is_mixture(self) -> bool:
@@ -493,22 +564,64 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         )
 
     def _start_mixture(self, random_state: int) -> None:
-        """Set the mixture from the latent means of the training cells."""
+        """Set the mixture from the latent means: of all cells where labels are known, else of the training cells."""
         self.is_trained_ = True
-        mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
+        indices = None if self.is_supervised else self.train_indices
+        mean, variance = self.get_latent_representation(indices=indices, return_dist=True)
+        if self.is_supervised:
+            label = self._components_of_labels()
+            start = start_from_labels(mean, label, len(self.labels), self.n_components, random_state=random_state)
+        else:
+            wanted = self.n_components or self._component_range
+            start, self.component_curve_ = start_mixture(mean, wanted, random_state=random_state)
         if self.n_components is None:
-            self.module.build_mixture(count_communities(mean, random_state=random_state))
-            # What `load` will need to build the same module.
-            self.init_params_["non_kwargs"]["n_components"] = self.n_components
-        start = fit_mixture(mean, self.n_components, random_state=random_state)
+            self.module.build_mixture(len(start.weights))
+        # What `load` will need to build the same module.
+        self.init_params_["non_kwargs"]["n_components"] = self.n_components
+        if not self.is_supervised:
+            order = np.argsort(-start.weights, kind="stable")  # that of `weights`, if they are given
+            start = start._replace(
+                **{name: getattr(start, name)[order] for name in ("weights", "means", "covariances")}
+            )
         as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
-        self.module.set_mixture(*map(as_tensor, start), as_tensor(variance.mean(0)))
+        weights, means, covariance, covariances = map(as_tensor, start)
+        self.module.set_mixture(weights, means, covariance, as_tensor(variance.mean(0)), covariances)
+
+    def _components_of_labels(self) -> np.ndarray:
+        codes = self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS_KEY).ravel().astype(int)
+        return np.asarray(self.module.component_of_label)[codes]
 
     def _sort_components(self) -> None:
-        """Number the components by decreasing size, here and in all results."""
-        sizes = self.predict(soft=True).to_numpy().argmax(1)
-        order = np.argsort(-np.bincount(sizes, minlength=self.n_components), kind="stable")
+        """Number the components by decreasing size, here and in all results; those of labels stay in place."""
+        sizes = np.bincount(self.predict(soft=True).to_numpy().argmax(1), minlength=self.n_components)
+        n_fixed = len(self.labels) if self.is_supervised else 0
+        order = np.r_[:n_fixed, n_fixed + np.argsort(-sizes[n_fixed:], kind="stable")]
         self.module.permute_components(torch.as_tensor(order, device=self.module.device))
+
+
+def _check_n_components(n_components: object) -> bool:
+    """Whether it is a range; raise a ValueError if it is neither that, a number, nor None."""
+    is_range = isinstance(n_components, tuple | list)
+    numbers = list(n_components) if is_range else [] if n_components is None else [n_components]
+    are_whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
+    if not are_whole or (is_range and len(numbers) != 2) or any(n < 1 for n in numbers) or numbers != sorted(numbers):
+        raise ValueError(
+            "`n_components` must be a whole number of at least 1, the smallest and largest that may be found, such as "
+            f"(4, 20), or None; found {n_components!r}."
+        )
+    return is_range
+
+
+def _check_weights(weights: Sequence[float], n_components: int | None) -> list[float]:
+    """Weights of the components as a list that can be saved."""
+    found = np.asarray(weights, dtype=float)
+    if n_components is None or found.shape != (n_components,) or not (found > 0).all() or abs(found.sum() - 1) > 1e-3:
+        number = "as many as `n_components`, which then must be given" if n_components is None else n_components
+        raise ValueError(
+            f"`weights` must be 'learned', 'uniform', 'labels', or {number} positive numbers that add up to 1; found "
+            f"{len(found) if found.ndim else found} with the sum {found.sum():g}."
+        )
+    return found.tolist()
 
 
 def _check_training_arguments(max_epochs: int | None, batch_size: int, train_size: float, lr: float) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import xlogy
 
 from scvae_tools._keys import Keys
 from scvae_tools._messages import inform, said_before, warn
@@ -35,7 +36,7 @@ def scvae(
     *,
     likelihood: Literal["poisson", "nb", "zip", "zinb"] = "nb",
     mixture: bool | Literal["gmvae", "vade"] = True,
-    n_components: int | None = None,
+    n_components: int | tuple[int, int] | None = None,
     n_latent: int = 10,
     n_hidden: int = 128,
     n_layers: int = 1,
@@ -43,6 +44,7 @@ def scvae(
     mask_var: str | np.ndarray | None = None,
     batch_key: str | None = None,
     labels_key: str | None = None,
+    unlabeled_category: str | None = None,
     size_factor_key: str | None = None,
     categorical_covariate_keys: Sequence[str] | None = None,
     continuous_covariate_keys: Sequence[str] | None = None,
@@ -77,7 +79,9 @@ def scvae(
         ``True`` or ``"gmvae"`` for the model of the paper, ``"vade"`` for one that decodes each cell once instead of
         once per likely component, ``False`` for a plain VAE without clusters.
     n_components
-        Number of components. None counts the Leiden communities of the latent space of a VAE.
+        Number of components; the smallest and largest that may be found, such as ``(4, 20)``; or None to find any. It
+        is found by merging the components of a finer mixture until no two overlap (docs/clustering.md,
+        `svt.pl.components`).
     n_latent
         Dimensions of the latent space.
     n_hidden, n_layers
@@ -89,7 +93,10 @@ def scvae(
     batch_key
         Column of ``obs`` that the decoder is given, so that the latent space need not hold it.
     labels_key
-        Column of ``obs`` with labels; registered, not used by the training.
+        Column of ``obs`` with the labels of the cells that are known: each label gets a component of its name, and the
+        cells without one are assigned to these, and to further ones if ``n_components`` is larger.
+    unlabeled_category
+        What ``labels_key`` holds for cells without a label; None if all have one.
     size_factor_key
         Column of ``obs`` with size factors; None for each cell's total count over the genes used.
     categorical_covariate_keys, continuous_covariate_keys
@@ -133,7 +140,7 @@ def scvae(
     ``adata.obsm["X_scvae"]`` : (n_cells, n_latent) float32
         Mean of q(z|x); for a mixture the mean over q(y|x).
     ``adata.obs["scvae"]`` : categorical
-        Most probable component, "0", "1", ... by decreasing size. Mixture only.
+        Most probable component, "0", "1", ... by decreasing size; with labels, their names. Mixture only.
     ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
         Probability of each component, in the order of the categories; unused ones last. Mixture only.
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
@@ -141,7 +148,10 @@ def scvae(
         The array passed as ``write_lambda`` itself, where AnnData takes its kind as a layer (NumPy, zarr, h5py).
     ``adata.uns["scvae"]`` : dict
         ``params``; ``history``, a table with a row per epoch; ``elbo``, for ``train`` and ``validation`` the bound and
-        its terms in nats per cell; ``version``.
+        its terms in nats per cell; ``version``; for a mixture ``components``: their number ``n_components``, of which
+        ``n_used`` are some cell's most probable one, ``n_effective`` = exp(H(mean of q(y|x))), and where the number was
+        to be found ``curve``, a table with a row per number: ``overlap`` (the largest between two components, median
+        over runs, in nats per cell of the smaller), ``share_of_runs`` that stop there, ``chosen``.
 
     Raises
     ------
@@ -188,6 +198,7 @@ def scvae(
     obs_keys = {
         "batch_key": batch_key,
         "labels_key": labels_key,
+        "unlabeled_category": unlabeled_category,
         "size_factor_key": size_factor_key,
         "categorical_covariate_keys": _as_list(categorical_covariate_keys),
         "continuous_covariate_keys": _as_list(continuous_covariate_keys),
@@ -234,7 +245,8 @@ def _build(
     from scvae_tools.model import SCVAE
 
     check_obs(adata, **obs_keys)
-    columns = [key for value in obs_keys.values() if value for key in ([value] if isinstance(value, str) else value)]
+    by_role = [value for role, value in obs_keys.items() if value and role != "unlabeled_category"]
+    columns = [key for value in by_role for key in ([value] if isinstance(value, str) else value)]
     names = adata.var_names if mask is None else adata.var_names[mask]
     obs = adata.obs[list(dict.fromkeys(columns))].copy()
     private = PrivateData(counts, obs=obs, var=pd.DataFrame(index=names))
@@ -269,7 +281,22 @@ def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]
         names = [model.components[c] for c in np.unique(component)]  # the model numbers them by size
         results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
         results["obsm"][keys.probabilities] = probabilities
+        results["uns"][keys.uns]["components"] = _summary_of_components(model, probabilities)
     return results
+
+
+def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str, Any]:
+    """How many components there are, are used, and are worth; how their number was found."""
+    share = probabilities.mean(0, dtype=np.float64)
+    summary = {
+        "n_components": len(share),
+        "n_used": len(np.unique(probabilities.argmax(1))),
+        "n_effective": float(np.exp(-xlogy(share, share).sum())),
+    }
+    curve = model.component_curve_
+    if curve is None:
+        return summary
+    return summary | {"curve": curve.set_index(curve.index.astype(str))}  # h5ad wants names
 
 
 def _copied(adata: AnnData) -> AnnData:
