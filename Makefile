@@ -1,5 +1,6 @@
 # make demo: the main job on 700 real cells.   make test: linter and all tests.
 # make bench: speed and memory of training beside scVI (ARGS="--quick": within 3 minutes).
+# make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
 # make profile: where the time of a training step goes (ARGS="--help": on what).
 # PYTHON= chooses another interpreter, with an environment of its own (PYTHON=python3.12 -> .venv-3.12).
 
@@ -12,7 +13,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # Two test processes of one thread each are faster than one of two.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install bench profile clean
+.PHONY: demo test lint install bench bench-clusters profile clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,9 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+bench-clusters: install
+	$(BIN)/python benchmarks/clustering.py $(ARGS)
 
 profile: install
 	$(BIN)/python benchmarks/profile_step.py $(ARGS)

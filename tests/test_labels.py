@@ -153,6 +153,21 @@ def test_a_type_without_a_label_gets_a_component_of_its_own():
     assert (adata.obs["scvae"].astype(str) == truth).mean() > 0.95
 
 
+def test_components_with_names_are_ranked_and_joined():
+    adata = make_adata(without=["type 2"])
+    model = fit(adata, n_components=4)
+    svt.tl.rank_components(adata, model)
+    svt.tl.dendrogram(adata, model)
+    names = {"type 0", "type 1", "type 3", "new 0"}
+    assert set(adata.uns["rank_components"]["names"].dtype.names) == names
+    assert set(adata.uns["dendrogram_scvae"]["categories_ordered"]) == names
+    # The genes that were made to differ most are those that are ranked first.
+    true = adata.varm["component_log_mean"]
+    change = true[:, 0] - np.delete(true, 0, axis=1).mean(1)
+    first = [int(adata.var_names.get_loc(name)) for name in adata.uns["rank_components"]["names"]["type 0"][:10]]
+    assert change[first].mean() > np.quantile(change, 0.9)
+
+
 def test_names_survive_saving(tmp_path):
     adata = make_adata()
     model = fit(adata, max_epochs=3)

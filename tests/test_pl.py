@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 
 from scvae_tools import pl
+from scvae_tools._calibration import calibration
 
 # scanpy 1.11 calls a method that newer matplotlib will deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:The set_bad function:PendingDeprecationWarning")
@@ -66,6 +67,43 @@ def make_adata(n_cells=60, *, n_components=4, n_latent=5, umap=True, key="scvae"
     history = make_history(mixture=n_components > 0) if history is None else history
     adata.uns[key] = {"params": {"n_latent": n_latent}, "history": history, "version": "0"}
     return adata
+
+
+def make_curve(chosen=9, largest=20):
+    """Fake the table of start_mixture: little overlap up to the number chosen, much beyond."""
+    number = np.arange(1, largest + 1)
+    return pd.DataFrame(
+        {
+            "n_components": number,
+            "overlap": np.where(number <= chosen, 0.01 * (number - 1), 0.9 + 0.02 * number),
+            "share_of_runs": np.select([number == chosen, number == chosen - 1], [0.75, 0.25], 0.0),
+            "chosen": number == chosen,
+        },
+        index=number.astype(str),
+    )
+
+
+def with_curve(adata, curve=None, key="scvae"):
+    curve = make_curve() if curve is None else curve
+    adata.uns[key] |= {"components": {"n_components": int(curve["chosen"].argmax()) + 1, "curve": curve}}
+    return adata
+
+
+def with_probabilities(adata, probs, names=None):
+    """Replace the probabilities, and the components by the most probable ones."""
+    probs = np.asarray(probs, dtype=np.float32)
+    names = [str(i) for i in range(probs.shape[1])] if names is None else names
+    adata.obsm["scvae_probs"] = probs
+    adata.obs["scvae"] = pd.Categorical(np.array(names)[probs.argmax(1)], categories=names)
+    return adata
+
+
+def line(ax, label):
+    return next(drawn for drawn in ax.lines if drawn.get_label() == label)
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
 
 
 def round_trip(adata, tmp_path):
@@ -564,10 +602,351 @@ def test_clusters_need_an_axes_per_panel():
         pl.clusters(make_adata(), labels="cell_type", axes=given)
 
 
-# --- both ---------------------------------------------------------------------------------------------------------
+# --- components ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plot", [pl.training, pl.clusters])
+def right_axis(ax):
+    return next(other for other in ax.figure.axes if other is not ax)
+
+
+def test_the_overlap_is_drawn_by_number_of_components():
+    curve = make_curve()
+    drawn = line(pl.components(with_curve(make_adata(), curve)), "overlap")
+    np.testing.assert_array_equal(drawn.get_xdata(), curve["n_components"])
+    np.testing.assert_array_equal(drawn.get_ydata(), curve["overlap"])
+    assert drawn.get_marker() == "o"
+
+
+def test_rows_may_be_in_any_order():
+    curve = make_curve()
+    drawn = line(pl.components(with_curve(make_adata(), curve.iloc[::-1])), "overlap")
+    np.testing.assert_array_equal(drawn.get_ydata(), curve["overlap"])
+
+
+@pytest.mark.parametrize(("chosen", "name"), [(1, "1 component"), (9, "9 components"), (20, "20 components")])
+def test_the_number_that_was_chosen_is_marked_and_named(chosen, name):
+    ax = pl.components(with_curve(make_adata(), make_curve(chosen)))
+    np.testing.assert_array_equal(line(ax, "chosen").get_xdata(), [chosen, chosen])
+    assert name in texts(ax)
+
+
+def test_the_threshold_is_dashed_and_named():
+    ax = pl.components(with_curve(make_adata()))
+    np.testing.assert_array_equal(line(ax, "threshold").get_ydata(), [0.15, 0.15])
+    assert line(ax, "threshold").is_dashed()
+    assert "threshold 0.15" in texts(ax)
+
+
+@pytest.mark.parametrize(("chosen", "side"), [(2, "right"), (13, "left")])
+def test_the_name_of_the_threshold_is_where_the_line_is_not(chosen, side):
+    ax = pl.components(with_curve(make_adata(), make_curve(chosen)))
+    name = next(text for text in ax.texts if text.get_text() == "threshold 0.15")
+    assert name.get_horizontalalignment() == side
+
+
+def test_shares_of_runs_are_bars_on_the_right_axis():
+    curve = make_curve()
+    right = right_axis(pl.components(with_curve(make_adata(), curve)))
+    np.testing.assert_allclose([bar.get_height() for bar in right.patches], curve["share_of_runs"])
+    np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in right.patches], curve["n_components"])
+    assert right.yaxis.get_label_position() == "right"
+
+
+def test_bars_are_behind_the_line():
+    ax = pl.components(with_curve(make_adata()))
+    assert ax.get_zorder() > right_axis(ax).get_zorder()
+    assert not ax.patch.get_visible()
+
+
+def test_both_axes_have_zero_at_the_same_height():
+    ax = pl.components(with_curve(make_adata()))
+    heights = [axis.transAxes.inverted().transform(axis.transData.transform((1, 0)))[1] for axis in ax.figure.axes]
+    assert heights[0] == pytest.approx(heights[1])
+
+
+def test_axes_of_components_are_named_with_units():
+    ax = pl.components(with_curve(make_adata()))
+    assert ax.get_xlabel() == "number of components"
+    assert ax.get_ylabel().endswith("(nats per cell of the smaller)")
+    assert right_axis(ax).get_ylabel() == "share of runs"
+
+
+def test_the_threshold_is_inside_where_no_overlap_comes_near():
+    curve = make_curve().assign(overlap=0.001)
+    low, high = pl.components(with_curve(make_adata(), curve)).get_ylim()
+    assert low < 0.001 < 0.15 < high
+
+
+def test_one_number_of_components_is_drawn():
+    ax = pl.components(with_curve(make_adata(), make_curve(1, largest=1)))
+    assert line(ax, "overlap").get_xydata().tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("chosen", [1, 9, 20])
+def test_components_texts_do_not_overlap(chosen):
+    ax = pl.components(with_curve(make_adata(), make_curve(chosen)))
+    assert texts_that_overlap(ax.figure) == []
+
+
+def test_components_after_h5ad_are_the_same(tmp_path):
+    adata = with_curve(make_adata())
+    before, after = pl.components(adata), pl.components(round_trip(adata, tmp_path))
+    assert texts(before) == texts(after)
+    for label in ("overlap", "chosen", "threshold"):
+        np.testing.assert_array_equal(line(before, label).get_xydata(), line(after, label).get_xydata())
+
+
+def test_components_of_another_key_are_drawn():
+    assert "4 components" in texts(pl.components(with_curve(make_adata(key="foo"), make_curve(4), "foo"), key="foo"))
+
+
+def test_a_number_that_was_given_has_no_curve_and_the_error_says_so():
+    adata = make_adata()
+    adata.uns["scvae"] |= {"components": {"n_components": 12}}
+    with pytest.raises(
+        ValueError, match=r"no uns\['scvae'\].*number was given \(12, .*n_components=None, key_added='scvae'"
+    ):
+        pl.components(adata)
+
+
+@pytest.mark.parametrize("through_file", [False, True], ids=["in memory", "after h5ad"])
+def test_a_plain_vae_has_no_components_and_the_error_says_so(through_file, tmp_path):
+    adata = make_adata(n_components=0)
+    adata.uns["scvae"]["params"]["mixture"] = False
+    adata = round_trip(adata, tmp_path) if through_file else adata
+    with pytest.raises(ValueError, match=r"'scvae' is the result of a plain VAE.*mixture=True, key_added='scvae'"):
+        pl.components(adata)
+
+
+def test_components_of_a_missing_result_name_the_call():
+    with pytest.raises(
+        ValueError, match=r"no results of svt\.tl\.scvae\. Run svt\.tl\.scvae\(adata, key_added='scvae'\)"
+    ):
+        pl.components(ad.AnnData(np.ones((3, 2))))
+    with pytest.raises(ValueError, match=r"no uns\['foo'\]\['components'\]\['curve'\].*under \['scvae'\]"):
+        pl.components(with_curve(make_adata()), key="foo")
+
+
+@pytest.mark.parametrize(
+    ("curve", "finding"),
+    [(make_curve().drop(columns="overlap"), r"lacks the columns \['overlap'\]"), (make_curve()[:0], "has no rows")],
+    ids=["column", "rows"],
+)
+def test_a_curve_that_lacks_something_is_an_error(curve, finding):
+    adata = make_adata()
+    adata.uns["scvae"]["components"] = {"curve": curve}
+    with pytest.raises(ValueError, match=finding):
+        pl.components(adata)
+
+
+# --- ambiguous ----------------------------------------------------------------------------------------------------
+
+# Of 4 cells of component 0, two are ambiguous, both with 2; of 2 cells of component 1 none; of 1 of component 2 one.
+FEW = [[0.6, 0.1, 0.3], [0.5, 0.2, 0.3], [1, 0, 0], [0.95, 0.05, 0], [0, 1, 0], [0, 0.9, 0.1], [0.1, 0.3, 0.6]]
+
+
+def bars(ax):
+    return [bar.get_width() for bar in ax.patches]
+
+
+def component_names(ax):
+    return [tick.get_text() for tick in ax.get_yticklabels()]
+
+
+def test_bars_are_the_shares_of_ambiguous_cells():
+    ax = pl.ambiguous(with_probabilities(make_adata(7), FEW))
+    assert component_names(ax) == ["0", "1", "2"]
+    assert bars(ax) == [0.5, 0, 1]
+
+
+def test_beside_a_bar_is_the_component_most_often_confused():
+    ax = pl.ambiguous(with_probabilities(make_adata(7), FEW))
+    assert texts(ax) == ["2 of 4, all with 2", "0 of 2", "1 of 1, with 1"]
+
+
+def test_of_cells_confused_with_several_the_share_of_the_most_frequent_is_named():
+    ax = pl.ambiguous(with_probabilities(make_adata(3), [[0.6, 0.1, 0.3], [0.5, 0.2, 0.3], [0.7, 0.2, 0.1]]))
+    assert texts(ax) == ["3 of 3, 67% of them with 2"]
+
+
+def test_the_title_is_the_share_of_all_cells():
+    ax = pl.ambiguous(with_probabilities(make_adata(7), FEW))
+    assert titles([ax]) == ["43% of cells: top probability below 0.9"]
+
+
+def test_the_threshold_moves_cells():
+    ax = pl.ambiguous(with_probabilities(make_adata(7), FEW), threshold=0.55)
+    assert bars(ax) == [0.25, 0, 0]
+    assert titles([ax]) == ["14% of cells: top probability below 0.55"]
+
+
+def test_the_first_component_is_on_top():
+    ax = pl.ambiguous(make_adata())
+    bottom, top = ax.get_ylim()
+    assert top < 0 < 3 < bottom
+
+
+def test_components_of_no_cell_have_no_bar():
+    assert component_names(pl.ambiguous(with_probabilities(make_adata(2), [[0.9, 0, 0.1], [0.2, 0, 0.8]]))) == [
+        "0",
+        "2",
+    ]
+
+
+def test_bars_have_the_colours_of_the_clusters():
+    adata = make_adata()
+    pl.clusters(adata)
+    before = [to_hex(bar.get_facecolor()) for bar in pl.ambiguous(adata).patches]
+    assert before == list(adata.uns["scvae_colors"])
+    del adata.uns["scvae_colors"]  # the same, whichever is drawn first
+    assert [to_hex(bar.get_facecolor()) for bar in pl.ambiguous(adata).patches] == before
+    assert "scvae_colors" not in adata.uns
+
+
+def test_bars_of_a_subset_have_the_colours_of_their_names():
+    adata = with_probabilities(make_adata(7), FEW)
+    adata.uns["scvae_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
+    subset = adata[adata.obs["scvae"] != "1"].copy()
+    assert [to_hex(bar.get_facecolor()) for bar in pl.ambiguous(subset).patches] == ["#ff0000", "#0000ff"]
+
+
+def test_more_components_than_colours_are_grey():
+    ax = pl.ambiguous(make_adata(5_000, n_components=120))
+    assert len({bar.get_facecolor() for bar in ax.patches}) == 1
+
+
+@pytest.mark.parametrize("names", [None, ["natural killer cells, activated", "B", "dendritic"]], ids=["short", "long"])
+def test_ambiguous_texts_do_not_overlap_and_leave_room_for_the_bars(names):
+    ax = pl.ambiguous(with_probabilities(make_adata(7), FEW, names))
+    assert texts_that_overlap(ax.figure) == []
+    assert ax.get_window_extent().width > 0.25 * ax.figure.bbox.width
+    assert all(text.get_window_extent().x1 <= ax.figure.bbox.x1 for text in ax.texts)
+
+
+def test_sure_cells_have_an_empty_picture():
+    ax = pl.ambiguous(with_probabilities(make_adata(3), np.eye(3)))
+    assert bars(ax) == [0, 0, 0]
+    assert titles([ax]) == ["0% of cells: top probability below 0.9"]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0%"), (1e-5, "< 0.1%"), (0.004, "0.4%"), (0.25, "25%"), (0.996, "99.6%"), (0.9999, "> 99.9%"), (1, "100%")],
+)
+def test_shares_near_none_and_all_are_not_rounded_to_them(share, text):
+    assert pl._percent(share) == text
+
+
+def test_ambiguous_needs_probabilities():
+    with pytest.raises(ValueError, match=r"'scvae_probs'\] is not among.*mixture=True, key_added='scvae'"):
+        pl.ambiguous(make_adata(n_components=0))
+
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+
+def test_points_are_the_bins_that_have_cells():
+    adata = make_adata(500)
+    table, _ = calibration(adata.obsm["scvae_probs"], adata.obs["cell_type"])
+    table = table[table["n_cells"] > 0]
+    ax = pl.calibration(adata, "cell_type")
+    drawn = next(drawn for drawn in ax.collections if len(drawn.get_offsets()) > 1)
+    np.testing.assert_allclose(drawn.get_offsets(), table[["confidence", "accuracy"]])
+
+
+def test_areas_are_in_proportion_to_the_cells():
+    adata = with_probabilities(make_adata(50), np.repeat([[0.55, 0.45], [0.95, 0.05]], [10, 40], axis=0))
+    ax = pl.calibration(adata, "cell_type")
+    drawn = next(drawn for drawn in ax.collections if len(drawn.get_offsets()) > 1)
+    few, many = drawn.get_sizes()
+    assert many / few == pytest.approx(4)
+
+
+def test_areas_are_explained_in_round_numbers():
+    ax = pl.calibration(with_probabilities(make_adata(600), np.tile([0.95, 0.05], (600, 1))), "cell_type")
+    assert legend_texts(ax) == ["calibrated", "error", "500 cells", "50 cells", "5 cells"]
+
+
+@pytest.mark.parametrize(("value", "rounded"), [(1, 1), (1.9, 1), (4, 2), (5, 5), (99, 50), (100, 100), (999, 500)])
+def test_numbers_are_rounded_down(value, rounded):
+    assert pl._round_down(value) == rounded
+
+
+def test_the_title_is_the_expected_error():
+    adata = with_probabilities(make_adata(60), np.tile([0.95, 0.05], (60, 1)))  # a third has each of three labels
+    assert titles([pl.calibration(adata, "cell_type")]) == [f"Expected calibration error {0.95 - 1 / 3:.3f}"]
+
+
+def test_a_small_error_is_not_called_none():
+    adata = with_probabilities(make_adata(60), np.tile([0.3333, 0.3334, 0.3333], (60, 1)))
+    assert titles([pl.calibration(adata, "cell_type")]) == ["Expected calibration error < 0.001"]
+
+
+def test_options_are_passed_on():
+    adata = make_adata(500)
+    found = calibration(adata.obsm["scvae_probs"], adata.obs["cell_type"], 4, pool=True)
+    ax = pl.calibration(adata, "cell_type", n_bins=4, pool=True)
+    assert titles([ax]) == [f"Expected calibration error {found.expected_error:.3f}"]
+
+
+def test_the_diagonal_is_drawn():
+    assert line(pl.calibration(make_adata(), "cell_type"), "calibrated").get_xydata().tolist() == [[0, 0], [1, 1]]
+
+
+def test_calibration_of_labels_that_are_not_there_lists_the_columns():
+    with pytest.raises(ValueError, match=r"'nope' is not among \['total', 'cell_type', 'scvae'\]"):
+        pl.calibration(make_adata(), "nope")
+
+
+def test_calibration_needs_probabilities():
+    with pytest.raises(ValueError, match=r"'foo_probs'\] is not among"):
+        pl.calibration(make_adata(), "cell_type", key="foo")
+
+
+# --- one panel ----------------------------------------------------------------------------------------------------
+
+
+def draw_components(adata, **options):
+    return pl.components(with_curve(adata), **options)
+
+
+def draw_calibration(adata, **options):
+    return pl.calibration(adata, "cell_type", **options)
+
+
+ONE_PANEL = [draw_components, pl.ambiguous, draw_calibration]
+
+
+@pytest.mark.parametrize("plot", ONE_PANEL)
+def test_one_panel_is_drawn_on_given_axes(plot):
+    figure, given = plt.subplots(1, 2)
+    assert plot(make_adata(), ax=given[1]) is given[1]
+    assert plt.get_fignums() == [figure.number]
+    assert not given[0].has_data()
+
+
+@pytest.mark.parametrize("plot", ONE_PANEL)
+@pytest.mark.parametrize("n_cells", [10, 100_000])
+def test_one_panel_is_drawn_in_seconds(plot, n_cells, tmp_path):
+    adata = make_adata(n_cells)
+    start = time.perf_counter()
+    plot(adata, save=tmp_path / "figure.png")
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("plot", ONE_PANEL)
+def test_one_panel_leaves_adata_as_it_was(plot):
+    adata, same = with_curve(make_adata()), with_curve(make_adata())
+    plot(adata)
+    pd.testing.assert_frame_equal(adata.obs, same.obs)
+    np.testing.assert_array_equal(adata.obsm["scvae_probs"], same.obsm["scvae_probs"])
+    assert set(adata.uns) == set(same.uns)
+
+
+# --- all ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plot", [pl.training, pl.clusters, *ONE_PANEL])
 @pytest.mark.parametrize("as_type", [str, lambda path: path], ids=["str", "Path"])
 def test_save_writes_a_png(plot, as_type, tmp_path):
     plot(make_adata(), save=as_type(tmp_path / "figure.png"))
@@ -575,7 +954,7 @@ def test_save_writes_a_png(plot, as_type, tmp_path):
     assert plt.imread(tmp_path / "figure.png")[..., :3].std() > 0.01  # something is on it
 
 
-@pytest.mark.parametrize("plot", [pl.training, pl.clusters])
+@pytest.mark.parametrize("plot", [pl.training, pl.clusters, *ONE_PANEL])
 def test_show_shows_once(plot, monkeypatch):
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(True))
@@ -583,7 +962,7 @@ def test_show_shows_once(plot, monkeypatch):
     assert shown == [True]
 
 
-@pytest.mark.parametrize("plot", [pl.training, pl.clusters])
+@pytest.mark.parametrize("plot", [pl.training, pl.clusters, *ONE_PANEL])
 def test_one_figure_is_made(plot):
     plot(make_adata())
     assert len(plt.get_fignums()) == 1

@@ -99,11 +99,11 @@ def test_two_halves_of_one_component_overlap_by_twice_log_two():
 @pytest.mark.parametrize("n_components", [5, None])
 def test_the_same_seed_gives_the_same_mixture_and_leaves_random_states_alone(n_components):
     latent, _, _ = make_clusters(5, distance=4.0)
-    before = np.random.get_state()[1].copy(), torch.get_rng_state(), torch.get_num_threads()
+    before = np.random.get_state()[1].copy(), torch.get_rng_state(), torch.get_num_threads()  # noqa: NPY002
     (first, _), (second, _) = (start_mixture(latent, n_components, random_state=3) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.array_equal(np.random.get_state()[1], before[0])
+    assert np.array_equal(np.random.get_state()[1], before[0])  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[1])
     assert torch.get_num_threads() == before[2]
 
@@ -127,6 +127,6 @@ def test_equal_cells_have_a_start():
 
 
 def test_more_cells_than_are_compared_all_count():
-    latent, truth, _ = make_clusters(3, n_cells=12_000, distance=14.0)
+    latent, _, _ = make_clusters(3, n_cells=12_000, distance=14.0)
     start, _ = start_mixture(latent, 3, random_state=0)
     np.testing.assert_allclose(start.weights, 1 / 3, atol=1e-3)

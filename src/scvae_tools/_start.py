@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 N_RUNS = 16
 #: Components to merge from, as multiples of a number that is given; the runs take turns.
 SURPLUS = (1.5, 2.0, 2.5, 3.0)
-#: Components to merge from where the number is to be found; half as many again while nearly all of them stay apart.
-N_FINE, N_FINE_GROWTH, NEARLY_ALL, LARGEST_N_FINE = 20, 1.5, 0.8, 60
 #: The number that is found is the one at which no two components overlap by more nats per cell of the smaller one.
 LARGEST_OVERLAP = 0.15
+#: Components to merge from where the number is to be found; half as many again, up to a limit, as long as most of them
+#: are so clearly apart, which says that there may be more.
+N_FINE, N_FINE_GROWTH, LARGEST_N_FINE = 20, 1.5, 60
+MOST, CLEARLY_APART = 0.7, 0.05
 #: Partitions of different runs are compared by the log-likelihood per cell of a mixture with one covariance, less this
 #: much times the mean of their largest overlaps.
 OVERLAP_WEIGHT, N_LARGEST_OVERLAPS = 2.0, 3
@@ -136,7 +138,8 @@ def _runs(latent: np.ndarray, n_components: int | tuple[int, int] | None, rng: n
     while True:
         n_fine = max(lowest, min(n_fine, most))
         runs = [list(_levels(_memberships(latent, n_fine, rng))) for _ in range(N_RUNS)]
-        has_room = np.median([_count(levels) for levels in runs]) < NEARLY_ALL * n_fine
+        n_clear = np.median([_count(levels, CLEARLY_APART) for levels in runs])
+        has_room = n_clear < MOST * n_fine
         if has_room or n_components is not None or n_fine >= min(most, LARGEST_N_FINE):
             return runs
         n_fine = round(n_fine * N_FINE_GROWTH)
@@ -198,9 +201,9 @@ def _overlap_with(probs: np.ndarray, i: int) -> np.ndarray:
     return lost
 
 
-def _count(levels: list[_Level]) -> int:
-    """The largest number of components of which no two overlap by more than `LARGEST_OVERLAP`."""
-    return next(level.n_components for level in levels if level.overlap < LARGEST_OVERLAP)
+def _count(levels: list[_Level], largest_overlap: float = LARGEST_OVERLAP) -> int:
+    """The largest number of components of which no two overlap by more."""
+    return next(level.n_components for level in levels if level.overlap < largest_overlap)
 
 
 def _quality(latent: np.ndarray, label: np.ndarray) -> float:

@@ -573,8 +573,9 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
             start = start_from_labels(mean, label, len(self.labels), self.n_components, random_state=random_state)
         else:
             wanted = self.n_components or self._component_range
-            start, self.component_curve_ = start_mixture(mean, wanted, random_state=random_state)
+            start, curve = start_mixture(mean, wanted, random_state=random_state)
         if self.n_components is None:
+            self.component_curve_ = curve
             self.module.build_mixture(len(start.weights))
         # What `load` will need to build the same module.
         self.init_params_["non_kwargs"]["n_components"] = self.n_components

@@ -1,7 +1,8 @@
-"""Plots of what `scvae_tools.tl` stored in an AnnData, or of a model's history; they compute no results.
+"""Plots of what `scvae_tools.tl` stored in an AnnData, or of a model's history; they store no results.
 
-Every function returns an array of Axes, shows nothing unless asked (``show=True``) and draws on given Axes
-(``axes=``), so that a figure can be composed and changed afterwards. matplotlib and scanpy load on first use.
+Every function returns its Axes (an array of them where there may be several panels), shows nothing unless asked
+(``show=True``) and draws on given Axes (``ax=`` or ``axes=``), so that a figure can be composed and changed afterwards.
+matplotlib and scanpy load on first use.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scvae_tools._calibration import ambiguity_of_components, component_probabilities
+from scvae_tools._calibration import calibration as reliability
 from scvae_tools._keys import Keys
+from scvae_tools._start import LARGEST_OVERLAP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame, Series
 
-__all__ = ["clusters", "training"]
+__all__ = ["ambiguous", "calibration", "clusters", "components", "training"]
 
 #: Eight colours that all common kinds of colour blindness tell apart (Okabe and Ito 2008).
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
@@ -34,6 +38,9 @@ _STAGE_FONT = 8  # points
 _FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point is invisible
 _LARGEST_POINT = 100  # points squared; scanpy's 120,000 / n_cells covers the picture where there are few cells
 _LARGEST_LEGEND = 20  # components; beyond, colours are too alike and the numbers are written on the cells
+_ABOUT_ONE = (-0.03, 1.08)  # limits of an axis from 0 to 1 that do not cut its points, as multiples of its highest
+_LINE, _ACCENT, _PALE, _TEXT = OKABE_ITO[0], OKABE_ITO[3], "0.86", "0.35"
+_LARGEST_BIN, _SMALLEST_BIN = 280, 12  # points squared of the bins with the most and the fewest cells
 
 
 def training(
@@ -148,6 +155,169 @@ def clusters(
     return axes
 
 
+def components(
+    adata: AnnData,
+    *,
+    key: str = "scvae",
+    ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
+) -> Axes:
+    """Plot why the mixture has as many components as it has.
+
+    The line is the largest overlap of two components, by the number of components: parts of one type overlap, types do
+    not. Each run takes the largest number whose overlap is below the threshold, the dashed line; the pale bars, on the
+    right axis, are the shares of runs that took each number. Their median is chosen, within ``n_components`` if that is
+    a range, and marked.
+
+    Parameters
+    ----------
+    adata
+        AnnData with a result of :func:`scvae_tools.tl.scvae` that found the number of components itself.
+    key
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`.
+    ax
+        Axes to draw on; the axis of the shares is added to its figure. By default of a new figure.
+    show
+        Whether to show the figure.
+    save
+        Path of a file to write; its suffix is the format.
+
+    Returns
+    -------
+    Axes of the overlap, in nats per cell of the smaller component of the two.
+
+    Raises
+    ------
+    ValueError
+        If there is no result, or if the number of components was given rather than found.
+    """
+    curve = _component_curve(adata, key)
+    ax = _new_axes(5.6, 3.6) if ax is None else ax
+    _draw_overlap(ax, curve)
+    _draw_shares(ax, curve)
+    _mark_chosen(ax, curve)
+    _finish(ax.figure, show=show, save=save)
+    return ax
+
+
+def ambiguous(
+    adata: AnnData,
+    *,
+    key: str = "scvae",
+    threshold: float = 0.9,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
+) -> Axes:
+    """Plot how many cells of each component might as well be of another, and of which.
+
+    A bar is the share of the component's cells whose top probability is below the threshold. Beside it is the component
+    that is most often the second most probable one of these. The cells themselves are listed by
+    :func:`scvae_tools.tl.ambiguous_cells`.
+
+    Parameters
+    ----------
+    adata
+        AnnData with a result of :func:`scvae_tools.tl.scvae`, with a mixture.
+    key
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`.
+    threshold
+        A cell is ambiguous if the probability of its most probable component is below; above 0 and up to 1.
+    ax
+        Axes to draw on. By default of a new figure, high enough for all components.
+    show
+        Whether to show the figure.
+    save
+        Path of a file to write; its suffix is the format.
+
+    Returns
+    -------
+    Axes with a bar per component, the first one on top, in the colours of :func:`scvae_tools.pl.clusters`.
+
+    Raises
+    ------
+    ValueError
+        If there are no probabilities, or if ``threshold`` is not above 0 and up to 1.
+    """
+    table = ambiguity_of_components(adata, key=key, threshold=threshold)
+    if ax is None:
+        longest = max(
+            len(name) + len(_confusion(row)) for name, row in zip(table.index, table.itertuples(), strict=True)
+        )
+        ax = _new_axes(3.6 + 0.075 * longest, 1.1 + 0.3 * len(table))  # 0.075 inches for a letter
+    _draw_ambiguity(ax, table, _component_colours(adata, key, list(table.index)))
+    share = table["n_ambiguous"].sum() / table["n_cells"].sum()
+    ax.set_title(f"{_percent(share)} of cells: top probability below {threshold:g}", loc="left", fontsize=11)
+    _finish(ax.figure, show=show, save=save)
+    return ax
+
+
+def calibration(
+    adata: AnnData,
+    labels_key: str,
+    *,
+    key: str = "scvae",
+    n_bins: int = 10,
+    pool: bool = False,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
+) -> Axes:
+    """Plot how often the most probable component is right about known labels, by its probability.
+
+    A component stands for the label that most of its cells have. On the diagonal the probabilities are what they say;
+    below it the mixture is too sure. The area of a point is proportional to the number of its cells. The title has the
+    expected calibration error, the mean over cells of the distance from the diagonal [Guo17]_.
+
+    Parameters
+    ----------
+    adata
+        AnnData with a result of :func:`scvae_tools.tl.scvae`, with a mixture.
+    labels_key
+        Column of ``adata.obs`` with known labels. Cells without one are left out.
+    key
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`.
+    n_bins
+        Number of bins of equal width of the probability; those without cells have no point.
+    pool
+        Whether components that stand for one label count as one, with the sum of their probabilities.
+    ax
+        Axes to draw on. By default of a new figure.
+    show
+        Whether to show the figure.
+    save
+        Path of a file to write; its suffix is the format.
+
+    Returns
+    -------
+    Axes with the mean top probability of each bin and the share of its cells that are right.
+
+    Raises
+    ------
+    ValueError
+        If the labels or the probabilities are not there, if all labels are missing, or if ``n_bins`` is not a whole
+        number of at least 1.
+
+    References
+    ----------
+    .. [Guo17] Guo, Pleiss, Sun, Weinberger (2017) On calibration of modern neural networks. ICML, arXiv:1706.04599.
+    """
+    if labels_key not in adata.obs:
+        raise ValueError(
+            f"labels_key must be a column of adata.obs; {labels_key!r} is not among {list(adata.obs)}. "
+            "Pass one of those."
+        )
+    probs, _ = component_probabilities(adata, key)
+    found = reliability(probs, adata.obs[labels_key], n_bins, pool=pool)
+    ax = _new_axes(4.2, 4.2) if ax is None else ax
+    _draw_reliability(ax, found.table[found.table["n_cells"] > 0])
+    error = f"{found.expected_error:.3f}" if found.expected_error >= 0.0005 else "< 0.001"
+    ax.set_title(f"Expected calibration error {error}", loc="left", fontsize=11)
+    _finish(ax.figure, show=show, save=save)
+    return ax
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Finding what to draw
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,6 +421,46 @@ def _find_basis(adata: AnnData, key: str, basis: str | None) -> str:
     return found
 
 
+def _component_curve(adata: AnnData, key: str) -> DataFrame:
+    """Return the overlap by number of components, or say why there is none."""
+    result = adata.uns.get(Keys(key).uns)
+    name = f"uns[{Keys(key).uns!r}]['components']['curve']"
+    if not isinstance(result, Mapping):
+        raise _missing(adata, key, name)
+    found = result.get("components")
+    curve = None if found is None else found.get("curve")
+    remedy = f"Run svt.tl.scvae(adata, n_components=None, key_added={key!r})"
+    if not result.get("params", {}).get("mixture", True):
+        raise ValueError(
+            f"Components need a mixture; {key!r} is the result of a plain VAE, without {name}. "
+            f"Run svt.tl.scvae(adata, mixture=True, key_added={key!r})."
+        )
+    if found is None:
+        raise _missing(adata, key, name)
+    if curve is None:
+        raise ValueError(
+            f"svt.pl.components shows how the number of components was found; there is no {name}, since the number was "
+            f"given ({found.get('n_components', 'unknown')}, by n_components= or by the labels of labels_key=). "
+            f"{remedy} to have it found."
+        )
+    needed = ["n_components", "overlap", "share_of_runs", "chosen"]
+    missing = [column for column in needed if column not in getattr(curve, "columns", ())]
+    if missing or len(curve) == 0:
+        finding = f"lacks the columns {missing}" if missing else "has no rows"
+        raise ValueError(f"svt.pl.components needs one row per number of components; {name} {finding}. {remedy} again.")
+    return curve.sort_values("n_components")
+
+
+def _component_colours(adata: AnnData, key: str, names: list[str]) -> list[str]:
+    """Return the colours that `clusters` used or would use, by component; it alone writes them to ``uns``."""
+    column = adata.obs.get(Keys(key).component)
+    categories = names if column is None else _categories(column)
+    stored = list(adata.uns.get(f"{key}_colors", ()))
+    colours = stored if len(stored) >= len(categories) else _safe_palette(len(categories)) or []
+    by_name = dict(zip(categories, colours, strict=False))
+    return [by_name.get(name, "0.6") for name in names]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Figures
 # ---------------------------------------------------------------------------------------------------------------
@@ -265,6 +475,13 @@ def _given_axes(axes: Axes | Sequence[Axes] | np.ndarray, panels: list[str]) -> 
             f"Pass {len(panels)}, or axes=None for a new figure."
         )
     return axes
+
+
+def _new_axes(width: float, height: float) -> Axes:
+    """Return the Axes of a new figure of the given inches."""
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def _new_grid(n_panels: int) -> np.ndarray:
@@ -487,3 +704,167 @@ def _name_latent_axes(ax: Axes, key: str) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         dimension = axis.get_label_text().removeprefix("X_").removeprefix(key)
         axis.set_label_text(f"latent {dimension}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The panel of `components`
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _draw_overlap(ax: Axes, curve: DataFrame) -> None:
+    """Draw the overlap by number of components, and the threshold below which a number is taken."""
+    number, overlap = curve["n_components"].to_numpy(), curve["overlap"].to_numpy(dtype=float)
+    ax.plot(number, overlap, color=_LINE, lw=1.6, marker="o", ms=4, label="overlap")
+    ax.axhline(LARGEST_OVERLAP, color=_TEXT, lw=1, ls=(0, (4, 3)), label="threshold")
+    # The line rises through the threshold near the number chosen: the name is where it does not.
+    is_free_left = np.nanmax(overlap[: -(-len(overlap) // 3)], initial=0) < LARGEST_OVERLAP
+    ax.annotate(
+        f"threshold {LARGEST_OVERLAP:g}",
+        xy=(0 if is_free_left else 1, LARGEST_OVERLAP),
+        xycoords=("axes fraction", "data"),
+        xytext=(4 if is_free_left else -4, 2),
+        textcoords="offset points",
+        ha="left" if is_free_left else "right",
+        va="bottom",
+        fontsize=8,
+        color=_TEXT,
+    )
+    ax.set_xlabel("number of components")
+    ax.set_ylabel("largest overlap of two components\n(nats per cell of the smaller)")
+    _tidy(ax)
+    highest = max(np.nanmax(overlap, initial=0), 2 * LARGEST_OVERLAP)
+    ax.set(xlim=(number[0] - 0.7, number[-1] + 0.7), ylim=(_ABOUT_ONE[0] * highest, _ABOUT_ONE[1] * highest))
+    ax.yaxis.label.set_color(_LINE)
+
+
+def _draw_shares(ax: Axes, curve: DataFrame) -> None:
+    """Draw the shares of runs as bars behind the line, on an axis of their own."""
+    from matplotlib.ticker import PercentFormatter
+
+    right = ax.twinx()
+    right.bar(curve["n_components"], curve["share_of_runs"], width=0.8, color=_PALE)
+    right.set_ylim(*_ABOUT_ONE)
+    right.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    right.set_ylabel("share of runs", color="0.5")
+    right.tick_params(axis="y", colors="0.5")
+    right.spines[["top", "left", "right"]].set_visible(False)
+    # The axis made last is drawn on top, unless it is told otherwise; its bars would then be under an opaque patch.
+    ax.set_zorder(right.get_zorder() + 1)
+    ax.patch.set_visible(False)
+
+
+def _mark_chosen(ax: Axes, curve: DataFrame) -> None:
+    """Mark the number that was chosen by a line, and name it above, where nothing else is."""
+    for number in curve["n_components"][curve["chosen"].astype(bool)]:
+        ax.axvline(number, color=_ACCENT, lw=1.4, label="chosen", zorder=1.5)
+        ax.annotate(
+            f"{number} component{'s' * (number != 1)}",
+            xy=(number, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            color=_ACCENT,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The panel of `ambiguous`
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _draw_ambiguity(ax: Axes, table: DataFrame, colours: list[str]) -> None:
+    """Draw a bar per component, with the component that its cells might be of beside it."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    share = (table["n_ambiguous"] / table["n_cells"]).to_numpy()
+    place = np.arange(len(table))
+    ax.barh(place, share, height=0.72, color=colours, edgecolor="0.3", linewidth=0.5)
+    # In a column beside the panel, where long names cover nothing and have the room they need.
+    for at, row in zip(place, table.itertuples(), strict=True):
+        ax.annotate(
+            _confusion(row),
+            xy=(1, at),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=_TEXT,
+            annotation_clip=False,
+        )
+    ax.set_yticks(place, table.index)
+    ax.set(xlabel="ambiguous cells", ylabel="component", ylim=(len(table) - 0.5, -0.5))
+    ax.set_xlim(0, max(1.05 * share.max(), 0.01))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="x", color="0.92", linewidth=0.8)
+    ax.set_axisbelow(True)
+
+
+def _confusion(row: Any) -> str:
+    """Say how many cells of a component are ambiguous, and what else they might be."""
+    count = f"{row.n_ambiguous:,} of {row.n_cells:,}"
+    if row.n_ambiguous == 0:
+        return count
+    if row.n_confused == row.n_ambiguous:
+        return f"{count}, {'all ' * (row.n_ambiguous > 1)}with {row.confused_with}"
+    return f"{count}, {_percent(row.n_confused / row.n_ambiguous)} of them with {row.confused_with}"
+
+
+def _percent(share: float) -> str:
+    """Write a share without decimals, unless it would be 0% or 100% and is not."""
+    is_near_end = 0 < share < 0.01 or 0.99 < share < 1
+    if not is_near_end:
+        return f"{share:.0%}"
+    return "< 0.1%" if share < 0.001 else "> 99.9%" if share > 0.999 else f"{share:.1%}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The panel of `calibration`
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _draw_reliability(ax: Axes, table: DataFrame) -> None:
+    """Draw the accuracy by confidence of the bins that have cells, and their distance from the diagonal."""
+    confidence, accuracy = table["confidence"].to_numpy(), table["accuracy"].to_numpy()
+    n_cells = table["n_cells"].to_numpy()
+    ax.plot([0, 1], [0, 1], color=_TEXT, lw=1, ls=(0, (4, 3)), label="calibrated", zorder=1)
+    ax.vlines(
+        confidence,
+        np.minimum(confidence, accuracy),
+        np.maximum(confidence, accuracy),
+        color=_ACCENT,
+        lw=1.2,
+        label="error",
+    )
+    ax.plot(confidence, accuracy, color=_LINE, lw=1.4, zorder=2)
+    area = np.maximum(_LARGEST_BIN * n_cells / n_cells.max(), _SMALLEST_BIN)
+    ax.scatter(confidence, accuracy, s=area, color=_LINE, alpha=0.75, edgecolor="white", linewidth=0.6, zorder=3)
+    ax.set(xlabel="probability of the most probable component", ylabel="share of cells that are right")
+    ax.set(xlim=(-0.06, 1.06), ylim=(-0.06, 1.06), aspect="equal")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.92", linewidth=0.8)
+    ax.set_axisbelow(True)
+    _explain_areas(ax, n_cells)
+
+
+def _explain_areas(ax: Axes, n_cells: np.ndarray) -> None:
+    """Add a legend with the diagonal and the areas of round numbers of cells."""
+    largest = int(n_cells.max())
+    numbers = sorted({_round_down(largest / part) for part in (1, 10, 100) if largest >= part}, reverse=True)
+    for number in numbers:
+        area = max(_LARGEST_BIN * number / largest, _SMALLEST_BIN)
+        name = f"{number:,} cell{'s' * (number != 1)}"
+        ax.scatter([], [], s=area, color=_LINE, alpha=0.75, edgecolor="white", linewidth=0.6, label=name)
+    ax.legend(loc="upper left", fontsize=9, framealpha=0.9, edgecolor="none", labelspacing=0.9, handletextpad=0.8)
+
+
+def _round_down(value: float) -> int:
+    """Return the largest of 1, 2, 5, 10, 20, 50, ... that is not above the value."""
+    power = 10 ** int(np.floor(np.log10(value)))
+    return int(power * max(digit for digit in (1, 2, 5) if digit * power <= value))

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import xlogy
 
+from scvae_tools._calibration import ambiguous_cells
 from scvae_tools._keys import Keys
 from scvae_tools._messages import inform, said_before, warn
+from scvae_tools._rank import dendrogram, rank_components
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from scvae_tools.model import SCVAE
 
-__all__ = ["scvae"]
+__all__ = ["ambiguous_cells", "dendrogram", "rank_components", "scvae"]
 
 #: λ is dense: it is left out where it would take more than this share of the free memory.
 LARGEST_SHARE_OF_MEMORY = 0.25
@@ -142,7 +144,7 @@ def scvae(
     ``adata.obs["scvae"]`` : categorical
         Most probable component, "0", "1", ... by decreasing size; with labels, their names. Mixture only.
     ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
-        Probability of each component, in the order of the categories; unused ones last. Mixture only.
+        Probability of each component: by decreasing size, unused ones last; with labels in their order. Mixture only.
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
         Mean λ of the count distribution before zero inflation, in counts; NaN for genes that ``mask_var`` leaves out.
         The array passed as ``write_lambda`` itself, where AnnData takes its kind as a layer (NumPy, zarr, h5py).
