@@ -37,15 +37,21 @@ def main(folder: Path = Path("demo")) -> None:
             f"ELBO, {subset}: {terms['elbo']:.1f} nats per cell = log-likelihood {terms['log_likelihood']:.1f} "
             f"- KL z {terms['kl_z']:.1f} - KL y {terms['kl_y']:.1f}"
         )
-    print(f"Components in use: {adata.obs['scvae'].nunique()} of {result['params']['n_components']}")
+    found = result["components"]
+    print(
+        f"Components: {found['n_components']} found, {found['n_used']} in use; "
+        f"as many as {found['n_effective']:.1f} of equal size"
+    )
     print(f"ARI against bulk_labels: {adjusted_rand_score(adata.obs['bulk_labels'], adata.obs['scvae']):.3f}")
 
     sc.pp.neighbors(adata, use_rep="X_scvae")
     sc.tl.umap(adata)
     svt.pl.training(adata, save=folder / "training.png")
+    svt.pl.components(adata, save=folder / "components.png")
     svt.pl.clusters(adata, labels="bulk_labels", save=folder / "clusters.png")
     adata.write_h5ad(folder / "pbmc.h5ad")
-    print("Written:", ", ".join(str(folder / name) for name in ("pbmc.h5ad", "clusters.png", "training.png")))
+    names = ("pbmc.h5ad", "clusters.png", "components.png", "training.png")
+    print("Written:", ", ".join(str(folder / name) for name in names))
 
 
 if __name__ == "__main__":
