@@ -186,14 +186,7 @@ class MixtureVAE(VAE):
         return self.mixture if self.is_mixture else self.standard_normal
 
     @torch.no_grad()
-    def set_mixture(
-        self,
-        weights: Tensor,
-        means: Tensor,
-        covariance: Tensor,
-        posterior_variance: Tensor,
-        covariances: Tensor | None = None,
-    ) -> None:
+    def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
         """Take over a Gaussian mixture fitted to the latent means of the VAE.
 
         Parameters
@@ -204,11 +197,9 @@ class MixtureVAE(VAE):
             Σ (d, d) of the latent means within a component, shared by all.
         posterior_variance
             Mean of the variances of q(z|x), (d,): p(z) models z, whose spread is that of the means plus this.
-        covariances
-            Each component's own, (k, d, d); None for the shared one.
         """
-        own = covariance.expand(self.n_components, -1, -1) if covariances is None else covariances
-        self.mixture.set(weights, means, own + torch.diag(posterior_variance))
+        spread = (covariance + torch.diag(posterior_variance)).expand(self.n_components, -1, -1)
+        self.mixture.set(weights, means, spread)
         self.mixture_is_set.fill_(True)  # noqa: FBT003
         self.is_mixture = True
 
@@ -254,15 +245,8 @@ class GMVAE(MixtureVAE):
         self.to(self.z_mean.weight)
 
     @torch.no_grad()
-    def set_mixture(
-        self,
-        weights: Tensor,
-        means: Tensor,
-        covariance: Tensor,
-        posterior_variance: Tensor,
-        covariances: Tensor | None = None,
-    ) -> None:
-        super().set_mixture(weights, means, covariance, posterior_variance, covariances)
+    def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
+        super().set_mixture(weights, means, covariance, posterior_variance)
         # With one Σ for all components the responsibilities are a linear softmax of the latent mean, which is itself
         # linear in the features: q(y|x) can start exactly at them.
         slope = torch.linalg.solve(covariance, means.T).T  # (k, d)

@@ -39,16 +39,11 @@ LARGEST_SAMPLE = 10_000
 
 
 class MixtureStart(NamedTuple):
-    """A Gaussian mixture fitted to latent means."""
+    """A Gaussian mixture with one covariance, fitted to latent means."""
 
     weights: np.ndarray  # (k,)
     means: np.ndarray  # (k, d)
-    covariance: np.ndarray  # (d, d), shared: that of the cells about the mean of their component
-    covariances: np.ndarray  # (k, d, d), each component's own, the shared one counting for `PRIOR_CELLS` cells
-
-
-#: Cells for which the shared covariance counts in each component's own.
-PRIOR_CELLS = 20
+    covariance: np.ndarray  # (d, d)
 
 
 class _Level(NamedTuple):
@@ -216,23 +211,21 @@ def _quality(latent: np.ndarray, label: np.ndarray) -> float:
 
 
 def _mixture(latent: np.ndarray, label: np.ndarray, n_components: int | None = None) -> MixtureStart:
-    """Weights, means and covariances of a partition, whose labels are 0, 1, ..., k − 1."""
+    """Weights, means and covariance of a partition, whose labels are 0, 1, ..., k − 1."""
     size = np.bincount(label, minlength=n_components or 0).astype(float)
     one_hot = np.eye(len(size))[label]
     # A component without cells starts as a rare one in the middle of all.
     means = np.where(size[:, None] > 0, one_hot.T @ latent / np.maximum(size, 1)[:, None], latent.mean(0))
     residual = latent - means[label]
-    scatter = np.stack([(residual * one_hot[:, [k]]).T @ residual for k in range(len(size))])
-    shared = scatter.sum(0) / len(latent)
+    covariance = residual.T @ residual / len(latent)
     # A direction in which no cell differs must not make the matrix singular.
-    shared += np.eye(len(shared)) * 1e-6 * np.trace(shared).clip(1e-6) / len(shared)
-    own = (scatter + PRIOR_CELLS * shared) / (size + PRIOR_CELLS)[:, None, None]
+    covariance += np.eye(len(covariance)) * 1e-6 * np.trace(covariance).clip(1e-6) / len(covariance)
     weights = np.maximum(size, 0.5)
-    return MixtureStart(weights / weights.sum(), means, shared, own)
+    return MixtureStart(weights / weights.sum(), means, covariance)
 
 
 def _log_joint(latent: np.ndarray, mixture: MixtureStart) -> np.ndarray:
-    """Log π_k N(z; μ_k, Σ) with the shared covariance, (n, k)."""
+    """Log π_k N(z; μ_k, Σ), (n, k)."""
     from scipy.stats import multivariate_normal
 
     each = [multivariate_normal(mean, mixture.covariance).logpdf(latent) for mean in mixture.means]

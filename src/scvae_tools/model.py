@@ -581,12 +581,9 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         self.init_params_["non_kwargs"]["n_components"] = self.n_components
         if not self.is_supervised:
             order = np.argsort(-start.weights, kind="stable")  # that of `weights`, if they are given
-            start = start._replace(
-                **{name: getattr(start, name)[order] for name in ("weights", "means", "covariances")}
-            )
+            start = start._replace(weights=start.weights[order], means=start.means[order])
         as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
-        weights, means, covariance, covariances = map(as_tensor, start)
-        self.module.set_mixture(weights, means, covariance, as_tensor(variance.mean(0)), covariances)
+        self.module.set_mixture(*map(as_tensor, start), as_tensor(variance.mean(0)))
 
     def _components_of_labels(self) -> np.ndarray:
         codes = self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS_KEY).ravel().astype(int)
