@@ -600,7 +600,7 @@ def test_lambda_larger_than_a_quarter_of_the_memory_is_left_out_with_its_size_an
         fit(adata, max_epochs=2)
     assert said(caught)[0].filename == fit.__code__.co_filename
     assert re.search(
-        r"backed AnnData into its file.*array on disk.*zarr, h5py, or a memory map", str(caught[0].message)
+        r"backed AnnData into its file.*array on disk.*zarr, h5py, or a memory map", str(said(caught)[0].message)
     )
     expected = documented_keys(True) | {"layers": set()}
     assert added_keys(make_adata(), adata) == expected
