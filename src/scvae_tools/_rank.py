@@ -257,7 +257,8 @@ def _covariates(model: SCVAE, n_samples: int) -> Covariates:
         def column(key: str, dtype: torch.dtype) -> Tensor | None:
             if key not in registered:
                 return None
-            return torch.as_tensor(np.asarray(manager.get_from_registry(key)), dtype=dtype, device=device)
+            # A copy: pandas hands out arrays that must not be written to, and torch takes none of these.
+            return torch.as_tensor(np.array(manager.get_from_registry(key)), dtype=dtype, device=device)
 
         known = Covariates(
             column(REGISTRY_KEYS.BATCH_KEY, torch.long),
