@@ -342,7 +342,7 @@ def test_names_of_clustering_and_results_are_free(adata, model):
     assert adata.uns["tree"]["groupby"] == ["mine"]
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")  # what newer pandas says to anndata
 def test_a_view_becomes_a_copy_and_its_parent_stays(adata, model):
     before = snapshot(adata)
     view = adata[:50]

@@ -38,16 +38,15 @@ def test_each_cell_has_the_rates_of_the_poisson_toy_where_there_is_no_size_facto
     assert error.mean() < 0.03
 
 
-@pytest.mark.parametrize(("mixture", "error"), [("gmvae", 0.03), ("vade", 0.04)])
-def test_the_rates_of_each_component_of_the_mixture_toy_are_recovered(mixture, error):
-    """Of VaDE the error is between 0.026 and 0.036 for two seeds and 60 to 160 epochs; it does not fall any more."""
+@pytest.mark.parametrize("mixture", ["gmvae", "vade"])
+def test_the_rates_of_each_component_of_the_mixture_toy_are_recovered(mixture):
     adata = svt.datasets.poisson_mixture_toy()
-    options = {"n_components": 5, "use_size_factor": False, "max_epochs": 60, "lr": 3e-3}
+    options = {"n_components": 5, "use_size_factor": False, "max_epochs": 90, "lr": 2e-3}
     svt.tl.scvae(adata, mixture=mixture, **options, **TOY)
     assert adjusted_rand_score(adata.obs["component"], adata.obs["scvae"]) > 0.94
     rate, component = adata.layers["scvae_lambda"], adata.obs["component"].astype(int).to_numpy()
     found = np.stack([rate[component == c].mean(0) for c in range(5)])
-    assert np.abs(found / adata.varm["lambda"].T - 1).mean() < error
+    assert np.abs(found / adata.varm["lambda"].T - 1).mean() < 0.03
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
