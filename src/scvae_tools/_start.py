@@ -82,10 +82,11 @@ def start_mixture(
     low, high = (1, len(sample)) if n_components is None else np.broadcast_to(n_components, 2)
     k = int(np.clip(np.median(found), low, high))  # the median of an even number is rounded down
     partitions = [level.label for levels in runs for level in levels if level.n_components == k]
-    # Where no run holds so many components that differ, the cells do not differ either.
-    label = max(partitions, key=lambda each: _quality(sample, each), default=np.arange(len(sample)) % k)
+    # No run may hold so many components where they are nearly as many as the cells, or the cells are equal.
+    partitions = partitions or [_k_means(sample, k, random_state)]
+    label = max(partitions, key=lambda each: _quality(sample, each))
     if len(sample) < len(latent):
-        label = _log_joint(latent, _mixture(sample, label)).argmax(1)
+        label = _log_joint(latent, _mixture(sample, label, k)).argmax(1)
     return _mixture(latent, label, k), _table(runs, found, k)
 
 
@@ -150,6 +151,15 @@ def _memberships(latent: np.ndarray, n_components: int, rng: np.random.Generator
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture = GaussianMixture(n_components, covariance_type="tied", random_state=seed)
         return mixture.fit(latent).predict_proba(latent)
+
+
+def _k_means(latent: np.ndarray, n_components: int, random_state: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return KMeans(n_components, n_init=10, random_state=random_state % 2**32).fit_predict(latent)
 
 
 def _levels(probs: np.ndarray) -> Iterator[_Level]:
