@@ -190,6 +190,19 @@ def test_weights_from_labels_are_their_shares_at_the_start():
     np.testing.assert_allclose(weights, shares, atol=1e-6)
 
 
+def test_new_data_are_mapped_onto_the_labels_of_the_reference():
+    model = fit(make_adata(), max_epochs=4)
+    query = make_adata(hidden=0.5)
+    mapped = svt.SCVAE.load_query_data(query.copy(), model)
+    assert mapped.components == model.components
+    query.obs["label"] = np.where(np.arange(query.n_obs) < 7, "type 9", query.obs["label"])
+    with pytest.raises(ValueError, match=r"labels of the reference model.*found 'type 9' in 7 cells.*'\?'"):
+        svt.SCVAE.load_query_data(query, model)
+    del query.obs["label"]
+    with pytest.raises(ValueError, match=r"found no such column. Give cells without one of them '\?'"):
+        svt.SCVAE.load_query_data(query, model)
+
+
 ERRORS = {
     "too few components": ({"n_components": 2}, r"one component for each label.*found 2 for the 4 labels 'type 0'"),
     "a range": ({"n_components": (2, 6)}, r"`n_components` must be a number of at least one component for each label"),

@@ -12,6 +12,7 @@ from scvi.model.base import ArchesMixin, BaseMinifiedModeModelClass
 from scvi.model.base._save_load import _initialize_model
 
 from scvae_tools import _keys
+from scvae_tools._counts import listed
 from scvae_tools._random import seeded
 from scvae_tools._saving import ADATA_FILE, MODEL_FILE, read_saved, write_saved
 from scvae_tools._training import quiet
@@ -149,7 +150,24 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         """
         reference = reference_model if isinstance(reference_model, cls) else cls.load(reference_model)
         reference._check_genes(adata)
+        reference._check_labels(adata)
         with quiet(), seeded(0):
             query = super().load_query_data(adata, reference, **kwargs)
         query.module.extend_batches(reference.module.sizes.n_batch, freeze=not kwargs.get("unfrozen", False))
         return query
+
+    def _check_labels(self, adata: AnnData) -> None:
+        """Refuse labels that have no component, where labels train the components."""
+        if not self.is_supervised:
+            return
+        setup = self.registry["setup_args"]
+        key, unlabeled = setup["labels_key"], setup.get("unlabeled_category")
+        known = listed(self._label_categories)
+        rule = f"adata.obs[{key!r}] must hold labels of the reference model ({known})"
+        remedy = f"Give cells without one of them {unlabeled!r}." if unlabeled is not None else "Correct the labels."
+        if key not in adata.obs:
+            raise ValueError(f"{rule}; found no such column. {remedy}")
+        labels = adata.obs[key].astype(str)
+        is_new = ~labels.isin(self._label_categories)
+        if is_new.any():
+            raise ValueError(f"{rule}; found {labels[is_new].iloc[0]!r} in {is_new.sum():,} cells. {remedy}")

@@ -195,7 +195,8 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
                 "cells. Pass fewer, or None to find their number."
             )
         self._component_range = tuple(map(int, n_components)) if is_range else None
-        number, labels = None if is_range else n_components, self.labels
+        number = None if is_range or n_components is None else int(n_components)
+        labels = self.labels
         y_term = y_term or ("cross-entropy" if labels else "kl")
         if not labels and (y_term == "cross-entropy" or weights == "labels"):
             found = "y_term='cross-entropy'" if y_term == "cross-entropy" else "weights='labels'"
@@ -232,7 +233,8 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         setup = self.registry["setup_args"]
         if setup.get("labels_key") is None:
             return []
-        return [name for name in self._label_categories if name != setup.get("unlabeled_category")]
+        unlabeled = setup.get("unlabeled_category")
+        return [name for name in self._label_categories if unlabeled is None or name != str(unlabeled)]
 
     @property
     def is_supervised(self) -> bool:
