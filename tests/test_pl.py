@@ -21,6 +21,8 @@ from matplotlib.colors import to_hex, to_rgb
 
 from scvae_tools import pl
 from scvae_tools._calibration import calibration
+from scvae_tools.pl import _calibration as reliability_panel
+from scvae_tools.pl import _figures
 
 # scanpy 1.11 calls a method that newer matplotlib will deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:The set_bad function:PendingDeprecationWarning")
@@ -430,7 +432,7 @@ def test_components_have_different_colours(n_components):
 def test_few_components_have_colours_safe_for_colour_blind_readers():
     adata = make_adata(n_components=8)
     pl.clusters(adata)
-    assert tuple(adata.uns["scvae_colors"]) == pl.OKABE_ITO
+    assert tuple(adata.uns["scvae_colors"]) == _figures.OKABE_ITO
 
 
 def test_cells_have_the_colour_of_their_component():
@@ -834,7 +836,7 @@ def test_sure_cells_have_an_empty_picture():
     [(0, "0%"), (1e-5, "< 0.1%"), (0.004, "0.4%"), (0.25, "25%"), (0.996, "99.6%"), (0.9999, "> 99.9%"), (1, "100%")],
 )
 def test_shares_near_none_and_all_are_not_rounded_to_them(share, text):
-    assert pl._percent(share) == text
+    assert _figures.percent(share) == text
 
 
 def test_ambiguous_needs_probabilities():
@@ -869,7 +871,7 @@ def test_areas_are_explained_in_round_numbers():
 
 @pytest.mark.parametrize(("value", "rounded"), [(1, 1), (1.9, 1), (4, 2), (5, 5), (99, 50), (100, 100), (999, 500)])
 def test_numbers_are_rounded_down(value, rounded):
-    assert pl._round_down(value) == rounded
+    assert reliability_panel._round_down(value) == rounded
 
 
 def test_the_title_is_the_expected_error():
