@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy import stats
 
 import scvae_tools as svt
 from scvae_tools._keys import LATENT_MEAN, LATENT_PROBABILITIES, LATENT_VARIANCE
@@ -69,6 +70,42 @@ def model(request, mixture, trained):
 
 
 # -- every method for every likelihood and kind ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mixture", "covariance"), [(False, "full"), ("gmvae", "diag")])
+def test_kl_of_the_dimensions_adds_up_where_they_are_independent(mixture, covariance):
+    model = make_model(mixture=mixture, covariance=covariance)
+    each = model.get_kl_by_dimension(indices=np.arange(50), batch_size=7)
+    assert each.shape == (N_LATENT,)
+    assert each.sum() == pytest.approx(model.get_elbo_terms(indices=np.arange(50))["kl_z"].mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("mixture", ["gmvae", "vade"])
+def test_kl_of_a_dimension_is_that_of_the_marginals(mixture, trained):
+    model = trained("nb", mixture)
+    prior = model.get_prior()
+    (tensors,) = model._batches(None, np.arange(20), None)
+    with torch.inference_mode():
+        posterior = model.module.posterior(model.module.encode(*model.module.data(tensors)))
+        weight = model.module.probabilities(posterior).numpy()
+    expected = np.zeros(N_LATENT)
+    for component, (mean, covariance) in enumerate(zip(prior["means"], prior["covariances"], strict=True)):
+        row = component if len(posterior.mean) > 1 else 0
+        q = torch.distributions.Normal(posterior.mean[row], (0.5 * posterior.log_var[row]).exp())
+        p = torch.distributions.Normal(torch.tensor(mean), torch.tensor(np.sqrt(np.diag(covariance))))
+        expected += (weight[:, [component]] * torch.distributions.kl_divergence(q, p).numpy()).mean(0)
+    np.testing.assert_allclose(model.get_kl_by_dimension(indices=np.arange(20)), expected, rtol=1e-4)
+
+
+def test_the_prior_is_that_of_the_log_density(model):
+    prior, z = model.get_prior(), np.random.default_rng(0).normal(size=(5, N_LATENT))
+    each = [
+        np.log(weight) + stats.multivariate_normal(mean, covariance).logpdf(z)
+        for weight, mean, covariance in zip(*prior.values(), strict=True)
+    ]
+    with torch.no_grad():
+        found = model.module.prior.log_prob(torch.tensor(z, dtype=torch.float32)[None])[0]
+    np.testing.assert_allclose(found, np.logaddexp.reduce(each, axis=0), rtol=1e-4)
 
 
 def test_latent_representation_is_finite_and_one_row_a_cell(model):

@@ -260,10 +260,10 @@ def test_without_a_number_of_components_it_is_counted(mixture):
 
 
 @each_mixture
-def test_uns_holds_params_history_elbo_and_version(mixture):
+def test_uns_holds_what_is_documented(mixture):
     uns = trained(mixture).adata.uns["scvae"]
     of_mixture = {"components"} if mixture else set()
-    assert set(uns) == {"params", "history", "elbo", "version"} | of_mixture
+    assert set(uns) == {"params", "history", "elbo", "kl_by_dimension", "version"} | of_mixture
     assert uns["version"] == svt.__version__
     assert set(uns["elbo"]) == {"train", "validation"}
 
@@ -505,6 +505,9 @@ def test_the_components_are_summed_up(mixture):
     assert summary["n_components"] == len(share)
     assert summary["n_used"] == adata.obs["scvae"].nunique()
     assert summary["n_effective"] == pytest.approx(np.exp(stats.entropy(share)))
+    assert summary["weights"].sum() == pytest.approx(1)
+    assert summary["means"].shape == (len(share), adata.obsm["X_scvae"].shape[1])
+    assert summary["covariances"].shape == (*summary["means"].shape, summary["means"].shape[1])
     chosen = summary["curve"].query("chosen") if "curve" in summary else None
     assert chosen is None or chosen["n_components"].tolist() == [len(share)]
 

@@ -15,6 +15,7 @@ from scvae_tools._counts import cell_positions
 from scvae_tools._expression import ExpressionMixin
 from scvae_tools._gmvae import MixtureVAE
 from scvae_tools._random import seeded, with_random_state
+from scvae_tools._vae import kl_of_marginals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -123,6 +124,31 @@ class EvaluationMixin(ExpressionMixin, VAEMixin):
         values = -self.get_elbo_terms(*args, **kwargs)["log_likelihood"].to_numpy()
         return {"reconstruction_loss": float(values.mean()) if return_mean else values}
 
+    def get_kl_by_dimension(
+        self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> np.ndarray:
+        """KL of the latent dimensions one by one: which of them the model uses.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in `get_elbo_terms`.
+
+        Returns
+        -------
+        Mean over cells of Σ_y q(y|x) KL(q(z_d|x,y) ‖ p(z_d|y)), the marginals of dimension d; nats per cell,
+        (n_latent,). They add up to ``kl_z`` for a plain VAE and for a GMVAE with ``covariance="diag"``; where the
+        dimensions of p(z|y) are correlated, they do not.
+        """
+        total, n_cells = 0.0, 0
+        for tensors in self._batches(adata, indices, batch_size, needs_counts="The KL of q(z|x,y)"):
+            posterior = self.module.posterior(self.module.encode(*self.module.data(tensors)))
+            each = kl_of_marginals(posterior, *self.module.prior.marginals())  # (k, n, d)
+            weight = self.module.probabilities(posterior)  # (n, k)
+            total = total + torch.einsum("nk,knd->d", weight.double(), each.double()).cpu()
+            n_cells += len(weight)
+        return (total / n_cells).numpy()
+
     def get_marginal_ll(
         self,
         adata: AnnData | None = None,
@@ -202,5 +228,21 @@ class EvaluationMixin(ExpressionMixin, VAEMixin):
         names = (self.adata if adata is None else adata).obs_names
         index = names[cell_positions(indices, len(names))]
         return pd.DataFrame(probabilities, index=index, columns=self.components)
+
+    def get_prior(self) -> dict[str, np.ndarray]:
+        """Weights, means and covariances of p(y) p(z|y).
+
+        Returns
+        -------
+        ``weights`` (k,), ``means`` (k, n_latent) and ``covariances`` (k, n_latent, n_latent) of the components in the
+        order of ``components``; those of N(0, I) for a plain VAE.
+        """
+        prior, d = self.module.prior, self.module.n_latent
+        with torch.no_grad():
+            weights = prior.log_weights().exp().cpu().numpy()
+            if not self.is_mixture:
+                return {"weights": weights, "means": np.zeros((1, d), np.float32), "covariances": np.eye(d)[None]}
+            means, covariances = prior.means.cpu().numpy(), prior.covariances().cpu().numpy()
+        return {"weights": weights, "means": means.copy(), "covariances": covariances.copy()}
 
     get_latent_representation = with_random_state(VAEMixin.get_latent_representation)

@@ -92,6 +92,10 @@ class GaussianMixture(nn.Module):
         inverse = torch.linalg.inv(self.precision_factor())
         return (inverse.mT @ inverse).expand(self.n_components, -1, -1)
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each dimension of p(z|y), each (k, d)."""
+        return self.means, torch.diagonal(self.covariances(), dim1=-2, dim2=-1)
+
     def kl(self, mean: Tensor, log_var: Tensor) -> Tensor:
         """KL(N(mean, diag exp(log_var)) ‖ p(z|y)) of (k or 1, n, d) tensors, (k, n).
 

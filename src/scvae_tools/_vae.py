@@ -134,6 +134,10 @@ class StandardNormal(nn.Module):
         """KL(q(z|x,y) ‖ p(z|y)) of mean and log variance (k, n, d), (k, n)."""
         return 0.5 * (log_var.exp() + mean.square() - 1 - log_var).sum(-1)
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each dimension, each (1, 1)."""
+        return torch.zeros(1, 1), torch.ones(1, 1)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log p(z) of z (..., d), (...)."""
         return -0.5 * (z.square() + LOG_2PI).sum(-1)
@@ -591,6 +595,13 @@ def _take(value: Tensor, cell: Tensor, gene: Tensor) -> Tensor:
 def log_normal(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """Log N(z; mean, diag exp(log_var)), summed over the last axis."""
     return -0.5 * ((z - mean).square() * (-log_var).exp() + log_var + LOG_2PI).sum(-1)
+
+
+def kl_of_marginals(posterior: Posterior, prior_mean: Tensor, prior_variance: Tensor) -> Tensor:
+    """KL(q(z_d|x,y) ‖ N(mean, variance)) of each dimension for a prior (k or 1, d or 1), (k, n, d)."""
+    mean, variance = prior_mean.to(posterior.mean)[:, None], prior_variance.to(posterior.mean)[:, None]
+    ratio = posterior.log_var - variance.log()
+    return 0.5 * (ratio.exp() + (posterior.mean - mean).square() / variance - 1 - ratio)
 
 
 def cross_entropy(log_q_y: Tensor, label: Tensor) -> Tensor:

@@ -150,10 +150,12 @@ def scvae(
         The array passed as ``write_lambda`` itself, where AnnData takes its kind as a layer (NumPy, zarr, h5py).
     ``adata.uns["scvae"]`` : dict
         ``params``; ``history``, a table with a row per epoch; ``elbo``, for ``train`` and ``validation`` the bound and
-        its terms in nats per cell; ``version``; for a mixture ``components``: their number ``n_components``, of which
-        ``n_used`` are some cell's most probable one, ``n_effective`` = exp(H(mean of q(y|x))), and where the number was
-        to be found ``curve``, a table with a row per number: ``overlap`` (the largest between two components, median
-        over runs, in nats per cell of the smaller), ``share_of_runs`` that stop there, ``chosen``.
+        its terms in nats per cell; ``kl_by_dimension``, (n_latent,), see `SCVAE.get_kl_by_dimension`; ``version``; for
+        a mixture ``components``: their number ``n_components``, of which ``n_used`` are some cell's most probable one,
+        ``n_effective`` = exp(H(mean of q(y|x))), the prior's ``weights`` (k,), ``means`` (k, d) and ``covariances``
+        (k, d, d), and where the number was to be found ``curve``, a table with a row per number: ``overlap`` (the
+        largest between two components, median over runs, in nats per cell of the smaller), ``share_of_runs`` that stop
+        there, ``chosen``.
 
     Raises
     ------
@@ -272,10 +274,11 @@ def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]
     history = model.history.copy()
     history.index = history.index.astype(str)
     params = {key: value for key, value in params.items() if value is not None and key != "adata"}
+    summary = {"params": params, "history": history, "elbo": elbo, "version": __version__}
     results: dict[str, dict[str, Any]] = {
         "obs": {},
         "obsm": {keys.latent: model.get_latent_representation()},
-        "uns": {keys.uns: {"params": params, "history": history, "elbo": elbo, "version": __version__}},
+        "uns": {keys.uns: summary | {"kl_by_dimension": model.get_kl_by_dimension()}},
     }
     if model.is_mixture:
         probabilities = model.predict(soft=True).to_numpy()
@@ -294,7 +297,7 @@ def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str,
         "n_components": len(share),
         "n_used": len(np.unique(probabilities.argmax(1))),
         "n_effective": float(np.exp(-xlogy(share, share).sum())),
-    }
+    } | model.get_prior()
     curve = model.component_curve_
     if curve is None:
         return summary
