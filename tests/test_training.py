@@ -10,7 +10,9 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
+import scvae_tools as svt
 from scvae_tools._training import (
     Stage,
     TrainingPlan,
@@ -41,6 +43,24 @@ def test_a_trained_model_goes_on_where_it_was():
     names = [stage.name for stage in plan_stages(10, mixture=True, resumes_vae=True)]
     assert names == ["vae", "mixture"]
     assert [stage.name for stage in plan_stages(10, mixture=True, resumes_mixture=True)] == ["mixture"]
+
+
+@pytest.mark.parametrize(("mixture", "last"), [(False, "vae"), (True, "mixture")])
+def test_dropout_acts_in_the_last_stage_alone(mixture, last):
+    adata = svt.datasets.simulate(100, 20, 2, random_state=0)
+    svt.SCVAE.setup_anndata(adata)
+    options = {"n_components": 2} if mixture else {}
+    model = svt.SCVAE(adata, mixture=mixture, n_hidden=8, n_latent=2, dropout_rate=0.3, **options)
+    rates = {}
+
+    class Note(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            layers = [each for each in pl_module.module.modules() if isinstance(each, torch.nn.Dropout)]
+            rates.setdefault(pl_module.stage.name, set()).update(layer.p for layer in layers if layer.training)
+
+    model.train(10, progress=False, callbacks=[Note()])
+    assert rates[last] == {0.3}
+    assert {rate for stage in rates if stage != last for rate in rates[stage]} == {0.0}
 
 
 def test_loggers_and_filters_are_silenced_inside_only():

@@ -54,12 +54,15 @@ class Stage:
         Whether the weight of the KL terms rises from 0 to 1 over the stage; such a stage never stops early.
     is_mixture
         Whether the mixture's bound is trained.
+    drops_out
+        Whether dropout acts.
     """
 
     name: str
     max_epochs: int
     warms_up: bool = False
     is_mixture: bool = False
+    drops_out: bool = False
 
 
 def default_max_epochs(n_cells: int) -> int:
@@ -73,15 +76,17 @@ def plan_stages(
     """Divide the epochs: KL warm-up, VAE, mixture.
 
     The mixture starts from a trained VAE, since from random weights all but one or two components die
-    (docs/model.md). A model that was trained before goes on where it was.
+    (docs/model.md). Dropout acts in the last stage: it raises the held-out bound, yet a VAE that had it from the start
+    may have a latent space in which the mixture finds worse components (docs/clustering.md). A model that was trained
+    before goes on where it was.
     """
     if resumes_mixture:
-        return [Stage("mixture", max_epochs, is_mixture=True)]
+        return [Stage("mixture", max_epochs, is_mixture=True, drops_out=True)]
     n_mixture = max(1, round(0.3 * max_epochs)) if mixture else 0
     n_vae = max_epochs - n_mixture
     n_warm_up = 0 if resumes_vae else round(0.25 * n_vae)
-    stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up)]
-    stages.append(Stage("mixture", n_mixture, is_mixture=True))
+    stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up, drops_out=not mixture)]
+    stages.append(Stage("mixture", n_mixture, is_mixture=True, drops_out=True))
     return [stage for stage in stages if stage.max_epochs > 0]
 
 
@@ -132,6 +137,7 @@ class TrainingPlan(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.module.train()
+        self.module.drop_out(self.module.dropout_rate if self.stage.drops_out else 0.0)
         self._reset("train")
         self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
         self.row["kl_weight"] = self.kl_weight()
@@ -258,6 +264,7 @@ class Settings:
     matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
+    recorder: Callback | None = None  #: what adds columns to the history
 
 
 def run_stage(
@@ -334,6 +341,8 @@ def _callbacks(settings: Settings, best: KeepBest | None) -> list[Callback]:
     callbacks = list(settings.trainer_options.get("callbacks", ()))
     if settings.progress is not None:
         callbacks.append(settings.progress)
+    if settings.recorder is not None:
+        callbacks.append(settings.recorder)
     if best is not None:
         callbacks.append(best)
         if settings.early_stopping:

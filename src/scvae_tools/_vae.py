@@ -207,6 +207,7 @@ class VAE(BaseMinifiedModeModuleClass):
         self.likelihood: Likelihood = get_likelihood(likelihood)
         self.gene_likelihood = likelihood  # the name under which scvi-tools looks for it
         self.latent_distribution = "normal"
+        self.dropout_rate = dropout_rate
         self.encoder_input, self.use_size_factor, self.engine = encoder_input, use_size_factor, engine
         self.block_entries: int | None = None  #: rows x genes that the engine takes at a time; None for its own choice
         options = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate}
@@ -226,6 +227,12 @@ class VAE(BaseMinifiedModeModuleClass):
         )
         self.standard_normal = StandardNormal()
         self._register_reference()
+
+    def drop_out(self, rate: float) -> None:
+        """Let the hidden layers drop out this share of their units, where ``dropout_rate`` is not 0."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = rate
 
     @property
     def prior(self) -> nn.Module:

@@ -24,6 +24,19 @@ from torch.nn.functional import softplus
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+__all__ = [
+    "LIKELIHOODS",
+    "RATE",
+    "CountDistribution",
+    "Head",
+    "Likelihood",
+    "NegativeBinomial",
+    "Poisson",
+    "ZeroInflated",
+    "get_likelihood",
+    "log_rising_ratio",
+]
+
 Params = dict[str, Tensor]
 
 
@@ -49,6 +62,7 @@ class Head:
     initial: float = 0.0
 
 
+#: The head that every count likelihood has.
 RATE = Head("log_rate", "log of the mean count λ before zero inflation")
 
 
@@ -245,6 +259,7 @@ class ZeroInflated(Likelihood):
         return counts * (uniform >= torch.sigmoid(gate))
 
 
+#: Every likelihood by the name that ``likelihood=`` takes.
 LIKELIHOODS: dict[str, Likelihood] = {
     "poisson": Poisson(),
     "nb": NegativeBinomial(),

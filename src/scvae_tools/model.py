@@ -30,6 +30,7 @@ from scvae_tools._messages import said_before, warn
 from scvae_tools._networks import Covariates, Sizes
 from scvae_tools._persistence import PersistenceMixin
 from scvae_tools._random import seeded
+from scvae_tools._stability import RateRecorder
 from scvae_tools._start import start_from_labels, start_mixture
 from scvae_tools._training import (
     Progress,
@@ -84,8 +85,10 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         Number of components; the smallest and largest number that may be found, such as ``(4, 20)``; or None to find
         any (see docs/clustering.md). After training ``n_components`` is what was found, and ``component_curve_`` a
         table with the overlap of the components by their number.
-    n_latent, n_hidden, n_layers, dropout_rate
-        Size of the latent space, width and number of the hidden layers of encoder and decoder, and their dropout.
+    n_latent, n_hidden, n_layers
+        Size of the latent space, width and number of the hidden layers of encoder and decoder.
+    dropout_rate
+        Of the hidden layers of both, in the last stage of the training (docs/clustering.md).
     dispersion
         Inverse dispersion per ``"gene"``, ``"gene-batch"`` or ``"gene-cell"``.
     covariance
@@ -135,7 +138,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         n_latent: int = 10,
         n_hidden: int = 128,
         n_layers: int = 1,
-        dropout_rate: float = 0.0,
+        dropout_rate: float = 0.2,
         dispersion: str = "gene",
         covariance: str = "full",
         weights: str | Sequence[float] = "learned",
@@ -387,7 +390,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
 
     @property
     def components(self) -> list[str]:
-        """Names of the components: "0", "1", ... by decreasing number of cells of the data it was trained on.
+        """Names of the components, from "0" on by decreasing number of cells of the data it was trained on.
 
         Where labels train the components, the names of the labels, and "new 0", "new 1", ... for the others.
         """
@@ -402,6 +405,18 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         return isinstance(self.module, MixtureVAE) and self.module.is_mixture
 
     # -- training --------------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> pd.DataFrame | None:
+        """A row per epoch of all trainings so far; None before the first.
+
+        Columns: ``epoch``, ``stage`` and ``kl_weight`` (that of the warm-up, at the start of the epoch); for each of
+        ``train`` and ``validation`` (``elbo_train``, ...) ``elbo``, ``log_likelihood``, ``kl_z`` and ``kl_y``, in nats
+        per cell and not weighted. With ``record_rates=True`` also, of at most 512 training cells, before zero inflation
+        and at the posterior means: ``rate_at_zeros``, the mean over cells of Σ λ over the genes with x = 0, in counts
+        per cell, and ``max_rate``, the largest λ, in counts; NaN in epochs that were trained without.
+        """
+        return self.history_
 
     def train(
         self,
@@ -419,6 +434,7 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         devices: int | str = "auto",
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         progress: bool = True,
+        record_rates: bool = False,
         random_state: int = 0,
         **trainer_options: Any,
     ) -> None:
@@ -448,6 +464,10 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
             the setting as it is.
         progress
             Whether to show a bar with epoch, ELBO and time left.
+        record_rates
+            Whether to put λ of at most 512 training cells into the `history` at the end of each epoch, for
+            `scvae_tools.pl.stability`: ``rate_at_zeros``, the mean over cells of the sum of λ over the genes of which
+            the cell has no count, and ``max_rate``, the largest λ, both in counts. The training is the same.
         random_state
             Seed of split, order of cells and Monte Carlo samples.
         **trainer_options
@@ -493,6 +513,8 @@ class SCVAE(EvaluationMixin, PersistenceMixin):
         with seeded(random_state), quiet():
             self._split(train_size, validation_indices)
             loaders = self._loaders(batch_size, pin_memory=device.type == "cuda")
+            if record_rates:
+                settings.recorder = RateRecorder(loaders[0].dataset, self.train_indices, random_state)
             self.to_device(device)
             try:
                 self._run(stages, loaders, settings, random_state)
