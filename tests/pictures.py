@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.colors import to_hex
 
 from scvae_tools import pl
+from scvae_tools._compare import RESULTS
 
 STAGES = {"warm-up": 5, "vae": 10, "mixture": 25}
 
@@ -18,6 +19,7 @@ def make_history(stages=None, *, validation=True, mixture=True, seed=0):
     epoch = np.arange(1, sum(stages.values()) + 1)
     stage = np.repeat(list(stages), list(stages.values()))
     history = pd.DataFrame({"epoch": epoch, "stage": stage, "kl_weight": np.minimum(epoch / 5, 1)})
+    history["rate_at_zeros"], history["max_rate"] = 3_000 * np.exp(-epoch / 4) + 200, 2.0 * epoch
     for split in ["train", "validation"] if validation else ["train"]:
         history[f"log_likelihood_{split}"] = -600 - 2_000 * np.exp(-epoch) + rng.normal(size=len(epoch))
         history[f"kl_z_{split}"] = 20 + rng.normal(size=len(epoch))
@@ -42,6 +44,7 @@ def make_adata(n_cells=60, *, n_components=4, n_latent=5, umap=True, key="scvae"
         adata.obsm["X_umap"] = rng.normal(size=(n_cells, 2)).astype(np.float32)
     history = make_history(mixture=n_components > 0) if history is None else history
     adata.uns[key] = {"params": {"n_latent": n_latent}, "history": history, "version": "0"}
+    adata.uns[key]["kl_by_dimension"] = np.sort(rng.gamma(1, size=n_latent))
     return adata
 
 
@@ -65,12 +68,77 @@ def with_curve(adata, curve=None, key="scvae"):
     return adata
 
 
+def with_prior(adata, key="scvae", seed=0):
+    """Add the means and covariances of all components, as svt.tl.scvae stores them."""
+    rng = np.random.default_rng(seed)
+    k, d = adata.obsm[f"{key}_probs"].shape[1], adata.obsm[f"X_{key}"].shape[1]
+    factors = rng.normal(size=(k, d, d)).astype(np.float32)
+    means = rng.normal(size=(k, d)).astype(np.float32)
+    prior = {"weights": np.full(k, 1 / k), "means": means, "covariances": factors @ factors.swapaxes(1, 2) / d}
+    adata.uns[key] = adata.uns[key] | {"components": {"n_components": k} | prior}
+    return adata
+
+
+def with_counts(adata, n_genes=6, key="scvae", seed=0):
+    """Copy into an AnnData that has genes, their counts and λ."""
+    rng = np.random.default_rng(seed)
+    rate = rng.gamma(2, size=(adata.n_obs, n_genes)).astype(np.float32)
+    return ad.AnnData(
+        rng.poisson(rate).astype(np.float32),
+        obs=adata.obs.copy(),
+        var=pd.DataFrame(index=[f"gene{gene}" for gene in range(n_genes)]),
+        obsm=dict(adata.obsm),
+        layers={f"{key}_lambda": rate},
+        uns=dict(adata.uns),
+    )
+
+
+def make_comparison(seed=0, **grid):
+    """Fake the table of svt.tl.compare, for the given values by argument."""
+    grid = grid or {"likelihood": ["nb", "zinb"], "random_state": [0, 1, 2]}
+    table = pd.MultiIndex.from_product(grid.values(), names=grid).to_frame(index=False)
+    table.index = table.index.astype(str)
+    rng = np.random.default_rng(seed)
+    for name in [name for name in RESULTS if name not in ("epochs", "components_used", "ari")]:
+        table[name] = -600 + 10 * rng.normal(size=len(table))
+    return table.assign(state="finished")
+
+
+def with_comparison(adata, table=None, key="scvae_compare"):
+    table = make_comparison() if table is None else table
+    adata.uns[key] = {"table": table, "hashes": np.array(["0"] * len(table), dtype=object)}
+    return adata
+
+
 def with_probabilities(adata, probs, names=None):
     """Replace the probabilities, and the components by the most probable ones."""
     probs = np.asarray(probs, dtype=np.float32)
     names = [str(i) for i in range(probs.shape[1])] if names is None else names
     adata.obsm["scvae_probs"] = probs
     adata.obs["scvae"] = pd.Categorical(np.array(names)[probs.argmax(1)], categories=names)
+    return adata
+
+
+def make_ppc(genes=("gene0", "HLA-A/B"), n_genes=30, seed=0):
+    """Fake what svt.tl.ppc stores: a model with more zeros and more variance than the data; the last gene has none."""
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"mean": rng.lognormal(size=n_genes)}, index=[f"gene{i}" for i in range(n_genes)])
+    table.loc[table.index[-1], "mean"] = 0.0
+    table["variance"] = table["mean"] + table["mean"] ** 2
+    table["share_of_zeros"] = 1 / (1 + table["mean"])
+    for name, factor in {"mean": 1.1, "variance": 2.0, "share_of_zeros": 0.9}.items():
+        table[f"{name}_model"], table[f"{name}_model_sd"] = factor * table[name], 0.05 * table[name]
+    result = {"genes": table, "params": {"n_samples": 10, "n_cells": 60, "likelihood": "nb", "random_state": 0}}
+    if genes:
+        bins = {"first": [0, 1, 2, 3], "last": [0.0, 1.0, 2.0, np.inf], "cells": [40, 15, 5, 0]}
+        bins |= {"cells_model": [38.0, 14.5, 6.0, 0.5], "cells_model_sd": [3.0, 2.0, 1.5, 0.7]}
+        bins = pd.concat([pd.DataFrame({"gene": gene} | bins) for gene in genes], ignore_index=True)
+        result["histograms"] = bins.set_index(bins.index.astype(str))
+    return result
+
+
+def with_ppc(adata, result=None, key="scvae"):
+    adata.uns[f"{key}_ppc"] = make_ppc() if result is None else result
     return adata
 
 
@@ -133,8 +201,17 @@ PLOTS = {
     "ambiguous": pl.ambiguous,
     "calibration": lambda adata, **options: pl.calibration(adata, "cell_type", **options),
     "clusters": pl.clusters,
+    "compare": lambda adata, **options: pl.compare(with_comparison(adata), **options),
     "components": lambda adata, **options: pl.components(with_curve(adata), **options),
+    "confusion": lambda adata, **options: pl.confusion(adata, "cell_type", **options),
+    "genes": lambda adata, **options: pl.genes(with_counts(adata), ["gene0", "gene1"], **options),
+    "kl": pl.kl,
+    "lambda_bars": lambda adata, **options: pl.lambda_bars(with_counts(adata), **options),
+    "latent": lambda adata, **options: pl.latent(with_prior(adata), **options),
+    "ppc": lambda adata, **options: pl.ppc(with_ppc(adata), **options),
+    "probs": pl.probs,
+    "stability": pl.stability,
     "training": pl.training,
 }
 #: Those that may have several panels, and take ``axes=``.
-SEVERAL_PANELS = ("clusters", "training")
+SEVERAL_PANELS = ("clusters", "compare", "genes", "ppc", "stability", "training")

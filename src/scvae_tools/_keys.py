@@ -36,6 +36,11 @@ class Keys:
         """``uns``: parameters, history, ELBO, version."""
         return self.key_added
 
+    @property
+    def ppc(self) -> str:
+        """``uns``: result of `scvae_tools.tl.ppc`."""
+        return f"{self.key_added}_ppc"
+
 
 #: Of minified AnnData objects, which hold the posterior in place of the counts.
 LATENT_MEAN = "scvae_latent_qzm"

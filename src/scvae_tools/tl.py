@@ -11,8 +11,10 @@ import pandas as pd
 from scipy.special import xlogy
 
 from scvae_tools._calibration import ambiguous_cells
+from scvae_tools._compare import compare
 from scvae_tools._keys import Keys
 from scvae_tools._messages import inform, said_before, warn
+from scvae_tools._ppc import ppc
 from scvae_tools._rank import dendrogram, rank_components
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from scvae_tools.model import SCVAE
 
-__all__ = ["ambiguous_cells", "dendrogram", "rank_components", "scvae"]
+__all__ = ["ambiguous_cells", "compare", "dendrogram", "ppc", "rank_components", "scvae"]
 
 #: λ is dense: it is left out where it would take more than this share of the free memory.
 LARGEST_SHARE_OF_MEMORY = 0.25

@@ -8,7 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
 from pictures import (
     colours,
     legend_texts,
@@ -80,6 +82,16 @@ def test_few_components_have_colours_safe_for_colour_blind_readers():
     adata = make_adata(n_components=8)
     pl.clusters(adata)
     assert tuple(adata.uns["scvae_colors"]) == _figures.OKABE_ITO
+
+
+@pytest.mark.parametrize("n_components", [20, 21, 28, 29, 102])
+def test_more_components_have_the_colours_of_scanpy(n_components):
+    adata = make_adata(204, n_components=n_components)
+    pl.clusters(adata)
+    ours = [to_hex(colour) for colour in adata.uns["scvae_colors"]]
+    del adata.uns["scvae_colors"]
+    scanpy.pl.embedding(adata, "umap", color="scvae", show=False)
+    assert ours == [to_hex(colour) for colour in adata.uns["scvae_colors"]]
 
 
 def test_cells_have_the_colour_of_their_component():

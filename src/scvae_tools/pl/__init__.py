@@ -8,7 +8,31 @@ matplotlib and scanpy load on first use. One module per picture.
 from scvae_tools.pl._ambiguous import ambiguous
 from scvae_tools.pl._calibration import calibration
 from scvae_tools.pl._clusters import clusters
+from scvae_tools.pl._compare import compare
 from scvae_tools.pl._components import components
+from scvae_tools.pl._confusion import confusion
+from scvae_tools.pl._genes import genes
+from scvae_tools.pl._kl import kl
+from scvae_tools.pl._lambda_bars import lambda_bars
+from scvae_tools.pl._latent import latent
+from scvae_tools.pl._ppc import ppc
+from scvae_tools.pl._probs import probs
+from scvae_tools.pl._stability import stability
 from scvae_tools.pl._training import training
 
-__all__ = ["ambiguous", "calibration", "clusters", "components", "training"]
+__all__ = [
+    "ambiguous",
+    "calibration",
+    "clusters",
+    "compare",
+    "components",
+    "confusion",
+    "genes",
+    "kl",
+    "lambda_bars",
+    "latent",
+    "ppc",
+    "probs",
+    "stability",
+    "training",
+]

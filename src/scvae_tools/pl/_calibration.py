@@ -8,7 +8,7 @@ import numpy as np
 
 from scvae_tools._calibration import calibration as reliability
 from scvae_tools._calibration import component_probabilities
-from scvae_tools.pl._figures import ACCENT, LINE, TEXT, finish, new_axes
+from scvae_tools.pl._figures import ACCENT, LINE, TEXT, column_of_obs, finish, new_axes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,13 +70,9 @@ def calibration(
     ----------
     .. [Guo17] Guo, Pleiss, Sun, Weinberger (2017) On calibration of modern neural networks. ICML, arXiv:1706.04599.
     """
-    if labels_key not in adata.obs:
-        raise ValueError(
-            f"labels_key must be a column of adata.obs; {labels_key!r} is not among {list(adata.obs)}. "
-            "Pass one of those."
-        )
+    labels = column_of_obs(adata, labels_key, "labels_key")
     probs, _ = component_probabilities(adata, key)
-    found = reliability(probs, adata.obs[labels_key], n_bins, pool=pool)
+    found = reliability(probs, labels, n_bins, pool=pool)
     ax = new_axes(4.2, 4.2) if ax is None else ax
     _draw_reliability(ax, found.table[found.table["n_cells"] > 0])
     error = f"{found.expected_error:.3f}" if found.expected_error >= 0.0005 else "< 0.001"

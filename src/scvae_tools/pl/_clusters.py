@@ -6,7 +6,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from scvae_tools._keys import Keys
-from scvae_tools.pl._figures import categories_of, finish, given_axes, missing_result, new_row, safe_palette
+from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, legend_width, name_latent_axes
+from scvae_tools.pl._figures import finish, given_axes, missing_result, new_row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from anndata import AnnData
     from matplotlib.axes import Axes
-    from pandas import Series
-
-_LARGEST_POINT = 100  # points squared; scanpy's 120,000 / n_cells covers the picture where there are few cells
-_LARGEST_LEGEND = 20  # components; beyond, colours are too alike and the numbers are written on the cells
 
 
 def clusters(
@@ -71,17 +68,17 @@ def clusters(
         of ``axes`` is not the number of panels.
     """
     columns = _columns(adata, key, labels)
-    basis = _find_basis(adata, key, basis)
+    basis = find_basis(adata, key, basis)
     options = [
-        _embedding_options(adata, column, kwargs, is_component=column == Keys(key).component) for column in columns
+        embedding_options(adata, column, kwargs, is_component=column == Keys(key).component) for column in columns
     ]
-    legends = [_legend_width(adata.obs[column], option) for column, option in zip(columns, options, strict=True)]
+    legends = [legend_width(adata.obs[column], option) for column, option in zip(columns, options, strict=True)]
     titles = _titles(columns, kwargs.get("title"))
     axes = new_row(legends) if axes is None else given_axes(axes, columns)
     for ax, column, title, option in zip(axes, columns, titles, options, strict=True):
-        _draw_cells(ax, adata, basis, column, **option | {"title": title})
+        draw_cells(ax, adata, basis, column, **option | {"title": title})
         if basis == Keys(key).latent:
-            _name_latent_axes(ax, key)
+            name_latent_axes(ax, key)
     finish(axes[0].figure, show=show, save=save)
     return axes
 
@@ -107,71 +104,7 @@ def _columns(adata: AnnData, key: str, labels: str | Sequence[str] | None) -> li
     return labels
 
 
-def _find_basis(adata: AnnData, key: str, basis: str | None) -> str:
-    """Return the key of ``obsm`` that holds the coordinates."""
-    latent = Keys(key).latent
-    if basis is None:
-        basis = "X_umap" if "X_umap" in adata.obsm else latent
-        if basis not in adata.obsm:
-            raise missing_result(adata, key, f"obsm['X_umap'] nor obsm[{basis!r}]")
-    found = next((name for name in (basis, f"X_{basis}") if name in adata.obsm), None)
-    if found is None:
-        raise ValueError(
-            f"basis must be a key of adata.obsm; {basis!r} is not among {list(adata.obsm)}. Pass one of those, "
-            f"or make a UMAP: sc.pp.neighbors(adata, use_rep={latent!r}); sc.tl.umap(adata)."
-        )
-    if adata.obsm[found].shape[1] < 2:
-        raise ValueError(
-            f"basis must have at least two columns; obsm[{found!r}] has {adata.obsm[found].shape[1]}. Make a UMAP: "
-            f"sc.pp.neighbors(adata, use_rep={latent!r}); sc.tl.umap(adata), or pass another basis=."
-        )
-    return found
-
-
-def _draw_cells(ax: Axes, adata: AnnData, basis: str, column: str, **options: Any) -> None:
-    """Let scanpy draw one panel; its points are pixels in vector formats, since a million shapes open in no viewer."""
-    import scanpy as sc
-
-    # scanpy writes "UMAP1" for "umap" but "X_umap1" for "X_umap".
-    short = basis.removeprefix("X_")
-    basis = basis if short in adata.obsm else short
-    sc.pl.embedding(adata, basis, color=column, ax=ax, show=False, **options)
-    for points in ax.collections:
-        points.set_rasterized(True)
-
-
-def _embedding_options(adata: AnnData, column: str, given: dict[str, Any], *, is_component: bool) -> dict[str, Any]:
-    """Return the options of `scanpy.pl.embedding`: the user's, and our defaults for the others."""
-    options: dict[str, Any] = {"size": min(120_000 / max(adata.n_obs, 1), _LARGEST_POINT)}
-    n_categories = len(categories_of(adata.obs[column]))
-    if len(adata.uns.get(f"{column}_colors", ())) < n_categories:
-        options["palette"] = safe_palette(n_categories)
-    if is_component and n_categories > _LARGEST_LEGEND:
-        options |= {"legend_loc": "on data", "legend_fontsize": 8, "legend_fontoutline": 2}
-    if "s" in given:  # scanpy reads `s` only where there is no `size`
-        del options["size"]
-    return options | given
-
-
-def _legend_width(column: Series, options: dict[str, Any]) -> float:
-    """Estimate the inches that scanpy's legend needs beside the panel; a colour bar needs less than one."""
-    names = categories_of(column)
-    if not names:
-        return 0.8
-    if options.get("legend_loc", "right margin") != "right margin":
-        return 0.0
-    n_legend_columns = 1 if len(names) <= 14 else 2 if len(names) <= 30 else 3  # as scanpy has them
-    return n_legend_columns * (0.4 + 0.08 * max(map(len, names)))
-
-
 def _titles(columns: list[str], given: str | Sequence[str] | None) -> list[str]:
     """Return a title per panel: the user's as far as they go, then the names of the columns."""
     given = [given] if isinstance(given, str) else list(given or [])[: len(columns)]
     return [column if title is None else title for column, title in zip_longest(columns, given)]
-
-
-def _name_latent_axes(ax: Axes, key: str) -> None:
-    """Call the axes "latent 1" where scanpy calls them "scvae1" or "X_scvae1"."""
-    for axis in (ax.xaxis, ax.yaxis):
-        dimension = axis.get_label_text().removeprefix("X_").removeprefix(key)
-        axis.set_label_text(f"latent {dimension}")

@@ -1,4 +1,4 @@
-"""What plots share: colours, new and given Axes, and errors for results that are not there."""
+"""What plots share: colours, new and given Axes, names on an axis, and errors for what is not there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
     from pandas import Series
 
 #: Eight colours that all common kinds of colour blindness tell apart (Okabe and Ito 2008).
 OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
 LINE, ACCENT, PALE, TEXT = OKABE_ITO[0], OKABE_ITO[3], "0.86", "0.35"
 ABOUT_ONE = (-0.03, 1.08)  # limits of an axis from 0 to 1 that do not cut its points, as multiples of its highest
+FONT = 8  # points, of names on an axis
+_LINE_HEIGHT = 1.35  # of the font
+_LONGEST_NAME = 1.25  # times its stretch: a longer one seems to name the neighbours, too
+_WORTH_TURNING = 1.2  # times as many names, at least
 
 
 def missing_result(adata: AnnData, key: str, looked_for: str) -> ValueError:
@@ -52,10 +58,21 @@ def component_colours(adata: AnnData, key: str, names: list[str]) -> list[str]:
 
 
 def safe_palette(n_categories: int) -> list[str] | None:
-    """Return colours that colour-blind readers tell apart, as far as there are enough; else None, scanpy's own."""
-    from scanpy.plotting.palettes import default_20  # adjusted for colour blindness, unlike matplotlib's ten
+    """Return as many colours, which colour-blind readers tell apart as far as can be; None above 102."""
+    # scanpy's 20 are adjusted for colour blindness, unlike matplotlib's ten; for more, it takes 28 and 102 by itself.
+    from scanpy.plotting.palettes import default_20, default_28, default_102
 
-    return next((list(palette) for palette in (OKABE_ITO, default_20) if n_categories <= len(palette)), None)
+    palettes = (OKABE_ITO, default_20, default_28, default_102)
+    return next((list(palette[:n_categories]) for palette in palettes if n_categories <= len(palette)), None)
+
+
+def column_of_obs(adata: AnnData, name: str, argument: str) -> Series:
+    """Return a column of ``obs``, or say which there are."""
+    if name not in adata.obs:
+        raise ValueError(
+            f"{argument} must be a column of adata.obs; {name!r} is not among {list(adata.obs)}. Pass one of those."
+        )
+    return adata.obs[name]
 
 
 def categories_of(column: Series) -> list[str]:
@@ -84,16 +101,20 @@ def new_axes(width: float, height: float) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def new_grid(n_panels: int) -> np.ndarray:
-    """Return the Axes of a new figure: a row of up to three, or two by two."""
+def new_grid(n_panels: int, width: float = 4.6, height: float = 3.4) -> np.ndarray:
+    """Return the Axes of a new figure, rows of up to three or two by two, each of the given inches."""
     from matplotlib import pyplot as plt
 
-    n_rows, n_columns = (2, 2) if n_panels == 4 else (1, n_panels)
-    figsize = (4.6 * n_columns, 3.4 * n_rows)
+    n_columns = 2 if n_panels == 4 else min(n_panels, 3)
+    n_rows = -(-n_panels // n_columns)
+    figsize = (width * n_columns, height * n_rows)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=figsize, layout="constrained", squeeze=False)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    axes, others = np.split(axes.ravel(), [n_panels])
+    for ax in others:
+        ax.remove()
     figure.align_ylabels(axes)
-    return axes.ravel()
+    return axes
 
 
 def new_row(legends: list[float]) -> np.ndarray:
@@ -132,3 +153,75 @@ def percent(share: float) -> str:
     if not is_near_end:
         return f"{share:.0%}"
     return "< 0.1%" if share < 0.001 else "> 99.9%" if share > 0.999 else f"{share:.1%}"
+
+
+# -- names on an axis, where there is room -----------------------------------------------------------------------------
+
+
+def write_names(
+    axis: Axis,
+    places: ArrayLike,
+    names: list[str],
+    *,
+    lengths: ArrayLike | None = None,
+    turn: bool = True,
+) -> bool:
+    """Write names as the ticks of an axis, without overlap; say whether all have room.
+
+    Parameters
+    ----------
+    axis
+        ``ax.xaxis`` or ``ax.yaxis``.
+    places
+        Where the names belong, in data coordinates, (n_names,).
+    names
+        What to write, (n_names,).
+    lengths
+        Of the stretches that the names stand for, in data coordinates, (n_names,): the longest is named first, and a
+        name that is much longer than its stretch is left out, unless it is turned. By default the first is named first.
+    turn
+        Whether names under an x-axis may be turned, which they are if many more find room then.
+    """
+    is_x = axis.axis_name == "x"
+    length = size_in_points(axis.axes)[0 if is_x else 1]  # points
+    low, high = axis.get_view_interval()
+    centres = (np.asarray(places, dtype=float) - low) / (high - low) * length
+    room = np.full(len(names), np.inf) if lengths is None else np.asarray(lengths) / abs(high - low) * length
+    order = np.argsort(-room, kind="stable")
+    by_height = _that_fit(centres, np.full(len(names), _LINE_HEIGHT * FONT), order)
+    widths = np.array([width_of(name) if is_x else 0 for name in names])
+    by_width = _that_fit(centres, widths + FONT / 2, order[widths[order] <= _LONGEST_NAME * room[order]])
+    is_turned = is_x and turn and len(by_height) > _WORTH_TURNING * len(by_width)
+    kept = by_width if is_x and not is_turned else by_height
+    axis.set_ticks(np.asarray(places)[kept], [names[i] for i in kept])
+    axis.set_tick_params(labelsize=FONT, labelrotation=90 if is_turned else 0)
+    return len(kept) == len(names)
+
+
+def size_in_points(ax: Axes) -> tuple[float, float]:
+    """Return width and height of the panel within all that has been drawn around it so far."""
+    figure = ax.figure.canvas.figure  # not the SubFigure that Axes may be in
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+    box = ax.get_window_extent()
+    points = 72 / figure.dpi
+    return box.width * points, box.height * points
+
+
+def _that_fit(centres: np.ndarray, widths: np.ndarray, order: np.ndarray) -> list[int]:
+    """Return which names overlap none that comes before in the order; all in points."""
+    kept: dict[int, tuple[float, float]] = {}
+    for i in order:
+        start, end = centres[i] - widths[i] / 2, centres[i] + widths[i] / 2
+        if all(end <= other_start or other_end <= start for other_start, other_end in kept.values()):
+            kept[int(i)] = (start, end)
+    return sorted(kept)
+
+
+def width_of(text: str, size: float = FONT) -> float:
+    """Return the width of a text in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]

@@ -73,8 +73,8 @@ def training(
     return axes
 
 
-def _history(data: AnnData | Any, key: str) -> DataFrame:
-    """Return the history of an AnnData or of a model, and check that it is one of ours."""
+def _history(data: AnnData | Any, key: str, plot: str = "training") -> DataFrame:
+    """Return the history of an AnnData or of a model, and check that it is one of ours; errors name the plot."""
     if hasattr(data, "uns"):
         result = data.uns.get(Keys(key).uns)
         if not isinstance(result, Mapping) or "history" not in result:
@@ -82,20 +82,20 @@ def _history(data: AnnData | Any, key: str) -> DataFrame:
         history, remedy = result["history"], f"Run svt.tl.scvae(adata, key_added={key!r}) again."
     else:
         history, remedy = getattr(data, "history", None), "Call model.train() first."
-    return _check_history(history, type(data).__name__, remedy)
+    return _check_history(history, f"svt.pl.{plot}", type(data).__name__, remedy)
 
 
-def _check_history(history: DataFrame | None, owner: str, remedy: str) -> DataFrame:
+def _check_history(history: DataFrame | None, plot: str, owner: str, remedy: str) -> DataFrame:
     if not hasattr(history, "columns"):
         raise ValueError(
-            "svt.pl.training needs an AnnData, or a model whose `history` is a table with a row per epoch; "
+            f"{plot} needs an AnnData, or a model whose `history` is a table with a row per epoch; "
             f"the history of this {owner} is {type(history).__name__}. {remedy}"
         )
     needed = ["epoch", "stage", *(f"{name}_train" for name in _PANELS if name != "kl_y")]
     missing = [column for column in needed if column not in history.columns]
     if missing or len(history) == 0:
         finding = f"lacks the columns {missing}" if missing else "has no epochs"
-        raise ValueError(f"svt.pl.training needs one row per epoch; the history of this {owner} {finding}. {remedy}")
+        raise ValueError(f"{plot} needs one row per epoch; the history of this {owner} {finding}. {remedy}")
     return history
 
 
@@ -127,10 +127,16 @@ def _draw_curves(ax: Axes, history: DataFrame, name: str) -> None:
         known = np.isfinite(values)
         marker = "o" if known.sum() <= _FEW_EPOCHS else None
         ax.plot(epoch[known], values[known], color=_SPLITS[split], label=split, lw=1.6, marker=marker, ms=3.5)
-    ax.set(xlabel="epoch", ylabel="nats per cell", xlim=(epoch[0] - 0.5, epoch[-1] + 0.5))
     _limit_y(ax, splits, keep_highest=name == "elbo")
+    _frame(ax, history, title=_PANELS[name], ylabel="nats per cell")
+
+
+def _frame(ax: Axes, history: DataFrame, *, title: str, ylabel: str) -> None:
+    """Set what all panels by epoch share: labels, limits of the epochs, the stages and above their names the title."""
+    epoch = history["epoch"].to_numpy()
+    ax.set(xlabel="epoch", ylabel=ylabel, xlim=(epoch[0] - 0.5, epoch[-1] + 0.5))
     n_rows = _mark_stages(ax, _stages(history))
-    ax.set_title(_PANELS[name], loc="left", fontsize=11, fontweight="bold", pad=6 + 1.35 * _STAGE_FONT * n_rows)
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=6 + 1.35 * _STAGE_FONT * n_rows)
     tidy(ax)
 
 

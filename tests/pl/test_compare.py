@@ -1,0 +1,191 @@
+"""Models compared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.collections import LineCollection, PathCollection
+from pictures import legend_texts, make_adata, make_comparison, texts, titles, with_comparison
+
+from scvae_tools import pl
+
+LIKELIHOODS, SEEDS = ["zinb", "nb"], [0, 1, 2]
+
+
+def labels(ax):
+    return [label.get_text() for label in ax.get_xticklabels()]
+
+
+def points(ax):
+    """Places and values of the models; the bars at the means are collections too."""
+    return np.concatenate([np.asarray(d.get_offsets()) for d in ax.collections if isinstance(d, PathCollection)])
+
+
+def means(ax):
+    """Heights of the bars at the means, by their place."""
+    segments = np.concatenate([drawn.get_segments() for drawn in ax.collections if isinstance(drawn, LineCollection)])
+    return {round(float(segment[:, 0].mean()), 6): segment[0, 1] for segment in segments}
+
+
+def images(ax):
+    return np.asarray(ax.images[0].get_array())
+
+
+def without_value(table, row, state="ValueError: no"):
+    table.loc[row, "state"] = state
+    table.loc[row, "elbo_test"] = np.nan
+    return table
+
+
+def test_points_are_the_models_and_bars_their_means():
+    table = make_comparison(likelihood=LIKELIHOODS, random_state=SEEDS)
+    (ax,) = pl.compare(table)
+    assert labels(ax) == LIKELIHOODS  # in the order of the grid
+    place = table["likelihood"].map({"zinb": 0, "nb": 1})
+    drawn = points(ax)
+    expected = np.column_stack([place, table["elbo_test"]])
+    np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], expected[np.lexsort(expected.T)])
+    average = table.groupby("likelihood")["elbo_test"].mean()
+    assert means(ax) == pytest.approx({0: average["zinb"], 1: average["nb"]})
+
+
+def test_an_adata_and_its_table_are_the_same_picture():
+    table = make_comparison()
+    (one,), (other,) = pl.compare(with_comparison(make_adata(), table, "foo"), key="foo"), pl.compare(table)
+    np.testing.assert_array_equal(points(one), points(other))
+
+
+@pytest.mark.parametrize(
+    ("y", "label"), [("elbo_test", "ELBO of test cells\n(nats per cell)"), ("seconds", "seconds of training")]
+)
+def test_any_result_may_be_plotted(y, label):
+    table = make_comparison()
+    (ax,) = pl.compare(table, y=y)
+    np.testing.assert_allclose(np.sort(points(ax)[:, 1]), np.sort(table[y]))
+    assert ax.get_ylabel() == label
+
+
+def test_the_mixture_is_the_colour_if_it_varies():
+    table = make_comparison(n_layers=[1, 2], mixture=["False", "vade"], likelihood=LIKELIHOODS)
+    (ax,) = pl.compare(table)
+    assert (ax.get_xlabel(), ax.get_legend().get_title().get_text()) == ("likelihood", "mixture")
+    assert legend_texts(ax) == ["False", "vade"]
+    assert titles([ax]) == ["points differ by n_layers"]
+    group = table[(table["likelihood"] == "nb") & (table["mixture"] == "vade")]
+    assert means(ax)[1.2] == pytest.approx(group["elbo_test"].mean())
+
+
+def test_axis_and_colour_may_be_chosen():
+    table = make_comparison(n_layers=[2, 1], lr=[0.1, 0.01, 1.0], likelihood=LIKELIHOODS)
+    (ax,) = pl.compare(table, x="lr", hue="n_layers")
+    assert labels(ax) == ["0.01", "0.1", "1.0"]  # numbers ascend
+    assert legend_texts(ax) == ["1", "2"]
+    assert titles([ax]) == ["points differ by likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "x", "hue"),
+    [
+        ({"random_state": SEEDS}, "random_state", None),
+        ({"random_state": SEEDS, "lr": [1, 2]}, "lr", None),
+        ({"random_state": SEEDS, "likelihood": ["nb"]}, "random_state", None),
+        ({"likelihood": ["nb"]}, "likelihood", None),
+        ({"lr": [1, 2], "n_layers": [1, 2]}, "lr", "n_layers"),
+        ({"mixture": ["False", "vade"], "n_latent": [1, 2], "n_hidden": [1, 2]}, "mixture", None),
+    ],
+)
+def test_axis_and_colour_are_what_varies(grid, x, hue):
+    ax = pl.compare(make_comparison(**grid))[0]
+    assert ax.get_xlabel() == x
+    assert (ax.get_legend().get_title().get_text() if ax.get_legend() else None) == hue
+
+
+def test_colours_do_not_run_out():
+    for n in (8, 12, 20, 40):
+        (ax,) = pl.compare(make_comparison(likelihood=LIKELIHOODS, n_layers=list(range(n))))
+        drawn = {tuple(each.get_facecolor()[0]) for each in ax.collections if isinstance(each, PathCollection)}
+        assert len(drawn) == n
+
+
+def test_heat_maps_are_means_by_latent_size_and_width():
+    grid = {"n_hidden": [128, 64], "n_latent": [20, 5, 10], "likelihood": LIKELIHOODS, "random_state": SEEDS}
+    table = make_comparison(**grid)
+    axes = pl.compare(table)
+    assert titles(axes[1:]) == ["zinb", "nb"]
+    for ax, likelihood in zip(axes[1:], LIKELIHOODS, strict=True):
+        chosen = table[table["likelihood"] == likelihood]
+        expected = chosen.pivot_table("elbo_test", "n_hidden", "n_latent")  # ascending
+        np.testing.assert_allclose(images(ax), expected)
+        assert labels(ax) == ["5", "10", "20"]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["64", "128"]
+        assert texts(ax)[0] == f"{expected.iloc[0, 0]:.0f}".replace("-", "\N{MINUS SIGN}")
+    limits = [ax.images[0].get_clim() for ax in axes[1:]]
+    assert limits[0] == limits[1]
+
+
+def test_a_heat_map_has_no_number_where_there_is_no_model():
+    table = make_comparison(n_hidden=[64, 128], n_latent=[5, 10])
+    axes = pl.compare(without_value(table, "3"))
+    assert len(texts(axes[1])) == 3
+    assert np.isnan(np.ma.filled(images(axes[1]).astype(float), np.nan)[1, 1])
+
+
+def test_models_that_failed_are_left_out_and_counted():
+    table = without_value(make_comparison(), "1")
+    (ax,) = pl.compare(table)
+    assert len(points(ax)) == len(table) - 1
+    assert titles([ax]) == ["points differ by random_state; 1 without a value"]
+
+
+def test_given_axes_are_drawn_on():
+    table = make_comparison(n_hidden=[64, 128], n_latent=[5, 10])
+    _, given = plt.subplots(1, 2)
+    assert list(pl.compare(table, axes=given)) == list(given)
+    with pytest.raises(ValueError, match=r"there are 1 for 2 panels \(elbo_test, heat map\)"):
+        pl.compare(table, axes=given[:1])
+
+
+def test_the_table_is_left_as_it_was():
+    table, same = make_comparison(), make_comparison()
+    pl.compare(table)
+    assert table.equals(same)
+    assert (table.dtypes == same.dtypes).all()
+
+
+def test_a_result_that_is_not_there_names_those_that_are():
+    with pytest.raises(
+        ValueError, match=r"adata holds no comparison. Run svt.tl.compare\(adata, grid, key_added='foo'"
+    ):
+        pl.compare(make_adata(), key="foo")
+    with pytest.raises(ValueError, match=r"comparisons under \['mine'\].*or pass key='mine'"):
+        pl.compare(with_comparison(make_adata(), key="mine"))
+
+
+def test_another_table_is_refused():
+    with pytest.raises(ValueError, match=r"found a DataFrame without the column 'state'"):
+        pl.compare(make_comparison().drop(columns="state"))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"y": "ari"}, r"'ari' is not among \['seconds', 'elbo_train'"),
+        ({"y": "likelihood"}, r"y must be a result"),
+        (
+            {"x": "n_layers"},
+            r"x must be an argument of the grid; 'n_layers' is not among \['likelihood', 'ran",
+        ),
+        ({"hue": "elbo_test"}, r"hue must be an argument of the grid"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        pl.compare(make_comparison(), **options)
+
+
+def test_nothing_to_plot_is_said():
+    with pytest.raises(ValueError, match=r"found none of 6; the first: ValueError: no"):
+        pl.compare(make_comparison().assign(state="ValueError: no"))
+    with pytest.raises(ValueError, match=r"'ari' is missing for all 6 finished models"):
+        pl.compare(make_comparison().assign(ari=np.nan), y="ari")
