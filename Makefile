@@ -1,4 +1,5 @@
 # make demo: the main job on 700 real cells.   make test: linter and all tests.
+# make docs: the documentation in docs/_build/html (ARGS="-D nb_execution_mode=off": without running the tutorials).
 # make bench: speed and memory of training beside scVI (ARGS="--quick": within 3 minutes).
 # make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
 # make profile: where the time of a training step goes (ARGS="--help": on what).
@@ -13,7 +14,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # Two test processes of one thread each are faster than one of two.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install bench bench-clusters profile clean
+.PHONY: demo test lint install docs bench bench-clusters profile clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +22,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group test $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group docs $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
 demo: install
@@ -33,6 +38,12 @@ lint: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+# All pages anew, so that every warning is seen, and no page is left of what is gone.
+docs: $(VENV)/.installed-docs
+	rm -rf docs/_build docs/generated
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet --doctree-dir docs/_build/doctrees $(ARGS) docs docs/_build/html
+	$(BIN)/python docs/check_pages.py docs/_build/html
+
 bench: install
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
@@ -43,4 +54,4 @@ profile: install
 	$(BIN)/python benchmarks/profile_step.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-* demo .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* demo docs/_build docs/generated docs/tutorials .pytest_cache .ruff_cache
