@@ -108,7 +108,7 @@ def test_many_cells_share_columns_that_are_their_means():
     ax = pl.probs(adata, kind="heatmap")
     found, bounds = image(ax), ax.collections[0].get_coordinates()[0, :, 0].astype(int)
     values = pd.DataFrame(adata.obsm["scvae_probs"].astype(float))
-    values["component"], values["top"] = values.to_numpy().argmax(1), values.max(1)
+    values["component"], values["top"] = values.to_numpy().argmax(1), values.max(axis=1)
     values = values.sort_values(["component", "top"], ascending=[True, False], kind="stable")
     assert bounds[0] == 0
     assert bounds[-1] == 4_321
