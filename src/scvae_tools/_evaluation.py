@@ -241,7 +241,11 @@ class EvaluationMixin(ExpressionMixin, VAEMixin):
         with torch.no_grad():
             weights = prior.log_weights().exp().cpu().numpy()
             if not self.is_mixture:
-                return {"weights": weights, "means": np.zeros((1, d), np.float32), "covariances": np.eye(d)[None]}
+                return {
+                    "weights": weights,
+                    "means": np.zeros((1, d), np.float32),
+                    "covariances": np.eye(d, dtype=np.float32)[None],
+                }
             means, covariances = prior.means.cpu().numpy(), prior.covariances().cpu().numpy()
         return {"weights": weights, "means": means.copy(), "covariances": covariances.copy()}
 

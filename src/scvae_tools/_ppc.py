@@ -14,7 +14,7 @@ import pandas as pd
 
 from scvae_tools._keys import Keys
 from scvae_tools._messages import said_before
-from scvae_tools._rank import _check_at_least, _write_uns
+from scvae_tools._rank import _check_at_least, _write_uns, require_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -371,14 +371,8 @@ def _columns(model: SCVAE, adata: AnnData) -> pd.DataFrame:
     return adata.obs[list(dict.fromkeys(name for name in names if name is not None))]
 
 
-def _check_model(model: object) -> None:
-    from scvae_tools.model import SCVAE
-
-    if not isinstance(model, SCVAE):
-        raise TypeError(
-            f"`model` must be an SCVAE; found a {type(model).__name__}. svt.tl.scvae(adata, return_model=True) returns "
-            "the model; SCVAE.load reads a saved one."
-        )
+def _check_model(model: SCVAE) -> None:
+    require_model(model)
     if not model.is_trained_:
         raise ValueError("`model` must be trained, to draw counts like the data; found one that is not. Call train().")
     if model.minified_data_type is not None:

@@ -153,7 +153,6 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
 def _download(published: Published, file: Path) -> None:
     """Put the file there whole and checked, or not at all."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with _part_of(file) as part:
             _fetch(published.url, part)
             source = f"The download from {published.url}"
@@ -184,11 +183,12 @@ def _fetch(url: str, part: Path) -> None:
     from tqdm.auto import tqdm
 
     request = Request(url, headers={"User-Agent": "scvae-tools"})  # some servers refuse Python's own name
-    with urlopen(request, timeout=TIMEOUT) as response, part.open("wb") as target:
+    with urlopen(request, timeout=TIMEOUT) as response:
         length = response.headers.get("Content-Length")
         size = None if length is None else int(length)  # bytes
-        with tqdm.wrapattr(response, "read", total=size, desc=url.rpartition("/")[-1]) as stream:
-            shutil.copyfileobj(stream, target)
+        part.parent.mkdir(parents=True, exist_ok=True)  # not before: without a connection no folder is left behind
+        with tqdm.wrapattr(response, "read", total=size, desc=url.rpartition("/")[-1]) as stream, part.open("wb") as to:
+            shutil.copyfileobj(stream, to)
     received = part.stat().st_size
     if size is not None and received != size:
         raise OSError(f"the connection ended after {received:,} of {size:,} bytes")

@@ -377,19 +377,25 @@ def bhattacharyya(mixture: GaussianMixture) -> np.ndarray:
 # -- what both ask for -------------------------------------------------------------------------------------------------
 
 
-def _components(adata: AnnData, model: SCVAE, key: str) -> list[str]:
-    """Categories of the clustering, all of them components of the model."""
-    from scvae_tools._counts import require_anndata
-    from scvae_tools._gmvae import MixtureVAE
+def require_model(model: object) -> None:
+    """Raise a TypeError if ``model`` is not an `SCVAE`."""
     from scvae_tools.model import SCVAE
-    from scvae_tools.tl import _require_writable
 
-    require_anndata(adata)
     if not isinstance(model, SCVAE):
         raise TypeError(
             f"`model` must be an SCVAE; found a {type(model).__name__}. svt.tl.scvae(adata, return_model=True) returns "
             "the model; SCVAE.load reads a saved one."
         )
+
+
+def _components(adata: AnnData, model: SCVAE, key: str) -> list[str]:
+    """Categories of the clustering, all of them components of the model."""
+    from scvae_tools._counts import require_anndata
+    from scvae_tools._gmvae import MixtureVAE
+    from scvae_tools.tl import _require_writable
+
+    require_anndata(adata)
+    require_model(model)
     if not model.is_mixture:
         found, remedy = (
             ("one that is not trained", "Call model.train().")
