@@ -93,6 +93,15 @@ def with_counts(adata, n_genes=6, key="scvae", seed=0):
     )
 
 
+def with_loadings(adata, n_genes=40, key="scvae", seed=0):
+    """Copy into an AnnData that has genes and the loadings of a linear decoder."""
+    adata = with_counts(adata, n_genes, key, seed)
+    n_latent = adata.obsm[f"X_{key}"].shape[1]
+    loadings = np.random.default_rng(seed).normal(size=(n_genes, n_latent))
+    adata.varm[f"{key}_loadings"] = loadings.astype(np.float32)
+    return adata
+
+
 def make_comparison(seed=0, **grid):
     """Fake the table of svt.tl.compare, for the given values by argument."""
     grid = grid or {"likelihood": ["nb", "zinb"], "random_state": [0, 1, 2]}
@@ -208,10 +217,11 @@ PLOTS = {
     "kl": pl.kl,
     "lambda_bars": lambda adata, **options: pl.lambda_bars(with_counts(adata), **options),
     "latent": lambda adata, **options: pl.latent(with_prior(adata), **options),
+    "loadings": lambda adata, **options: pl.loadings(with_loadings(adata), **options),
     "ppc": lambda adata, **options: pl.ppc(with_ppc(adata), **options),
     "probs": pl.probs,
     "stability": pl.stability,
     "training": pl.training,
 }
 #: Those that may have several panels, and take ``axes=``.
-SEVERAL_PANELS = ("clusters", "compare", "genes", "ppc", "stability", "training")
+SEVERAL_PANELS = ("clusters", "compare", "genes", "loadings", "ppc", "stability", "training")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from independent import array, log_pmf, normal, seeded
+from independent import array, log_base_measure, log_pmf, normal, seeded
 from scipy import special, stats
 from scvi import REGISTRY_KEYS
 from torch.nn.functional import logsigmoid, softplus
@@ -26,7 +26,7 @@ from scvae_tools._gmvae import GMVAE, VaDE
 from scvae_tools._memory import Buffers
 from scvae_tools._networks import DISPERSIONS, Covariates, Sizes
 from scvae_tools._vae import VAE, Posterior
-from scvae_tools.likelihoods import LIKELIHOODS, RATE, Head, Likelihood, ZeroInflated
+from scvae_tools.likelihoods import LIKELIHOODS, RATE, Head, Likelihood, ZeroInflated, get_likelihood
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,13 +62,12 @@ PATTERNS = {
 }
 #: Genes in a block. Two and three do not divide the seven.
 BLOCKS = {"one block": None, "one gene a block": 1, "two genes a block": 2, "three genes a block": 3}
-#: A dispersion tells likelihoods apart that have one.
-CASES = [
-    (name, dispersion)
-    for name, likelihood in LIKELIHOODS.items()
-    for dispersion in DISPERSIONS
-    if dispersion == "gene" or any(head.is_dispersion for head in likelihood.heads)
-]
+#: Name and k_max of likelihoods with categories.
+PIECEWISE = {"poisson above 2": ("poisson", 2), "zinb above 1": ("zinb", 1)}
+#: Dispersions of the likelihoods that have one: all of the first, one of the others, to save time.
+WITH_DISPERSION = {"nb": DISPERSIONS, "zinb": DISPERSIONS, "log_normal": ("gene-batch",), "lomax": ("gene-cell",)}
+CASES = [(name, dispersion) for name in LIKELIHOODS for dispersion in WITH_DISPERSION.get(name, ("gene",))]
+CASES += [("poisson above 2", "gene"), ("zinb above 1", "gene-cell")]
 every_case = pytest.mark.parametrize(("name", "dispersion"), CASES)
 every_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -146,7 +145,8 @@ def make_problem(
     likelihood: str | Likelihood, dispersion: str = "gene", x: torch.Tensor | None = None, n_hidden: int = N_HIDDEN
 ) -> Problem:
     """Parameters of about ±1 around those of moderate counts. The last of the batches has no row."""
-    likelihood = LIKELIHOODS.get(likelihood, likelihood)
+    if isinstance(likelihood, str):
+        likelihood = get_likelihood(*PIECEWISE.get(likelihood, (likelihood,)))
     x = PATTERNS["mixed"] if x is None else x
     n_rows, n_genes = x.shape
     decoded, shared = {}, {}
@@ -201,8 +201,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, name: str = "") ->
 @every_case
 def test_value_is_that_of_scipy_without_the_base_measure(name: str, dispersion: str, pattern: str, block: str) -> None:
     problem = make_problem(name, dispersion, PATTERNS[pattern])
-    x = problem.x.numpy()
-    expected = (log_pmf(x, problem.params()) + special.gammaln(x + 1)).sum(1)
+    x, (base, *k_max) = problem.x.numpy(), PIECEWISE.get(name, (name,))
+    expected = (log_pmf(x, problem.params(), base) - log_base_measure(x, base, *k_max)).sum(1)
     found = array(problem.blocked(n_genes=BLOCKS[block]))
     np.testing.assert_allclose(found, expected, **EXACT)
 
@@ -510,13 +510,60 @@ def test_rows_that_repeat_cells_equal_a_dense_index(
     """Each row with features of its own."""
     cells, cell = make_problem(name, dispersion, with_an_empty_cell()), torch.tensor(REPEATS[repeats])
     problem = replace(cells.at(cell), features=normal(len(cell), N_HIDDEN, seed=8).requires_grad_())
-    rows = replace(cells.rows(), cell=cell)
+    rows = replace(cells.rows(), cell=cell, log_size=problem.log_size)
     promise = make_promises(len(cell))["weighted"]
     value = problem.blocked(promise if is_promised else None, BLOCKS[block], rows=rows)
     np.testing.assert_allclose(array(value), array(problem.dense()), **EXACT)
     with torch.no_grad():
         np.testing.assert_allclose(array(problem.blocked(None, BLOCKS[block], rows=rows)), array(value), **EXACT)
     assert_same(problem, gradients(problem, value, promise), gradients(problem, problem.dense(), promise))
+
+
+# -- the log of the size factors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("repeats", REPEATS)
+@every_case
+def test_the_gradient_by_the_log_of_the_size_factors_is_that_of_the_dense_formula(
+    name: str, dispersion: str, repeats: str, is_promised: bool
+) -> None:
+    cells, cell = make_problem(name, dispersion, with_an_empty_cell()), torch.tensor(REPEATS[repeats])
+    problem = replace(cells.at(cell), features=normal(len(cell), N_HIDDEN, seed=8).requires_grad_())
+    problem.log_size.requires_grad_()
+    rows = replace(cells.rows(), cell=cell, log_size=problem.log_size)
+    promise = make_promises(len(cell))["weighted"]
+    value = problem.blocked(promise if is_promised else None, 3, rows=rows)
+    leaves = [problem.log_size, *problem.leaves()]
+    found = torch.autograd.grad(value, leaves, -2 * promise)  # off by a common factor
+    expected = torch.autograd.grad(problem.dense(), leaves, -2 * promise)
+    for name_of_leaf, ours, theirs in zip(["log_size", *problem.names()], found, expected, strict=True):
+        np.testing.assert_allclose(array(ours), array(theirs), **EXACT, err_msg=name_of_leaf)
+
+
+# -- the sum of the rates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_genes", [None, 1, 2, 3, 7, 100])
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5), (1,), (0,)], ids=str)
+def test_the_log_of_the_sum_of_the_rates_is_that_of_torch(shape: tuple[int, ...], n_genes: int | None) -> None:
+    leaves = [normal(*shape, N_HIDDEN), 3 * normal(N_GENES, N_HIDDEN, seed=1), 3 * normal(N_GENES, seed=2)]
+    features, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    entries = None if n_genes is None else n_genes * max(1, int(np.prod(shape)))
+    found = _blocked.log_sum_exp(features, weight, bias, block_entries=entries)
+    expected = torch.logsumexp(features @ weight.T + bias, dim=-1)
+    np.testing.assert_allclose(array(found), array(expected), rtol=1e-12)
+    by_value = normal(*shape, seed=3)
+    pairs = zip(*(torch.autograd.grad(value, leaves, by_value) for value in (found, expected)), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(array(ours), array(theirs), rtol=1e-10, atol=1e-12)
+
+
+def test_the_log_of_the_sum_of_the_rates_is_exact_in_float32_where_the_sum_overflows() -> None:
+    features, weight = torch.ones(2, 1), torch.zeros(1000, 1)
+    bias = torch.linspace(-200, 200, 1000)
+    found = _blocked.log_sum_exp(features, weight, bias, block_entries=30)
+    np.testing.assert_allclose(found, special.logsumexp(bias.double().numpy()), rtol=1e-6)
 
 
 # -- float32 -----------------------------------------------------------------------------------------------------------
@@ -638,6 +685,18 @@ def test_a_likelihood_without_declared_derivatives_is_summed_with_those_of_autog
 # -- whole modules -----------------------------------------------------------------------------------------------------
 
 SIZES = Sizes(60, n_batch=3, n_categories=(2,), n_continuous=1)
+#: What is declared in a way of its own; what all share is compared above, for every case.
+OF_MODULES = [
+    ("poisson", "gene"),
+    ("nb", "gene"),
+    ("nb", "gene-batch"),
+    ("zinb", "gene-cell"),
+    ("constrained_poisson", "gene"),
+    ("bernoulli", "gene"),
+    ("log_normal", "gene"),
+    ("lomax", "gene-cell"),
+    ("poisson above 2", "gene"),
+]
 KINDS = {"vae": VAE, "gmvae": GMVAE, "vade": VaDE}
 N_CELLS, N_SAMPLES, N_COMPONENTS, N_LATENT = 12, 2, 4, 3
 TERMS = ("log_likelihood", "kl_z", "kl_y")
@@ -657,6 +716,11 @@ def make_module(kind: str, engine: str, dtype: torch.dtype = torch.float32, **op
         for seed, parameter in enumerate(p for p in module.parameters() if p.requires_grad and p.numel()):
             parameter.add_(0.2 * normal(*parameter.shape, seed=50 + seed).float())
     return module.to(dtype).train()
+
+
+def named(likelihood: str) -> dict[str, object]:
+    """Arguments of a module for a likelihood of the cases."""
+    return dict(zip(("likelihood", "k_max"), PIECEWISE.get(likelihood, (likelihood,)), strict=False))
 
 
 def make_cells(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, Covariates]:
@@ -701,24 +765,24 @@ def assert_same_bounds(found: dict[str, torch.Tensor], expected: dict[str, torch
 
 @pytest.mark.usefixtures("_shared_noise")
 @pytest.mark.parametrize("is_averaged", [False, True])
-@every_case
+@pytest.mark.parametrize(("name", "dispersion"), OF_MODULES)
 @every_kind
 def test_the_engines_give_the_same_bound_and_gradients(
     kind: str, name: str, dispersion: str, is_averaged: bool
 ) -> None:
     """In float32, against the dense engine in float64: in float32 that one is as far off, by the same rounding."""
-    options = {"likelihood": name, "dispersion": dispersion, "encode_covariates": True}
+    options = {**named(name), "dispersion": dispersion, "encode_covariates": True}
     blocked, dense = make_module(kind, "blocked", **options), make_module(kind, "dense", torch.float64, **options)
     assert_same_bounds(bound_and_gradients(blocked, is_averaged=is_averaged), bound_and_gradients(dense))
 
 
 @pytest.mark.usefixtures("_shared_noise")
-@every_case
+@pytest.mark.parametrize(("name", "dispersion"), OF_MODULES)
 @every_kind
 def test_the_engines_differ_by_nothing_but_rounding(kind: str, name: str, dispersion: str) -> None:
     """In float64. Tolerance: the series of the negative binomial, `STIRLING` of gradients of order 1."""
     blocked, dense = (
-        bound_and_gradients(make_module(kind, engine, torch.float64, likelihood=name, dispersion=dispersion))
+        bound_and_gradients(make_module(kind, engine, torch.float64, dispersion=dispersion, **named(name)))
         for engine in ("blocked", "dense")
     )
     for term, value in blocked.items():

@@ -513,6 +513,31 @@ def test_estimated_counts_are_warned_of_once():
     assert len([warning for warning in caught if "integer" in str(warning.message)]) == 1
 
 
+def test_a_grid_of_bounds_that_cannot_be_compared_is_warned_of_once_before_any_training(trained):
+    adata, grid = make_adata(), {"likelihood": ["nb", "bernoulli", "poisson", "lomax"]}
+    match = r"counts \('nb', 'poisson'\), probabilities of x > 0 \('bernoulli'\), densities \('lomax'\)\. Compare"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=match):
+            compare(adata, grid)
+    assert trained == []
+    with pytest.warns(UserWarning, match=match) as said:
+        compare(adata, grid)
+    assert len(said) == 1
+    assert trained == grid["likelihood"]
+
+
+@pytest.mark.parametrize(
+    "likelihoods",
+    [["nb", "constrained_poisson"], ["gaussian", "log_normal"], ["bernoulli"]],
+    ids=["counts", "densities", "one"],
+)
+def test_bounds_of_one_kind_are_compared_without_a_warning(likelihoods, trained):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(make_adata(), {"likelihood": likelihoods})
+
+
 def test_the_bar_counts_models(capsys):
     compare(make_adata(), {"likelihood": ["nb"], "random_state": [0, 1]}, verbose=True)
     assert "2/2" in capsys.readouterr().err

@@ -139,7 +139,7 @@ OF_EVERY_LIKELIHOOD = [
     for name, function in vars(test_likelihoods).items()
     if name.startswith("test_")
     and list(inspect.signature(function).parameters) == ["name"]
-    and any(mark.args[1] is LIKELIHOODS for mark in function.pytestmark)
+    and any(mark.args[1] in (LIKELIHOODS, test_likelihoods.NAMES) for mark in function.pytestmark)
 ]
 
 
@@ -207,6 +207,20 @@ def test_tutorials_are_stored_without_outputs(tutorial):
 @every_tutorial
 def test_tutorials_begin_with_a_title(tutorial):
     assert "".join(cells(tutorial, "markdown")[0]["source"]).startswith("# ")
+
+
+def test_there_is_a_section_with_a_picture_of_each_plot():
+    tutorial = ROOT / "tutorials" / "plots.ipynb"
+    called = {
+        name
+        for cell in cells(tutorial, "code")
+        for name in re.findall(r"^svt\.pl\.(\w+)\(.*\);$", "".join(cell["source"]), flags=re.MULTILINE)
+    }
+    titles = [
+        re.findall(r"^## .*`svt\.pl\.(\w+)`$", "".join(cell["source"]), flags=re.MULTILINE)
+        for cell in cells(tutorial, "markdown")
+    ]
+    assert called == {name for title in titles for name in title} == set(svt.pl.__all__)
 
 
 @every_tutorial

@@ -6,6 +6,7 @@ through the module, with nothing in between.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import tracemalloc
 
@@ -359,6 +360,43 @@ def test_differential_expression_is_the_same_in_parts(nb, mode, monkeypatch):
     for name in ("scale1", "scale2", "proba_de" if mode == "change" else "proba_m1"):
         np.testing.assert_allclose(in_parts[name], at_once[name], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(in_parts[name], table()[name], rtol=1e-4, atol=1e-4)
+
+
+def test_differential_expression_shows_the_arguments_of_scvi_and_the_seed(nb):
+    theirs = set(inspect.signature(RNASeqMixin.differential_expression).parameters) - {"self"}
+    assert set(inspect.signature(nb.differential_expression).parameters) == theirs | {"random_state"}
+
+
+# -- correlations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_samples", [1, 4])
+def test_correlations_without_r_are_those_of_normalized_expression(models, n_samples):
+    model = models["poisson", False]
+    options = {"n_samples": n_samples, "batch_size": 64, "indices": np.arange(150), "transform_batch": "1"}
+    expression = model.get_normalized_expression(return_mean=False, return_numpy=True, **options)
+    expected = np.corrcoef(expression.reshape(-1, N_GENES), rowvar=False)
+    found = model.get_feature_correlation_matrix(correlation_type="pearson", **options)
+    assert list(found.index) == list(found.columns) == list(model.var_names)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_expression_to_correlate_has_the_gamma_noise_of_r_around_it(nb):
+    options = {"n_samples": 20, "batch_size": N_CELLS}  # one batch: noise is drawn after all z, which are then the same
+    mean = 1000 * nb.get_normalized_expression(return_mean=False, return_numpy=True, random_state=0, **options)
+    r = nb.get_likelihood_parameters()["dispersions"]
+    with seeded(0):
+        found = nb._get_denoised_samples(**options)
+    assert found.shape == (N_CELLS, N_GENES, 20)
+    noise = found.transpose(2, 0, 1) / mean
+    np.testing.assert_allclose(noise.mean((0, 1)), 1, atol=0.1)
+    np.testing.assert_allclose((noise.var((0, 1)) * r.mean(0)).mean(), 1, atol=0.05)  # over 4,000 draws of 30 genes
+
+
+def test_correlations_are_those_of_their_seed(nb):
+    first, second, other = (nb.get_feature_correlation_matrix(random_state=seed).to_numpy() for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ estimates must lie within `N_ERRORS` standard errors, taken from `REPEATS` indep
 from __future__ import annotations
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from independent import N_ERRORS, array, assert_within_errors, estimate, log_likelihood_at, normal, seeded
+from independent import N_ERRORS, array, assert_within_errors, estimate, log_likelihood_at, normal, seeded, widen
 from scipy import special, stats
 from sklearn.mixture import GaussianMixture as FittedMixture
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -20,6 +21,9 @@ from scvae_tools._gmvae import COVARIANCES, GMVAE, N_PREDICTION_DRAWS, WEIGHTS, 
 from scvae_tools._networks import Covariates, Sizes
 from scvae_tools._vae import VAE, Posterior
 from scvae_tools.likelihoods import LIKELIHOODS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  #: at most a few thousand operations in float64
 N_CELLS, N_GENES = 3, 3
@@ -62,6 +66,7 @@ def make_mixture_vae(kind: str, k: int = 3, sizes: Sizes | None = None, **option
     module = make_untrained(kind, k, sizes, **options)
     set_apart(module)
     randomise(module)
+    widen(module)
     return module
 
 
@@ -323,11 +328,17 @@ def test_bound_equals_quadrature(kind: str, likelihood: str, geometry: str) -> N
         assert (N_ERRORS * error < 0.1).all()
 
 
-@pytest.mark.parametrize(("likelihood", "geometry"), CASES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_importance_weighted_bound_tends_to_the_marginal_likelihood(kind: str, likelihood: str, geometry: str) -> None:
-    """Tolerance: the bias, half the variance of one call, is below a fifth of the standard error."""
-    module, cells = make_mixture_vae(kind, likelihood=likelihood, **GEOMETRIES[geometry]), make_cells()
+def evaluated(module: MixtureVAE, cells: tuple, n_samples: int) -> torch.Tensor:
+    return module.importance_weighted_bound(*cells, n_samples=n_samples, chunk=1000)
+
+
+def trained(module: MixtureVAE, cells: tuple, n_samples: int) -> torch.Tensor:
+    return module.bound(*cells, n_samples=n_samples, importance_kl_weight=1.0).importance_weighted
+
+
+def make_wide(kind: str, **options: object) -> MixtureVAE:
+    """A mixture whose q(z|x) has the tails of the posterior within reach."""
+    module = make_mixture_vae(kind, **options)
     with torch.no_grad():
         module.z_variance.weight.mul_(0.1)
         module.z_variance.bias.fill_(1.7)  # q(z|x) wide enough for light tails of p(z)/q(z|x)
@@ -335,12 +346,65 @@ def test_importance_weighted_bound_tends_to_the_marginal_likelihood(kind: str, l
             module.y_logits.weight.mul_(0.1)
             module.y_logits.bias.mul_(0.1)
             module.y_variance.weight.mul_(0.1)
+    return module
+
+
+@pytest.mark.parametrize("importance_weighted", [evaluated, trained])
+@pytest.mark.parametrize(("likelihood", "geometry"), CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_weighted_bound_tends_to_the_marginal_likelihood(
+    kind: str, likelihood: str, geometry: str, importance_weighted: Callable
+) -> None:
+    """Tolerance: the bias, half the variance of one call, is below a fifth of the standard error."""
+    module, cells = make_wide(kind, likelihood=likelihood, **GEOMETRIES[geometry]), make_cells()
     expected = log_marginal_by_quadrature(module, cells)
-    found, error = estimate(lambda: module.importance_weighted_bound(*cells, n_samples=4000, chunk=1000))
+    found, error = estimate(lambda: importance_weighted(module, cells, 4000))
     assert_within_errors(found, error, expected)
     assert (N_ERRORS * error < 0.1).all()
     log_likelihood, kl_z, kl_y = terms_by_quadrature(module, cells)
     assert (log_likelihood - kl_z - kl_y < expected).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trained_importance_weighted_bound_rises_with_the_draws_and_stays_below_the_marginal_likelihood(
+    kind: str,
+) -> None:
+    module, cells = make_wide(kind, **GEOMETRIES["one dimension"]), make_cells()
+
+    def mean_of_calls(n: int) -> torch.Tensor:
+        return torch.stack([trained(module, cells, n).mean() for _ in range(100)]).mean()
+
+    means, errors = zip(*(estimate(lambda n=n: mean_of_calls(n)) for n in (1, 4, 16)), strict=True)
+    assert means[0] + N_ERRORS * errors[0] < means[1] - N_ERRORS * errors[1]
+    assert means[1] < means[2] < log_marginal_by_quadrature(module, cells).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_the_importance_weighted_bound_is_that_of_its_finite_differences(kind: str) -> None:
+    module, cells = make_wide(kind, **GEOMETRIES["two dimensions, full"]), make_cells()
+
+    def loss() -> torch.Tensor:
+        with seeded(3):
+            return module.bound(*cells, n_samples=5, is_averaged=True, importance_kl_weight=0.7).loss()
+
+    loss().backward()
+    step, names = 1e-6, dict(module.named_parameters())
+    for name in (
+        "mixture.logits",
+        "mixture.means",
+        "z_mean.weight",
+        "decoder.heads.log_rate.bias",
+        "encoder.gene_weight",
+    ):
+        parameter = names[name].view(-1)
+        analytic = names[name].grad.view(-1)[0]
+        with torch.no_grad():
+            ends = []
+            for shift in (step, -2 * step):
+                parameter[0] += shift
+                ends.append(loss())
+            parameter[0] += step
+        np.testing.assert_allclose(analytic, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
 # -- the sum over y ----------------------------------------------------------------------------------------------------

@@ -44,6 +44,10 @@ def make_model(adata=None, *, train=True, max_epochs=3, setup=None, **options):
     return model
 
 
+#: Likelihoods with categories, by a name.
+PIECEWISE = {"zip above 2": {"likelihood": "zip", "k_max": 2}}
+
+
 @pytest.fixture(scope="module")
 def trained():
     """Models by likelihood and kind, trained once."""
@@ -51,9 +55,8 @@ def trained():
 
     def get(likelihood, mixture):
         if (likelihood, mixture) not in models:
-            models[likelihood, mixture] = make_model(
-                likelihood=likelihood, mixture=mixture, setup={"batch_key": "batch"}
-            )
+            options = PIECEWISE.get(likelihood, {"likelihood": likelihood})
+            models[likelihood, mixture] = make_model(mixture=mixture, setup={"batch_key": "batch"}, **options)
         return models[likelihood, mixture]
 
     return get
@@ -64,9 +67,19 @@ def mixture(request):
     return request.param
 
 
-@pytest.fixture(params=LIKELIHOODS)
-def model(request, mixture, trained):
-    return trained(request.param, mixture)
+#: Likelihood and kind of `model`: all kinds of the first likelihoods, one of each other, to save time.
+MODELS = [(name, kind) for name in ("poisson", "nb", "zip", "zinb") for kind in KINDS]
+MODELS += [(name, "gmvae") for name in [*LIKELIHOODS, *PIECEWISE] if (name, "gmvae") not in MODELS]
+
+
+def pytest_generate_tests(metafunc):
+    if "model" in metafunc.fixturenames:
+        metafunc.parametrize(("likelihood", "mixture"), MODELS)
+
+
+@pytest.fixture
+def model(likelihood, mixture, trained):
+    return trained(likelihood, mixture)
 
 
 # -- every method for every likelihood and kind ----------------------------------------------------------------------
@@ -166,7 +179,7 @@ def test_normalized_expression_is_lambda_over_the_size_factor(model):
     table = model.get_normalized_expression(n_samples=50)
     assert list(table.columns) == list(model.adata.var_names)
     ratio = table.to_numpy() * size / model.get_lambda()
-    assert np.median(ratio) == pytest.approx(1, abs=0.1)  # the mean over draws against the value at the mean
+    assert np.median(ratio) == pytest.approx(1, abs=0.15)  # the mean over draws against the value at the mean
     assert model.get_normalized_expression(gene_list=["gene3"]).shape == (N_CELLS, 1)
 
 
@@ -184,20 +197,35 @@ def test_differential_expression_ranks_genes_and_leaves_no_column(model):
     assert list(model.adata.obs) == columns
 
 
-def test_posterior_predictive_samples_are_counts_around_lambda(model):
+NEW = [{"likelihood": name} for name in ("constrained_poisson", "bernoulli", "gaussian", "log_normal", "lomax")]
+
+
+@pytest.mark.parametrize(
+    "options", [*NEW, *PIECEWISE.values()], ids=lambda options: " ".join(map(str, options.values()))
+)
+def test_training_improves_the_bound_of_cells_that_are_held_out(options):
+    """From where it starts, which is at the means of the genes."""
+    adata = svt.datasets.simulate(200, 40, 3, separation=2.0, median_counts=60, random_state=0)
+    model = make_model(adata, max_epochs=25, mixture=False, **options)
+    elbo = model.history["elbo_validation"]
+    assert np.isfinite(elbo).all()
+    assert elbo.iloc[-1] > elbo.iloc[0] + 1
+
+
+def test_posterior_predictive_samples_are_like_the_counts(model):
     counts = model.posterior_predictive_sample(n_samples=3)
     assert counts.shape == (N_CELLS, N_GENES, 3)
     values = counts.todense()
-    assert (values == np.round(values)).all()
-    assert (values >= 0).all()
-    assert values.mean() == pytest.approx(model.adata.X.mean(), rel=0.5)
+    assert model.module.likelihood.support.check(torch.tensor(values)).all()
+    seen = model.adata.X > 0 if model.module.likelihood.measures == "detection" else model.adata.X
+    assert values.mean() == pytest.approx(seen.mean(), rel=0.5)
     assert model.posterior_predictive_sample().shape == (N_CELLS, N_GENES)
 
 
 def test_likelihood_parameters_are_those_that_the_likelihood_declares(model):
     parameters = model.get_likelihood_parameters()
     names = {"log_rate": "mean", "log_r": "dispersions", "gate": "dropout"}
-    assert set(parameters) == {names[head] for head in model.module.likelihood.head_names}
+    assert set(parameters) == {names.get(head, head) for head in model.module.likelihood.head_names}
     for value in parameters.values():
         assert value.shape == (N_CELLS, N_GENES)
         assert np.isfinite(value).all()
@@ -211,7 +239,7 @@ def test_sampled_cells_are_counts_with_the_sizes_of_the_data(model):
     new = model.sample(400)
     assert new.shape == (400, N_GENES)
     assert isinstance(new.X, sp.csr_matrix)
-    assert (new.X.data == np.round(new.X.data)).all()
+    assert model.module.likelihood.support.check(torch.tensor(new.X.data)).all()
     assert set(new.obs["batch"].unique()) == {"0", "1"}
     data_sizes = np.asarray(model.adata.X.sum(1)).ravel()
     assert set(new.obs["size_factor"]) <= set(data_sizes.astype(np.float32))
@@ -532,7 +560,7 @@ def test_the_same_seed_gives_the_same_model_and_leaves_the_global_state():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"likelihood": "negative_binomial"}, "'poisson', 'nb', 'zip', 'zinb'; found 'negative_binomial'"),
+        ({"likelihood": "negative_binomial"}, "'poisson', 'nb', 'zip', 'zinb', .*; found 'negative_binomial'"),
         ({"mixture": "gmm"}, "must be False, True, 'gmvae' .* found 'gmm'"),
         ({"mixture": 2}, "must be False, True"),
         ({"dispersion": "cell"}, "`dispersion` must be one of 'gene', 'gene-batch', 'gene-cell'; found 'cell'"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from scvae_tools._saving import read_saved, write_saved
+from scvae_tools._saving import read_saved, write_atomically, write_saved
 
 VALUES = {
     "number": 1.5,
@@ -29,7 +32,8 @@ VALUES = {
 def test_values_come_back_as_they_were(name, tmp_path):
     path = tmp_path / "model.pt"
     write_saved(path, {"w": torch.ones(2)}, {"value": VALUES[name]}, ["g1", "g2"])
-    state, attributes, var_names = read_saved(path)
+    state, attributes, var_names, versions = read_saved(path)
+    assert versions is None
     found, expected = attributes["value"], VALUES[name]
     assert torch.equal(state["w"], torch.ones(2))
     assert var_names == ["g1", "g2"]
@@ -57,4 +61,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         write_saved(path, {"w": torch.zeros(2)}, {}, [])
-    assert torch.equal(read_saved(path)[0]["w"], torch.ones(2))
+    assert torch.equal(read_saved(path).state["w"], torch.ones(2))
+
+
+def test_nothing_but_the_whole_file_is_left_of_a_write_that_died_midway(tmp_path, monkeypatch):
+    path, save = tmp_path / "model.pt", torch.save
+    write_atomically({"w": torch.ones(2)}, path)
+
+    def die_midway(saved, temporary):
+        save(saved, temporary)
+        os.truncate(temporary, temporary.stat().st_size // 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die_midway)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically({"w": torch.zeros(2)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["w"], torch.ones(2))
+    assert [each.name for each in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, flush, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flushed"), flush(descriptor)))
+    monkeypatch.setattr(Path, "replace", lambda old, new: (done.append(new.name), replace(old, new)))
+    write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
+    assert done[:2] == ["flushed", "model.pt"]

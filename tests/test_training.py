@@ -55,7 +55,8 @@ def test_dropout_acts_in_the_last_stage_alone(mixture, last):
 
     class Note(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
-            layers = [each for each in pl_module.module.modules() if isinstance(each, torch.nn.Dropout)]
+            hidden = (*pl_module.module.encoder.layers.modules(), *pl_module.module.decoder.px_decoder.modules())
+            layers = [each for each in hidden if isinstance(each, torch.nn.Dropout)]
             rates.setdefault(pl_module.stage.name, set()).update(layer.p for layer in layers if layer.training)
 
     model.train(10, progress=False, callbacks=[Note()])

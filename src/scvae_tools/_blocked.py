@@ -5,6 +5,9 @@ everywhere and log p(x) at the non-zeros, and the gradient goes on at once to we
 block is in cache: three matrix products a head, the number that any implementation needs. Which likelihood it is, this
 module does not know; see `Likelihood.differentiate_zero` and `Likelihood.differentiate_kernel`.
 
+Where the rates of a row add up to its size factor, `log_sum_exp` gives what they are divided by, in the same blocks. It
+goes into the log of the size factor of the row, which is why the sum is differentiable by that.
+
 Symbols: p rows (cells, or pairs of cell and component, or samples of them), g genes, h features of a row.
 """
 
@@ -41,7 +44,8 @@ class Rows:
     by_gene
         Non-zeros of the n cells, by gene.
     log_size
-        Log of the size factor of each cell, (n,).
+        What is added to the log rates of each row, (p,): the log of its size factor; less, where its rates add up to
+        that, the log of their sum.
     batch, n_batch
         Code of the batch of each cell, (n,), and the number of batches.
     cell
@@ -92,7 +96,7 @@ def log_likelihood(
     block_entries: int | None = None,
     buffers: Buffers | None = None,
 ) -> Tensor:
-    """Σ_g log p(x_g | h) − log b(x_g) of each row, (p,), differentiable by features and heads.
+    """Σ_g log p(x_g | h) − log b(x_g) of each row, (p,), differentiable by features, heads and ``rows.log_size``.
 
     Parameters
     ----------
@@ -116,18 +120,27 @@ def log_likelihood(
     RuntimeError
         In `backward`, if the promise was not kept.
     """
+    n_genes = _n_genes_of_a_block(features, block_entries)
+    sweep = _Sweep(likelihood, rows, heads, n_genes, buffers or Buffers())
+    promise = promise if torch.is_grad_enabled() else None
+    return _LogLikelihood.apply(sweep, promise, rows.log_size, features, *heads.tensors())
+
+
+def _n_genes_of_a_block(features: Tensor, block_entries: int | None) -> int:
+    """Number of genes of a block for features (p, h), at least 1."""
     if features.device.type == "cpu":
         keep_freed_memory()
     if block_entries is None:
         block_entries = BLOCK_ENTRIES.get(features.device.type, BLOCK_ENTRIES_ELSEWHERE)
-    sweep = _Sweep(likelihood, rows, heads, block_entries, buffers or Buffers())
-    promise = promise if torch.is_grad_enabled() else None
-    return _LogLikelihood.apply(sweep, promise, features, *heads.tensors())
+    return max(1, block_entries // max(1, len(features)))
 
 
 class _LogLikelihood(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sweep: _Sweep, promise: Tensor | None, features: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, sweep: _Sweep, promise: Tensor | None, log_size: Tensor, features: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        sweep.needs_log_size = ctx.needs_input_grad[2]
         ctx.sweep = sweep
         if promise is None or not any(ctx.needs_input_grad):
             ctx.save_for_backward(features, *tensors)
@@ -147,7 +160,9 @@ class _LogLikelihood(torch.autograd.Function):
             return None, None, *gradients
         promise, *gradients = ctx.saved_tensors
         factor = _common_factor(gradient, promise)
-        return None, None, *(gradients if factor is None else (factor * each for each in gradients))
+        if factor is not None:
+            gradients = [None if each is None else factor * each for each in gradients]
+        return None, None, *gradients
 
 
 def _common_factor(gradient: Tensor, promise: Tensor) -> Tensor | None:
@@ -165,16 +180,18 @@ def _common_factor(gradient: Tensor, promise: Tensor) -> Tensor | None:
 class _Sweep:
     """One pass over the blocks of genes."""
 
+    needs_log_size = False  #: whether the gradient by the log of the size factors is asked for
+
     @torch.no_grad()
-    def __init__(self, likelihood: Likelihood, rows: Rows, heads: Heads, block_entries: int, buffers: Buffers) -> None:
-        self.likelihood, self.heads, self.block_entries, self.buffers = likelihood, heads, block_entries, buffers
-        self.log_size, self.batch, self.n_batch = rows.log_size, rows.batch, rows.n_batch
+    def __init__(self, likelihood: Likelihood, rows: Rows, heads: Heads, block_genes: int, buffers: Buffers) -> None:
+        self.likelihood, self.heads, self.block_genes, self.buffers = likelihood, heads, block_genes, buffers
+        self.log_size, self.batch, self.n_batch = rows.log_size.detach(), rows.batch, rows.n_batch
         self.by_gene = rows.by_gene._replace(value=rows.by_gene.value.to(heads.tensors()[0].dtype))
         gene = self.by_gene.row()
         constants = self._constants(rows, gene)
         if rows.cell is not None:
-            self.log_size, self.batch = rows.log_size[rows.cell], rows.batch[rows.cell]
-            self.by_gene, source = rows_of_cells(self.by_gene, rows.cell, len(rows.log_size))
+            self.batch = rows.batch[rows.cell]
+            self.by_gene, source = rows_of_cells(self.by_gene, rows.cell, len(rows.batch))
             gene = gene.index_select(0, source)
             constants = {name: value.index_select(0, source) for name, value in constants.items()}
         self.constants = constants  # of each non-zero
@@ -201,9 +218,13 @@ class _Sweep:
         return total
 
     @torch.no_grad()
-    def values_and_gradients(self, features: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """Log-likelihood of each row, (p,), and the gradients of its weighted sum by features and tensors of heads."""
+    def values_and_gradients(self, features: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """Log-likelihood of each row, (p,), and the gradients of its weighted sum.
+
+        These are by the log of the size factors (None unless needed), the features, and the tensors of the heads.
+        """
         total, by_features = features.new_zeros(len(features)), torch.zeros_like(features)
+        by_log_size = torch.zeros_like(total) if self.needs_log_size else None
         gradients = self.heads.like(tuple(map(self.buffers.empty_like, self.heads.tensors())))
         weighted = weight[:, None] * features
         for block in self._blocks(features):
@@ -213,6 +234,8 @@ class _Sweep:
             total += log_prob.sum(0)
             for name, by_value in by_head.items():
                 block.put(by_value, by_head_at[name])
+                if name == "log_rate" and by_log_size is not None:
+                    by_log_size += by_value.sum(0)
                 if name in self.heads.shared:
                     self._reduce(by_value, weight, out=gradients.shared[name][block.genes])
                     continue
@@ -220,7 +243,9 @@ class _Sweep:
                 torch.mm(by_value, weighted, out=by_weight[block.genes])
                 torch.mv(by_value, weight, out=by_bias[block.genes])
                 by_features.addmm_(by_value.T, self.heads.decoded[name][0][block.genes])
-        return total, by_features.mul_(weight[:, None]), *gradients.tensors()
+        if by_log_size is not None:
+            by_log_size *= weight
+        return total, by_log_size, by_features.mul_(weight[:, None]), *gradients.tensors()
 
     def _reduce(self, by_value: Tensor, weight: Tensor, out: Tensor) -> None:
         """Weighted sum over the rows, or over those of each batch."""
@@ -232,7 +257,7 @@ class _Sweep:
     def _blocks(self, features: Tensor) -> Iterator[_Block]:
         n_rows, start = len(features), self.by_gene.start
         n_genes = len(start) - 1
-        step = max(1, min(n_genes, self.block_entries // max(1, n_rows)))
+        step = max(1, min(n_genes, self.block_genes))
         first = range(0, n_genes, step)
         bounds = start[::step].tolist() if step < n_genes else [0]
         for low, begin, end in zip(first, bounds, [*bounds[1:], len(self.position)], strict=False):
@@ -282,3 +307,50 @@ class _Block:
     def put(self, matrix: Tensor, values: Tensor) -> None:
         """Overwrite a (b, p) matrix at the non-zeros."""
         matrix.view(-1).scatter_(0, self.position, values)
+
+
+# -- the sum of the rates ----------------------------------------------------------------------------------------------
+
+
+def log_sum_exp(features: Tensor, weight: Tensor, bias: Tensor, *, block_entries: int | None = None) -> Tensor:
+    """Log Σ_g exp(w_g · h + b_g) of features h (..., h), (...), differentiable by all three.
+
+    Parameters
+    ----------
+    features
+        h, (..., h).
+    weight, bias
+        (g, h) and (g,).
+    block_entries
+        As in `log_likelihood`.
+    """
+    flat = features.flatten(0, -2)
+    total = _LogSumExp.apply(flat, weight, bias, _n_genes_of_a_block(flat, block_entries))
+    return total.reshape(features.shape[:-1])
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Its gradient by an exponent is the share of that in the sum, which is evaluated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, block_genes: int) -> Tensor:
+        total = features.new_full((len(features),), -torch.inf)
+        for w, b in zip(weight.split(block_genes), bias.split(block_genes), strict=True):
+            total = torch.logaddexp(total, torch.addmm(b[:, None], w, features.T).logsumexp(0))
+        ctx.save_for_backward(features, weight, bias, total)
+        ctx.block_genes = block_genes
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        features, weight, bias, total = ctx.saved_tensors
+        by_features, by_weight, by_bias = torch.zeros_like(features), torch.empty_like(weight), torch.empty_like(bias)
+        weighted = gradient[:, None] * features
+        parts = (tensor.split(ctx.block_genes) for tensor in (weight, bias, by_weight, by_bias))
+        for w, b, into_weight, into_bias in zip(*parts, strict=True):
+            share = torch.addmm(b[:, None] - total, w, features.T).exp_()  # (b, p)
+            torch.mm(share, weighted, out=into_weight)
+            torch.mv(share, gradient, out=into_bias)
+            by_features.addmm_(share.T, w)
+        return by_features.mul_(gradient[:, None]), by_weight, by_bias, None

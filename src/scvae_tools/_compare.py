@@ -178,8 +178,10 @@ def compare(
     Models are trained one after the other. On many machines, `SCVAE` is a model class for Ray Tune by way of
     ``scvi.autotune.run_autotune``, with ``metrics="elbo_validation"`` and ``mode="max"``.
 
-    Only models of the same counts have comparable bounds. The seeds show how large a difference has to be to mean
-    something: give ``"random_state"`` several values.
+    Only models of the same counts have comparable bounds, and only likelihoods of the same kind: those of counts, of
+    detection (``"bernoulli"``), and densities (``"gaussian"``, ``"log_normal"``, ``"lomax"``). A warning names the
+    kinds that a grid mixes. The seeds show how large a difference has to be to mean something: give
+    ``"random_state"`` several values.
 
     Examples
     --------
@@ -210,6 +212,7 @@ def compare(
     parts = _split(adata.n_obs, train_size, test_size, seed)
     cells = Cells(counts, adata.obs, names, labels, *parts, allow_non_integer)
     check_combinations(cells, combinations, values, defaults)
+    _warn_of_kinds({combination["likelihood"] for combination in combinations})
 
     store = Store(adata.uns.get(key_added), directory)
     fixed |= {"layer": layer, "mask_var": mask_var if isinstance(mask_var, str) else None, "labels_key": labels_key}
@@ -227,6 +230,26 @@ def compare(
             )
         raise
     return _write_result(adata, key_added, comparison, fixed, split)
+
+
+#: What the bound of a likelihood is of, by `Likelihood.measures`.
+KINDS = {"counts": "probabilities of counts", "detection": "probabilities of x > 0", "density": "densities"}
+
+
+def _warn_of_kinds(likelihoods: set[str]) -> None:
+    """Say which of the likelihoods cannot be compared with each other."""
+    from scvae_tools.likelihoods import get_likelihood
+
+    by_kind: dict[str, list[str]] = {}
+    for name in sorted(likelihoods):
+        by_kind.setdefault(get_likelihood(name).measures, []).append(repr(name))
+    if len(by_kind) > 1:
+        found = ", ".join(f"{KINDS[kind]} ({', '.join(by_kind[kind])})" for kind in KINDS if kind in by_kind)
+        warn(
+            "Bounds can only be compared between likelihoods of the same kind: a density has no upper bound, and "
+            f"whether a count is above 0 says less than the count. The grid has {found}. Compare bounds within each "
+            "kind, and the kinds by `ari`."
+        )
 
 
 # -- the cells ---------------------------------------------------------------------------------------------------------

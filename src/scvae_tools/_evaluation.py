@@ -249,4 +249,33 @@ class EvaluationMixin(ExpressionMixin, VAEMixin):
             means, covariances = prior.means.cpu().numpy(), prior.covariances().cpu().numpy()
         return {"weights": weights, "means": means.copy(), "covariances": covariances.copy()}
 
+    def get_loadings(self) -> pd.DataFrame:
+        """What each latent dimension does to each gene, where the decoder is linear.
+
+        Returns
+        -------
+        Derivatives of log λ by z, in nats per unit of z, the same for all cells: a row for each gene, and columns "0",
+        "1", ..., the columns of `get_latent_representation`. A unit more of z multiplies λ by the exp of the loading.
+        Where the rates of a cell add up to its size factor (``likelihood="constrained_poisson"``), log λ also holds a
+        term that differs between cells but not between genes; the loadings are then the derivatives of log λ less its
+        mean over the genes, so that each column has the mean 0.
+
+        Raises
+        ------
+        ValueError
+            If the decoder has hidden layers.
+        """
+        decoder = self.module.decoder
+        if not decoder.is_linear:
+            raise ValueError(
+                "Loadings are those of a decoder that is linear in z; that of this model has hidden layers. Build it "
+                "with linear_decoder=True and train it."
+            )
+        self._check_if_trained(warn=True)
+        loadings = decoder.heads["log_rate"].weight.detach()[:, : decoder.n_latent]  # (g, d)
+        if decoder.normalizes_rates:
+            loadings = loadings - loadings.mean(0)
+        columns = [str(dimension) for dimension in range(decoder.n_latent)]
+        return pd.DataFrame(loadings.cpu().numpy().copy(), index=self.var_names, columns=columns)
+
     get_latent_representation = with_random_state(VAEMixin.get_latent_representation)

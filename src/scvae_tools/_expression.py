@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -229,21 +229,23 @@ class ExpressionMixin(RNASeqMixin):
         Returns
         -------
         ``"mean"`` (λ, in counts) and, where the likelihood has them, ``"dispersions"`` (r) and ``"dropout"``
-        (probability of an excess zero); each (n_cells, n_genes), or (n_samples, n_cells, n_genes), float32.
+        (probability of an excess zero); other parameters by the name of their head and as it is declared, such as
+        ``"log_sigma"`` or ``"category_0"``. Each (n_cells, n_genes), or (n_samples, n_cells, n_genes), float32.
         """
-        named = [SCVI_PARAMETERS[head.name] for head in self.module.likelihood.heads]
+        keys = {head: SCVI_PARAMETERS.get(head, (head, None)) for head in self.module.likelihood.head_names}
         averages = give_mean and n_samples > 1
         draws = (n_samples,) if n_samples > 1 and not averages else ()
         shape = (*draws, self._n_cells(adata, indices, dataloader), len(self.var_names))
-        rows = {key: Rows(shape) for key, _ in named}
+        rows = {key: Rows(shape) for key, _ in keys.values()}
         with seeded(random_state):
             for tensors in self._batches(adata, indices, batch_size or settings.batch_size, dataloader):
                 codes = self._draw(tensors, n_samples)
-                places = {key: rows[key].add(len(codes)) for key, _ in named}
+                places = {key: each.add(len(codes)) for key, each in rows.items()}
                 for cells, part in self._parts(codes, None):
                     px = self._decode(codes, None, cells, part)
-                    for key, attribute in named:
-                        value = getattr(px, attribute).expand(px.batch_shape)
+                    for head, (key, attribute) in keys.items():
+                        value = px.params[head] if attribute is None else getattr(px, attribute)
+                        value = value.expand(px.batch_shape)
                         put(places[key], cells, part, value.mean(0) if averages else value)
         return {key: value.result() for key, value in rows.items()}
 
@@ -582,12 +584,117 @@ class ExpressionMixin(RNASeqMixin):
             rows = rows[known == self._batch_code(batch)]
         return rows[torch.randint(len(rows), (n_cells,), device=rows.device)]
 
-    get_feature_correlation_matrix = with_random_state(RNASeqMixin.get_feature_correlation_matrix)
+    def get_feature_correlation_matrix(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 10,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: str | Sequence[str] | None = None,
+        correlation_type: Literal["spearman", "pearson"] = "spearman",
+        silent: bool = True,  # noqa: FBT001, FBT002
+        *,
+        random_state: int = 0,
+    ) -> pd.DataFrame:
+        """Correlations of the genes over the cells, in expression without differences of size.
 
-    @functools.wraps(RNASeqMixin.differential_expression)
+        Over draws of z from q(z|x) of all cells, and at each of ``rna_size_factor`` · λ over the size factor, λ being
+        that before zero inflation. As in scvi-tools, a likelihood with r adds the gamma noise of its negative binomial
+        (variance: mean squared over r), independently for each gene; one without r adds none, so that its correlations
+        are higher. For correlations of λ without noise, correlate the columns of `get_lambda` or
+        `get_normalized_expression`.
+
+        Parameters
+        ----------
+        adata, indices
+            As in `get_elbo_terms`.
+        n_samples
+            Draws of z per cell.
+        batch_size
+            Cells at a time. The draws depend on it.
+        rna_size_factor
+            Counts of each cell, the same for all.
+        transform_batch
+            Batch, or batches to average the correlations over, in place of each cell's own; None for its own.
+        correlation_type
+            ``"spearman"``, of ranks, or ``"pearson"``.
+        silent
+            Whether to show no progress over ``transform_batch``.
+        random_state
+            Seed of the draws.
+
+        Returns
+        -------
+        Table of genes x genes, (n_genes, n_genes).
+
+        Notes
+        -----
+        All draws of all cells are in memory at once, about 12 · n_cells · n_samples · n_genes bytes: pass ``indices``
+        for a part of many cells.
+        """
+        options = {"batch_size": batch_size, "rna_size_factor": rna_size_factor, "silent": silent}
+        options |= {"transform_batch": transform_batch, "correlation_type": correlation_type}
+        with seeded(random_state):
+            return super().get_feature_correlation_matrix(adata, indices, n_samples, **options)
+
+    @torch.inference_mode()
+    def _get_denoised_samples(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 25,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: int | None = None,
+        dataloader: Iterable | None = None,
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray:
+        """What scvi-tools correlates, of its shape: (n_cells, n_genes), or (n_cells, n_genes, n_samples)."""
+        draws = []
+        for tensors in self._batches(adata, indices, batch_size, dataloader, **data_loader_kwargs):
+            codes = self._draw(tensors, n_samples, transform_batch)
+            px = self._decode(codes, None, slice(None), slice(0, len(self.var_names)))
+            draw = _with_gamma_noise(rna_size_factor * px.scale.cpu(), px.theta.cpu())  # (n, g) or (s, n, g)
+            draws.append(draw.numpy() if draw.ndim == 2 else draw.permute(1, 2, 0).numpy())
+        return np.concatenate(draws)
+
     def differential_expression(
         self, adata: AnnData | None = None, *args: Any, random_state: int = 0, **kwargs: Any
     ) -> pd.DataFrame:
+        """Genes whose expression differs between groups of cells: a row per gene and comparison.
+
+        The calculation, its arguments and the columns of the table are those of scvi-tools
+        (`guide <https://docs.scvi-tools.org/en/stable/user_guide/background/differential_expression.html>`__). What is
+        compared is ours: λ over the size factor at draws of z from q(z|x), that before zero inflation, as
+        `get_normalized_expression` gives it. For genes that tell a component from the others, without labels,
+        :func:`scvae_tools.tl.rank_components` is faster.
+
+        Parameters
+        ----------
+        adata
+            As in `get_elbo_terms`.
+        groupby, group1, group2
+            Column of ``obs``, the groups of it to compare, and the group to compare them with; None for each group, and
+            for all other cells.
+        idx1, idx2
+            Cells in place of groups: their positions, a mask, or a query of ``obs``; None for all others.
+        mode, delta
+            ``"change"`` for the probability that the log2 fold change is beyond ``delta`` in either direction,
+            ``"vanilla"`` for that of more expression in the first group.
+        batch_correction
+            Whether to decode the cells of both groups as of the same batches, instead of each as of its own.
+        **kwargs
+            The others are those of scvi-tools.
+        random_state
+            Seed of the draws.
+
+        Returns
+        -------
+        Table indexed by the genes. Among its columns: with ``mode="change"`` ``"proba_de"`` and ``"lfc_mean"`` (of
+        log2), with ``"vanilla"`` ``"proba_m1"``; ``"bayes_factor"``; ``"scale1"`` and ``"scale2"``, the mean expression
+        in each group; and the means of the counts themselves. The AnnData stays as it was.
+        """
         data = self._validate_anndata(adata)
         columns = set(data.obs)
         try:
@@ -596,6 +703,9 @@ class ExpressionMixin(RNASeqMixin):
         finally:
             for column in set(data.obs) - columns:
                 del data.obs[column]
+
+    # For completion and the reference: the arguments of the scvi-tools that is installed.
+    differential_expression.__signature__ = inspect.signature(with_random_state(RNASeqMixin.differential_expression))
 
 
 @dataclass(frozen=True)
@@ -635,6 +745,13 @@ class _Decoding:
     factor: float
     averages: bool  # over the draws
     silent: bool
+
+
+def _with_gamma_noise(mean: Tensor, r: Tensor) -> Tensor:
+    """Draw from gamma distributions of that mean and variance mean² / r: the mean itself where r is infinite."""
+    if torch.isinf(r).all():
+        return mean
+    return mean * torch.distributions.Gamma(r, torch.ones_like(r)).sample() / r
 
 
 def _parts(n_cells: int, n_genes: int, bytes_each: int) -> Iterator[tuple[slice, slice]]:

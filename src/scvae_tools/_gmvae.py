@@ -9,13 +9,13 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from scvae_tools._batches import Counts
-from scvae_tools._vae import LOG_2PI, VAE, Bound, Posterior, check_choice, cross_entropy, observe
+from scvae_tools._vae import LOG_2PI, VAE, Posterior, check_choice, cross_entropy, observe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from scvae_tools._networks import Covariates, Sizes
+    from scvae_tools._batches import Counts
+    from scvae_tools._networks import Sizes
 
 COVARIANCES = ("diag", "tied", "full")
 WEIGHTS = ("learned", "uniform", "labels")
@@ -81,6 +81,11 @@ class GaussianMixture(nn.Module):
     def log_weights(self) -> Tensor:
         """Log p(y), (k,)."""
         return log_softmax(self.logits, dim=0)
+
+    def entropy_of_y(self) -> Tensor:
+        """H[p(y)], in nats; a number that training does not change by itself."""
+        log_weights = self.log_weights().detach()
+        return -(log_weights.exp() * log_weights).sum()
 
     def precision_factor(self) -> Tensor:
         """U (k or 1, d, d)."""
@@ -235,14 +240,17 @@ class GMVAE(MixtureVAE):
     """q(y|x) q(z|x,y): the mixture of the scVAE paper, y summed out exactly.
 
     y enters q(z|x,y) after the last norm of the encoder, where no batch statistic can subtract it again, and starts
-    without effect, so that training goes on from the VAE.
+    without effect, so that training goes on from the VAE. Its effect is not linear, behind a linear encoder neither.
     """
+
+    has_component_posterior = True
 
     def build_mixture(self, n_components: int) -> None:
         super().build_mixture(n_components)
         n_hidden = self.z_mean.in_features
         self.y_logits = nn.Linear(n_hidden, n_components)
         self.y_embedding = nn.Parameter(0.1 * torch.randn(n_components, n_hidden))
+        self.y_dropout = nn.Dropout(self.dropout_rates["y"])
         self.y_features = nn.Linear(n_hidden, n_hidden)
         self.y_mean = _zero_linear(n_hidden, self.z_mean.out_features)
         self.y_variance = _zero_linear(n_hidden, self.z_variance.out_features)
@@ -268,7 +276,10 @@ class GMVAE(MixtureVAE):
         if not self.is_mixture:
             return self.single_posterior(features)
         single = self.single_posterior(features)
-        by_component = torch.relu(self.y_features(features) + self.y_embedding[:, None])  # (k, n, n_hidden)
+        embedding = self.y_embedding[:, None]  # (k, 1, n_hidden)
+        if self.training and self.y_dropout.p > 0:  # of each cell and component, all of it or nothing
+            embedding = embedding * self.y_dropout(embedding.new_ones(len(embedding), len(features), 1))
+        by_component = torch.relu(self.y_features(features) + embedding)  # (k, n, n_hidden)
         return Posterior(
             log_softmax(self.y_logits(features), dim=1),
             single.mean + self.y_mean(by_component),
@@ -290,31 +301,15 @@ class VaDE(MixtureVAE):
         noise = torch.randn(N_PREDICTION_DRAWS, 1, self.n_latent, generator=torch.Generator().manual_seed(0))
         self.register_buffer("prediction_noise", noise)
 
-    def bound(
-        self,
-        x: Counts | Tensor,
-        size: Tensor,
-        covariates: Covariates,
-        n_samples: int = 1,
-        *,
-        is_averaged: bool = False,
-        label: Tensor | None = None,
-    ) -> Bound:
-        """E log p(x|z) − KL(q(z|x) ‖ Σ_y π_y p(z|y)), the KL by Monte Carlo.
+    def kl_terms(self, posterior: Posterior, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """KL(q(z|x) ‖ Σ_y π_y p(z|y)) by Monte Carlo, as a term for z and one for y.
 
-        log p(z) = Σ_y γ_y [log p(z|y) − log γ_y/π_y] with γ = p(y|z), so the KL splits exactly into a term for z and
-        one for y, E KL(γ ‖ π).
+        log p(z) = Σ_y γ_y [log p(z|y) − log γ_y/π_y] with γ = p(y|z), so the KL splits exactly: that for y is
+        E KL(γ ‖ π).
         """
         if not self.is_mixture:
-            return super().bound(x, size, covariates, n_samples, is_averaged=is_averaged, label=label)
-        x = Counts.of(x)
-        posterior = self.posterior(self.encode(x, size, covariates))
-        z = posterior.sample_each(n_samples)  # (s, 1, n, d)
-        log_likelihood = self.expected_log_likelihood(
-            x, z, posterior, self.log_size(size), covariates, is_averaged=is_averaged
-        )
-        z = z[:, 0]
-        log_each = self.mixture.log_prob_each(z)  # (s, k, n)
+            return super().kl_terms(posterior, z, label)
+        log_each = self.mixture.log_prob_each(z[:, 0])  # (s, k, n)
         log_prior = self.mixture.log_weights()[:, None]
         log_gamma = log_softmax(log_prior + log_each, dim=1)
         surprise = None
@@ -325,7 +320,7 @@ class VaDE(MixtureVAE):
         negative_entropy = -0.5 * (posterior.log_var[0] + 1 + LOG_2PI).sum(-1)
         kl_z = negative_entropy - (gamma * log_each).sum(1).mean(0)
         kl_y = (gamma * (log_gamma - log_prior)).sum(1).mean(0)
-        return Bound(log_likelihood, kl_z, kl_y, surprise)
+        return kl_z, kl_y, surprise
 
     def probabilities(self, posterior: Posterior) -> Tensor:
         if not self.is_mixture:

@@ -32,6 +32,11 @@ class Keys:
         return f"{self.key_added}_lambda"
 
     @property
+    def loadings(self) -> str:
+        """``varm``: derivatives of log λ by z, of a linear decoder."""
+        return f"{self.key_added}_loadings"
+
+    @property
     def uns(self) -> str:
         """``uns``: parameters, history, ELBO, version."""
         return self.key_added

@@ -3,26 +3,85 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pandas as pd
 from scvi.data.fields import ObsmField
 from scvi.model._utils import parse_device_args
 from scvi.model.base import ArchesMixin, BaseMinifiedModeModelClass
 from scvi.model.base._save_load import _initialize_model
 
 from scvae_tools import _keys
+from scvae_tools._checkpoint import VERSIONS, Version, packed, unpacked
 from scvae_tools._counts import listed
 from scvae_tools._random import seeded
 from scvae_tools._saving import ADATA_FILE, MODEL_FILE, read_saved, write_saved
 from scvae_tools._training import quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from anndata import AnnData
 
 
 class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
-    """Saving and transfer of `SCVAE`."""
+    """Versions, saving and transfer of `SCVAE`."""
+
+    _versions: Mapping[str, Version] = MappingProxyType({})
+    _version: str | None = None
+
+    @property
+    def versions(self) -> pd.DataFrame:
+        """Versions of the weights that the last training has left, one row each.
+
+        The index names them: ``"end"``, after the last epoch; ``"best"``, those of the best validation ELBO in the last
+        stage, which are in use after a training; ``"early_stop"``, the best at the time when ``patience`` epochs had
+        first passed without a better one, with ``early_stopping=True`` the same as the best. Without held-out cells
+        there is only the end. Columns: ``epoch``, as the `history` counts, and ``elbo_validation`` in nats per cell;
+        NaN where it is not known, as without held-out cells, and for the end of a training that was interrupted.
+        """
+        rows = [self._versions[name] for name in VERSIONS if name in self._versions]
+        return pd.DataFrame(
+            {
+                "epoch": np.array([each.epoch for each in rows], dtype=int),
+                "elbo_validation": np.array([each.elbo for each in rows], dtype=float),
+            },
+            index=pd.Index([name for name in VERSIONS if name in self._versions], name="version", dtype=object),
+        )
+
+    @property
+    def version(self) -> str | None:
+        """Name of the `versions` whose weights are in use; None if there are none."""
+        return self._version
+
+    def use_version(self, name: str) -> None:
+        """Switch to other weights of the last training, for all that the model computes, saves or trains from then on.
+
+        The components have the same numbers in all versions. Results that were written before stay as they are.
+
+        Parameters
+        ----------
+        name
+            One of `versions`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such version; it says why.
+        """
+        if name not in self._versions:
+            known = ", ".join(map(repr, self.versions.index)) or "none"
+            rule = f"`use_version` must be given a version that the model has ({known})"
+            raise ValueError(f"{rule}; found {name!r}. {_why(name)}")
+        if self.minified_data_type is not None and name != self.version:
+            raise ValueError(
+                f"The minified data hold what the weights in use, {self.version!r}, say of the cells; found another "
+                f"version, {name!r}. Call `use_version` before `minify_adata`."
+            )
+        self.module.load_state_dict(self._versions[name].state)
+        self._version = name
 
     def minify_adata(self, minified_data_type: str = "latent_posterior_parameters", **kwargs: Any) -> None:
         """Replace the model's data by a copy with the posterior in place of the counts.
@@ -59,6 +118,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         prefix: str | None = None,
         overwrite: bool = False,  # noqa: FBT001, FBT002
         save_anndata: bool = False,  # noqa: FBT001, FBT002
+        *,
+        versions: bool = True,
         **anndata_write_kwargs: Any,
     ) -> None:
         """Save the model: weights, registry, history and version; read with ``torch.load(weights_only=True)``.
@@ -73,6 +134,10 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             Whether the directory may exist.
         save_anndata
             Whether to write the data beside the model.
+        versions
+            Whether to write all `versions` of the weights, and not only those in use. Each that differs from the others
+            takes as much room as the weights: mostly two, which double the file, with ``early_stopping=False`` up to
+            three.
         **anndata_write_kwargs
             Of ``AnnData.write_h5ad``.
         """
@@ -81,7 +146,10 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             raise ValueError(f"{str(dir_path)!r} exists already. Pass another directory, or overwrite=True.")
         directory.mkdir(parents=True, exist_ok=True)
         attributes = {n: v for n, v in self._get_user_attributes() if n.endswith("_") and not n.startswith("_")}
-        write_saved(directory / f"{prefix or ''}{MODEL_FILE}", self.module.state_dict(), attributes, self.var_names)
+        state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        kept = {name: each for name, each in self._versions.items() if versions or name == self.version}
+        path = directory / f"{prefix or ''}{MODEL_FILE}"
+        write_saved(path, state, attributes, self.var_names, packed(kept, self.version, state))
         if save_anndata:
             self.adata.write_h5ad(directory / f"{prefix or ''}{ADATA_FILE}", **anndata_write_kwargs)
 
@@ -93,6 +161,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         accelerator: str = "auto",
         device: int | str = "auto",
         prefix: str | None = None,
+        *,
+        version: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a saved model, with or without data.
@@ -106,6 +176,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             model works on the data passed to its methods.
         accelerator, device
             Where the model goes.
+        version
+            One of the saved `versions`; None for that which was in use.
         **kwargs
             Ignored; scvi-tools passes some.
 
@@ -113,9 +185,11 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         ------
         FileNotFoundError
             If there is no model.
+        ValueError
+            If it is of another class, or has no such version.
         """
         path = Path(dir_path) / f"{prefix or ''}{MODEL_FILE}"
-        state, attributes, _ = read_saved(path)
+        state, attributes, _, versions = read_saved(path)
         saved_data = path.with_name(f"{prefix or ''}{ADATA_FILE}")
         if adata is None and saved_data.exists():
             import anndata
@@ -128,6 +202,9 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
         model = _initialize_model(cls, adata, registry, attributes, None)
         model.module.load_state_dict(state)
+        model._versions, model._version = unpacked(versions)
+        if version is not None:
+            model.use_version(version)
         *_, torch_device = parse_device_args(accelerator, device, return_device="torch", validate_single_device=True)
         model.to_device(torch_device)
         model.module.eval()
@@ -171,3 +248,10 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         is_new = ~labels.isin(self._label_categories)
         if is_new.any():
             raise ValueError(f"{rule}; found {labels[is_new].iloc[0]!r} in {is_new.sum():,} cells. {remedy}")
+
+
+def _why(name: str) -> str:
+    """Reason why there may be no version of this name, and remedy."""
+    if name not in VERSIONS:
+        return f"The names are {listed(list(VERSIONS))}."
+    return f"{name!r} is not there: {VERSIONS[name]}; models saved with `versions=False` keep that in use alone."

@@ -269,7 +269,8 @@ def _covariates(model: SCVAE, n_samples: int) -> Covariates:
     cells = torch.randperm(len(batch))
     cells = cells[torch.argsort(batch[cells], stable=True)]  # by batch, in random order within
     at = ((torch.rand((), dtype=torch.double) + torch.arange(n_samples)) * (len(batch) / n_samples)).long()
-    return known.rows(cells[at.clamp(max=len(batch) - 1)].to(device))
+    known = known.rows(cells[at.clamp(max=len(batch) - 1)].to(device))
+    return model.module.at_typical_size(known)  # not at the size factor of 1, with which they are decoded
 
 
 def _records(values: np.ndarray, groups: list[str], dtype: str) -> np.recarray:

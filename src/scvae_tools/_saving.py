@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,22 +18,72 @@ MODEL_FILE = "model.pt"
 ADATA_FILE = "adata.h5ad"
 
 
-def write_saved(path: Path, state: dict[str, torch.Tensor], attributes: dict[str, Any], var_names: list[str]) -> None:
-    """Write a model under a temporary name and rename it, so that no half-written file is left."""
+class Saved(NamedTuple):
+    """What a saved model holds."""
+
+    state: dict[str, torch.Tensor]
+    attributes: dict[str, Any]
+    var_names: list[str]
+    versions: dict[str, Any] | None  #: None in files that were written without
+
+
+def write_saved(
+    path: Path,
+    state: dict[str, torch.Tensor],
+    attributes: dict[str, Any],
+    var_names: list[str],
+    versions: dict[str, Any] | None = None,
+) -> None:
+    """Write a model so that no half-written file is left.
+
+    Parameters
+    ----------
+    path
+        File.
+    state
+        Weights, on the CPU where ``versions`` share them.
+    attributes, var_names
+        Numbers, strings, arrays and tables by name; names of the genes.
+    versions
+        Other weights, as `scvae_tools._checkpoint.packed` makes them; None for none.
+    """
     saved = {
         "format": 1,
         "scvae_tools_version": metadata.version("scvae-tools"),
         "state": {name: value.detach().cpu() for name, value in state.items()},
-        "attributes": json.dumps(_to_plain(attributes, "attributes")),
+        "attributes": json.dumps(to_plain(attributes, "attributes")),
         "var_names": list(map(str, var_names)),
     }
+    write_atomically(saved if versions is None else saved | {"versions": versions}, path)
+
+
+def write_atomically(saved: dict[str, Any], path: Path) -> None:
+    """Write under a temporary name, wait until it is on the disk, and rename it: a file of that name is always whole.
+
+    It stays whole when the process is killed, and what was there before stays when the writing fails.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(saved, temporary)
-    temporary.replace(path)
+    try:
+        torch.save(saved, temporary)
+        _flush(temporary, os.O_RDWR)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        _flush(path.parent, os.O_RDONLY)
 
 
-def read_saved(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
-    """State, attributes and gene names of a saved model, with ``torch.load(weights_only=True)``.
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_saved(path: Path) -> Saved:
+    """Parts of a saved model, with ``torch.load(weights_only=True)``.
 
     Raises
     ------
@@ -42,10 +93,11 @@ def read_saved(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], lis
     if not path.exists():
         raise FileNotFoundError(f"No saved model at {str(path)!r}. Save one with `model.save(directory)` first.")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    return saved["state"], _from_plain(json.loads(saved["attributes"])), saved["var_names"]
+    attributes = from_plain(json.loads(saved["attributes"]))
+    return Saved(saved["state"], attributes, saved["var_names"], saved.get("versions"))
 
 
-def _to_plain(value: Any, name: str) -> Any:
+def to_plain(value: Any, name: str) -> Any:
     """Turn nested containers, arrays and tables into what JSON holds."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
@@ -53,15 +105,15 @@ def _to_plain(value: Any, name: str) -> Any:
         return value.item()
     if isinstance(value, np.ndarray | pd.Index):
         values = np.asarray(value)
-        return {"__array__": [_to_plain(v, name) for v in values.tolist()], "dtype": _dtype_name(values)}
+        return {"__array__": [to_plain(v, name) for v in values.tolist()], "dtype": _dtype_name(values)}
     if isinstance(value, pd.DataFrame):
         return {"__table__": {column: value[column].tolist() for column in value}}
     if isinstance(value, tuple):
-        return {"__tuple__": [_to_plain(v, name) for v in value]}
+        return {"__tuple__": [to_plain(v, name) for v in value]}
     if isinstance(value, list):
-        return [_to_plain(v, name) for v in value]
+        return [to_plain(v, name) for v in value]
     if isinstance(value, dict):
-        return {key: _to_plain(v, f"{name}[{key!r}]") for key, v in value.items()}
+        return {key: to_plain(v, f"{name}[{key!r}]") for key, v in value.items()}
     raise TypeError(f"A saved model holds numbers, strings, arrays and tables; {name} is a {type(value).__name__}.")
 
 
@@ -69,9 +121,10 @@ def _dtype_name(values: np.ndarray) -> str:
     return "object" if values.dtype.kind in "OUST" else str(values.dtype)
 
 
-def _from_plain(value: Any) -> Any:
+def from_plain(value: Any) -> Any:
+    """Value that `to_plain` was given."""
     if isinstance(value, list):
-        return [_from_plain(v) for v in value]
+        return [from_plain(v) for v in value]
     if not isinstance(value, dict):
         return value
     if "__array__" in value:
@@ -79,5 +132,5 @@ def _from_plain(value: Any) -> Any:
     if "__table__" in value:
         return pd.DataFrame(value["__table__"])
     if "__tuple__" in value:
-        return tuple(_from_plain(v) for v in value["__tuple__"])
-    return {key: _from_plain(v) for key, v in value.items()}
+        return tuple(from_plain(v) for v in value["__tuple__"])
+    return {key: from_plain(v) for key, v in value.items()}

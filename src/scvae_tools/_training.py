@@ -12,7 +12,7 @@ import threading
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import lightning.pytorch as lightning
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 
+from scvae_tools._checkpoint import Checkpointer, KeepBest, Version, copied
 from scvae_tools._messages import warn
 
 if TYPE_CHECKING:
@@ -65,26 +66,88 @@ class Stage:
     drops_out: bool = False
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is maximised: the bound, unless one of these is changed.
+
+    Parameters
+    ----------
+    kl_weight
+        Of both KL terms, once they have warmed up.
+    free_nats_y
+        Part of the entropy H[p(y)] up to which the KL of y costs nothing.
+    free_nats_z
+        Nats per cell up to which the KL of z costs nothing.
+    n_samples
+        Draws of z per cell and component, whose bounds are averaged.
+    n_importance_samples
+        Draws that make one importance-weighted bound instead; 1 for none.
+    """
+
+    kl_weight: float = 1.0
+    free_nats_y: float = 0.0
+    free_nats_z: float = 0.0
+    n_samples: int = 1
+    n_importance_samples: int = 1
+
+    def loss(self, module: VAE, batch: dict[str, Tensor], warmth: float) -> tuple[Bound, Tensor]:
+        """Bound of the cells of a batch and what is minimised, the KL terms warmed up so far."""
+        weight, tightens = warmth * self.kl_weight, self.n_importance_samples > 1
+        bound = module.bound(
+            *module.data(batch),
+            n_samples=self.n_importance_samples if tightens else self.n_samples,
+            is_averaged=True,
+            label=module.label(batch),
+            importance_kl_weight=weight if tightens else None,
+        )
+        free_nats_y = self.free_nats_y * module.prior.entropy_of_y() if self.free_nats_y else 0.0
+        loss = bound.loss(weight, y_term=module.y_term, free_nats_z=self.free_nats_z, free_nats_y=free_nats_y)
+        return bound, loss
+
+
 def default_max_epochs(n_cells: int) -> int:
     """Epochs for about 4,000 steps of 128 cells, at least 20 and at most 400."""
     return int(np.clip(round(4_000 * 128 / n_cells), 20, 400))
 
 
 def plan_stages(
-    max_epochs: int, *, mixture: bool, resumes_vae: bool = False, resumes_mixture: bool = False
+    max_epochs: int,
+    *,
+    mixture: bool,
+    resumes_vae: bool = False,
+    resumes_mixture: bool = False,
+    n_warm_up_epochs: int | None = None,
 ) -> list[Stage]:
-    """Divide the epochs: KL warm-up, VAE, mixture.
+    """Divide the epochs: KL warm-up (a quarter of the VAE's, unless given), VAE, mixture.
 
     The mixture starts from a trained VAE, since from random weights all but one or two components die
     (docs/model.md). Dropout acts in the last stage: it raises the held-out bound, yet a VAE that had it from the start
     may have a latent space in which the mixture finds worse components (docs/clustering.md). A model that was trained
     before goes on where it was.
+
+    Raises
+    ------
+    ValueError
+        If the warm-up is longer than the VAE is trained, or given for a mixture that goes on.
     """
+    if resumes_mixture and n_warm_up_epochs:
+        raise ValueError(
+            "`n_warm_up_epochs` is of the VAE that a mixture starts from; found one that was trained before, and goes "
+            "on. Leave it out."
+        )
     if resumes_mixture:
         return [Stage("mixture", max_epochs, is_mixture=True, drops_out=True)]
     n_mixture = max(1, round(0.3 * max_epochs)) if mixture else 0
     n_vae = max_epochs - n_mixture
     n_warm_up = 0 if resumes_vae else round(0.25 * n_vae)
+    if n_warm_up_epochs is not None:
+        n_warm_up = n_warm_up_epochs
+        if n_warm_up > n_vae:
+            raise ValueError(
+                f"`n_warm_up_epochs` must be at most the number of epochs of the VAE, {n_vae} of the {max_epochs} in "
+                f"`max_epochs`{' before those of the mixture' if mixture else ''}; found {n_warm_up}. Pass fewer, or "
+                "more `max_epochs`."
+            )
     stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up, drops_out=not mixture)]
     stages.append(Stage("mixture", n_mixture, is_mixture=True, drops_out=True))
     return [stage for stage in stages if stage.max_epochs > 0]
@@ -103,11 +166,23 @@ class TrainingPlan(lightning.LightningModule):
         Number of epochs in the history so far.
     lr, weight_decay
         Of Adam.
+    objective
+        What is maximised; None for the bound.
     """
 
-    def __init__(self, module: VAE, stage: Stage, *, first_epoch: int, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        module: VAE,
+        stage: Stage,
+        *,
+        first_epoch: int,
+        lr: float,
+        weight_decay: float,
+        objective: Objective | None = None,
+    ) -> None:
         super().__init__()
         self.module, self.stage, self.first_epoch = module, stage, first_epoch
+        self.objective = objective or Objective()
         self.lr, self.weight_decay = lr, weight_decay
         self.history: list[dict] = []
         self.row: dict = {}
@@ -128,8 +203,8 @@ class TrainingPlan(lightning.LightningModule):
         if norm.device.type != "cpu" or norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
-    def kl_weight(self) -> float:
-        """1, or the share of the warm-up that has passed."""
+    def warmth(self) -> float:
+        """Share of the KL terms that acts: 1, or the share of the warm-up that has passed."""
         if not self.stage.warms_up:
             return 1.0
         steps = self.trainer.num_training_batches * self.stage.max_epochs
@@ -137,16 +212,15 @@ class TrainingPlan(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.module.train()
-        self.module.drop_out(self.module.dropout_rate if self.stage.drops_out else 0.0)
+        self.module.drop_out(enable=self.stage.drops_out)
         self._reset("train")
         self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
-        self.row["kl_weight"] = self.kl_weight()
+        self.row["kl_weight"] = self.warmth() * self.objective.kl_weight
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        options = {"is_averaged": True, "label": self.module.label(batch)}
-        bound = self.module.bound(*self.module.data(batch), **options)
+        bound, loss = self.objective.loss(self.module, batch, self.warmth())
         self._add(bound)
-        return bound.loss(self.kl_weight(), y_term=self.module.y_term)
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         # Lightning validates at the end of the training epoch, before its end hook.
@@ -187,26 +261,6 @@ class TrainingPlan(lightning.LightningModule):
         named = {f"{name}_{subset}": value for name, value in means.items()}
         self.row |= named
         self.log_dict(named, batch_size=1)
-
-
-class KeepBest(Callback):
-    """Keep the weights of the best validation ELBO, and put them back at the end of the stage."""
-
-    monitor = "elbo_validation"
-
-    def __init__(self) -> None:
-        self.best, self.epoch, self.weights = -np.inf, None, None
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor, -np.inf))
-        if value > self.best:
-            self.best, self.epoch = value, pl_module.row["epoch"]
-            self.weights = {k: v.detach().clone() for k, v in pl_module.module.state_dict().items()}
-
-    def restore(self, module: VAE) -> None:
-        """Load the best weights, if there are any."""
-        if self.weights is not None:
-            module.load_state_dict(self.weights)
 
 
 class Progress(Callback):
@@ -256,6 +310,7 @@ class Settings:
 
     lr: float = 1e-3
     weight_decay: float = 0.0
+    objective: Objective = field(default_factory=Objective)
     gradient_clip: float = 100.0
     early_stopping: bool = True
     patience: int = 20
@@ -265,30 +320,44 @@ class Settings:
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
     recorder: Callback | None = None  #: what adds columns to the history
+    checkpoint: Checkpointer | None = None  #: what writes a file to go on from
+
+
+class Trained(NamedTuple):
+    """What a stage has left beside the weights in the module."""
+
+    rows: list[dict]  #: of the history
+    interrupted: bool  #: whether the user did
+    versions: dict[str, Version]  #: of the weights
 
 
 def run_stage(
     module: VAE, stage: Stage, loaders: tuple[Iterable, Iterable | None], settings: Settings, first_epoch: int
-) -> tuple[list[dict], bool]:
+) -> Trained:
     """Train a stage, once more at a tenth of the learning rate if a number became non-finite.
 
     Returns
     -------
-    The rows of the history, and whether the user interrupted it. The module holds the weights of the best validation
-    ELBO, or the last ones where there is no validation set or the KL terms were still warming up.
+    The rows of the history, whether the user interrupted it, and the versions of the weights. The module holds those of
+    the best validation ELBO, or the last ones where there is no validation set or the KL terms were still warming up.
 
     Raises
     ------
     NonFiniteError
         If the second attempt fails too. The module is as before the stage.
     """
-    before = deepcopy(module.state_dict())
-    try:
-        return _fit(module, stage, loaders, settings, first_epoch, settings.lr)
-    except NonFiniteError as error:
-        module.load_state_dict(before)
-        lower = settings.lr * LEARNING_RATE_CUT
-        warn(f"{error}; trying this stage once more with lr={lower:g}.")
+    before, lower = deepcopy(module.state_dict()), settings.lr * LEARNING_RATE_CUT
+    checkpoint = settings.checkpoint
+    if checkpoint is not None:
+        checkpoint.before = before
+    if checkpoint is None or not checkpoint.is_second_attempt:
+        try:
+            return _fit(module, stage, loaders, settings, first_epoch, settings.lr)
+        except NonFiniteError as error:
+            module.load_state_dict(before)
+            warn(f"{error}; trying this stage once more with lr={lower:g}.")
+    if checkpoint is not None:
+        checkpoint.is_second_attempt = True
     try:
         return _fit(module, stage, loaders, settings, first_epoch, lower)
     except NonFiniteError as error:
@@ -307,10 +376,11 @@ def _fit(
     settings: Settings,
     first_epoch: int,
     lr: float,
-) -> tuple[list[dict], bool]:
-    plan = TrainingPlan(module, stage, first_epoch=first_epoch, lr=lr, weight_decay=settings.weight_decay)
+) -> Trained:
+    options = {"lr": lr, "weight_decay": settings.weight_decay, "objective": settings.objective}
+    plan = TrainingPlan(module, stage, first_epoch=first_epoch, **options)
     has_validation = loaders[1] is not None and len(loaders[1]) > 0
-    best = KeepBest() if has_validation and not stage.warms_up else None
+    best = KeepBest(settings.patience) if has_validation and not stage.warms_up else None
     trainer = lightning.Trainer(
         max_epochs=stage.max_epochs,
         accelerator=settings.accelerator,
@@ -325,16 +395,27 @@ def _fit(
             "enable_model_summary": False,
             "log_every_n_steps": 10**9,
         }
-        | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"},
+        | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"}
+        | ({} if settings.checkpoint is None else settings.checkpoint.trainer_options(settings.trainer_options)),
     )
     with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
-        interrupted = _fit_or_interrupt(trainer, plan, loaders[0], loaders[1] if has_validation else None)
+        loaders = loaders[0], loaders[1] if has_validation else None
+        interrupted = _fit_or_interrupt(trainer, plan, loaders, settings.checkpoint)
+    versions = _versions(module, plan, best, interrupted=interrupted)
     if best is not None:
         best.restore(module)
     module.eval()
     if settings.progress is not None and not interrupted:
         settings.progress.skip(stage.max_epochs - len(plan.history))
-    return plan.history, interrupted
+    return Trained(plan.history, interrupted, versions)
+
+
+def _versions(module: VAE, plan: TrainingPlan, best: KeepBest | None, *, interrupted: bool) -> dict[str, Version]:
+    elbo_of_epoch = {row["epoch"]: row.get("elbo_validation", np.nan) for row in plan.history}
+    last = plan.first_epoch + len(plan.history)
+    # What was interrupted is on the way to the next epoch.
+    end = Version(last, np.nan if interrupted else elbo_of_epoch.get(last, np.nan), copied(module))
+    return {"end": end} | ({} if best is None else best.versions(elbo_of_epoch))
 
 
 def _callbacks(settings: Settings, best: KeepBest | None) -> list[Callback]:
@@ -347,15 +428,22 @@ def _callbacks(settings: Settings, best: KeepBest | None) -> list[Callback]:
         callbacks.append(best)
         if settings.early_stopping:
             callbacks.append(EarlyStopping(KeepBest.monitor, mode="max", patience=settings.patience))
-    return callbacks
+    return callbacks if settings.checkpoint is None else [*callbacks, settings.checkpoint]
 
 
 def _fit_or_interrupt(
-    trainer: lightning.Trainer, plan: TrainingPlan, train: Iterable, validation: Iterable | None
+    trainer: lightning.Trainer,
+    plan: TrainingPlan,
+    loaders: tuple[Iterable, Iterable | None],
+    checkpoint: Checkpointer | None,
 ) -> bool:
-    """Fit; whether Ctrl-C ended it. Lightning turns it into an exit of the whole process."""
+    """Fit, from where the checkpoint is; whether Ctrl-C ended it. Lightning turns it into an exit of the process."""
+    train, validation = loaders
     try:
-        trainer.fit(plan, train, validation)
+        if checkpoint is None or checkpoint.found is None:
+            trainer.fit(plan, train, validation)
+        else:
+            checkpoint.fit_on(trainer, plan, train, validation)
     except SystemExit:
         if not trainer.interrupted:
             raise

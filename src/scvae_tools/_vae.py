@@ -20,10 +20,22 @@ from torch.nn.functional import softplus
 from scvae_tools import _blocked
 from scvae_tools._batches import Counts
 from scvae_tools._memory import Buffers
-from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes, extend_batches
+from scvae_tools._networks import (
+    DISPERSIONS,
+    NORMALIZATIONS,
+    Covariates,
+    Decoder,
+    Encoder,
+    Sizes,
+    dropout_rates,
+    extend_batches,
+    hidden_widths,
+)
 from scvae_tools.likelihoods import CountDistribution, get_likelihood
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from scvae_tools.likelihoods import Likelihood, Params
 
 LOG_2PI = math.log(2 * math.pi)
@@ -52,30 +64,45 @@ class Bound:
     """The evidence lower bound of each cell, in nats, by its terms; each is (n,).
 
     ``cross_entropy`` is −log q(y|x) of cells whose label is known and 0 of others; None where labels play no part.
+    ``importance_weighted`` is the importance-weighted bound of the same draws; None where it was not asked for.
     """
 
     log_likelihood: Tensor
     kl_z: Tensor
     kl_y: Tensor
     cross_entropy: Tensor | None = None
+    importance_weighted: Tensor | None = None
 
     @property
     def elbo(self) -> Tensor:
         """log-likelihood − KL z − KL y."""
         return self.log_likelihood - self.kl_z - self.kl_y
 
-    def loss(self, kl_weight: float | Tensor = 1.0, *, y_term: str = "kl") -> Tensor:
+    def loss(
+        self,
+        kl_weight: float | Tensor = 1.0,
+        *,
+        y_term: str = "kl",
+        free_nats_z: float | Tensor = 0.0,
+        free_nats_y: float | Tensor = 0.0,
+    ) -> Tensor:
         """Mean negative bound with both KL terms weighted, and what the labels add.
 
         Parameters
         ----------
         kl_weight
-            Of both KL terms.
+            Of both KL terms; the importance-weighted bound, where there is one, holds its weight already.
         y_term
             ``"none"`` leaves KL(q(y|x) ‖ p(y)) out.
+        free_nats_z, free_nats_y
+            What the mean of either KL may be without a cost, in nats (after Kingma et al. 2016, arXiv:1606.04934).
         """
-        kl = self.kl_z if y_term == "none" else self.kl_z + self.kl_y
-        loss = -(self.log_likelihood - kl_weight * kl).mean()
+        if self.importance_weighted is not None:
+            return -self.importance_weighted.mean()
+        kl = torch.clamp(self.kl_z.mean(), min=free_nats_z)
+        if y_term != "none":
+            kl = kl + torch.clamp(self.kl_y.mean(), min=free_nats_y)
+        loss = kl_weight * kl - self.log_likelihood.mean()
         return loss if self.cross_entropy is None else loss + LABEL_WEIGHT * self.cross_entropy.mean()
 
 
@@ -95,6 +122,10 @@ class Posterior:
     def observed(self, label: Tensor) -> Posterior:
         """With q(y|x) replaced by certainty where the label (n,) is known, that is not negative."""
         return Posterior(observe(self.log_q_y, label), self.mean, self.log_var)
+
+    def rows(self, cell: Tensor) -> Posterior:
+        """Those of the cells at some positions."""
+        return Posterior(self.log_q_y[cell], self.mean[:, cell], self.log_var[:, cell])
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z|x) = Σ_y q(y|x) q(z|x,y), each (n, d)."""
@@ -123,12 +154,35 @@ class Posterior:
         return torch.logsumexp(self.log_q_y.T + each, dim=1)
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Log p(x|z) of s draws of z for each of p pairs of cell and component; for one component p = n.
+
+    ``weight`` is q(y|x) of the pair, relative to the sum over the pairs of its cell.
+    """
+
+    z: Tensor  # (s, p, d)
+    log_likelihood: Tensor  # (s, p)
+    cell: Tensor  # (p,)
+    component: Tensor  # (p,)
+    weight: Tensor  # (p,)
+
+    def expected(self, n_cells: int) -> Tensor:
+        """Σ_y q(y|x) E log p(x|z), (n,)."""
+        each = self.log_likelihood.mean(0)
+        return each.new_zeros(n_cells).index_add(0, self.cell, self.weight * each)
+
+
 class StandardNormal(nn.Module):
     """p(z) = N(0, I), as a mixture of one component."""
 
     def log_weights(self) -> Tensor:
         """Log p(y), (1,)."""
         return torch.zeros(1)
+
+    def entropy_of_y(self) -> Tensor:
+        """H[p(y)], which is 0."""
+        return torch.zeros(())
 
     def kl(self, mean: Tensor, log_var: Tensor) -> Tensor:
         """KL(q(z|x,y) ‖ p(z|y)) of mean and log variance (k, n, d), (k, n)."""
@@ -152,8 +206,17 @@ class VAE(BaseMinifiedModeModuleClass):
         Numbers of genes, batches and covariates.
     likelihood
         Name in `scvae_tools.likelihoods.LIKELIHOODS`.
-    n_latent, n_hidden, n_layers, dropout_rate
-        Architecture; encoder and decoder are alike.
+    k_max
+        Number of counts, from 0 on, that get a probability of their own; see `PiecewiseCategorical`.
+    n_latent, n_hidden, n_layers
+        Architecture; see `hidden_widths`. The decoder has the hidden layers of the encoder in reverse.
+    dropout_rate
+        Of the hidden layers, or of the parts of the model by name; see `DROPOUT_PARTS`.
+    linear_encoder, linear_decoder
+        Whether the parameters of q(z|x) are linear functions of the encoder's input, and those of p(x|z) of z, before
+        their links.
+    decode_size
+        Whether the decoder is given the log of the size factor, relative to the typical one of the data.
     dispersion
         ``"gene"``, ``"gene-batch"`` or ``"gene-cell"``.
     normalization
@@ -174,16 +237,21 @@ class VAE(BaseMinifiedModeModuleClass):
 
     n_components = 1
     y_term = "kl"
+    has_component_posterior = False  #: whether y enters q(z|x,y)
 
     def __init__(
         self,
         sizes: Sizes,
         *,
         likelihood: str = "nb",
+        k_max: int = 0,
         n_latent: int = 10,
-        n_hidden: int = 128,
-        n_layers: int = 1,
-        dropout_rate: float = 0.0,
+        n_hidden: int | Sequence[int] = 128,
+        n_layers: int | None = None,
+        dropout_rate: float | Mapping[str, float] = 0.0,
+        linear_encoder: bool = False,
+        linear_decoder: bool = False,
+        decode_size: bool = False,
         dispersion: str = "gene",
         normalization: str = "layer",
         posterior_variance: str = "per-dimension",
@@ -198,41 +266,62 @@ class VAE(BaseMinifiedModeModuleClass):
         check_choice("normalization", normalization, NORMALIZATIONS)
         check_choice("posterior_variance", posterior_variance, POSTERIOR_VARIANCES)
         check_choice("encoder_input", encoder_input, tuple(ENCODER_INPUTS))
-        for name, value in {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1; found {value!r}.")
-        if not 0 <= dropout_rate < 1:
-            raise ValueError(f"`dropout_rate` must be in [0, 1); found {dropout_rate!r}.")
+        if not isinstance(n_latent, int) or n_latent < 1:
+            raise ValueError(f"`n_latent` must be a whole number of at least 1; found {n_latent!r}.")
+        widths, rates = hidden_widths(n_hidden, n_layers), dropout_rates(dropout_rate)
+        if rates["y"] > 0 and not self.has_component_posterior:
+            raise ValueError(
+                "`dropout_rate['y']` drops the effect of y on q(z|x,y), which only mixture='gmvae' has; found "
+                f"{rates['y']!r} for a model without. Leave it out, or pass mixture='gmvae'."
+            )
         self.sizes, self.n_latent, self.normalization = sizes, n_latent, normalization
-        self.likelihood: Likelihood = get_likelihood(likelihood)
+        self.likelihood: Likelihood = get_likelihood(likelihood, k_max)
+        if self.likelihood.normalizes_rates and not use_size_factor:
+            raise ValueError(
+                f"With likelihood={likelihood!r} the rates of a cell add up to its size factor, so it needs one; found "
+                "use_size_factor=False. Leave that out, or pass likelihood='poisson'."
+            )
         self.gene_likelihood = likelihood  # the name under which scvi-tools looks for it
         self.latent_distribution = "normal"
-        self.dropout_rate = dropout_rate
+        self.dropout_rates, self.decode_size = rates, decode_size
         self.encoder_input, self.use_size_factor, self.engine = encoder_input, use_size_factor, engine
         self.block_entries: int | None = None  #: rows x genes that the engine takes at a time; None for its own choice
-        options = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate}
         self.buffers = Buffers()
         self.encoder = Encoder(
-            sizes, encode_covariates=encode_covariates, normalization=normalization, buffers=self.buffers, **options
+            sizes,
+            encode_covariates=encode_covariates,
+            # One linear layer, so that the non-zeros of x are read once for all heads, and wide enough for mean and
+            # variance to be any linear functions.
+            n_hidden=max(widths[-1], 2 * n_latent) if linear_encoder else widths,
+            is_linear=linear_encoder,
+            normalization=normalization,
+            dropout_rate=rates["hidden"],
+            input_dropout=rates["input"],
+            buffers=self.buffers,
         )
-        self.z_mean = nn.Linear(n_hidden, n_latent)
-        self.z_variance = nn.Linear(n_hidden, n_latent if posterior_variance == "per-dimension" else 1)
+        self.z_mean = nn.Linear(self.encoder.n_features, n_latent)
+        self.z_variance = nn.Linear(self.encoder.n_features, n_latent if posterior_variance == "per-dimension" else 1)
         self.decoder = Decoder(
             n_latent,
             sizes,
             self.likelihood,
             dispersion=dispersion,
+            n_hidden=widths,
+            is_linear=linear_decoder,
+            decode_size=decode_size,
             normalization="none" if normalization == "none" else "layer",
-            **options,
+            dropout_rate=rates["hidden"],
+            latent_dropout=rates["latent"],
         )
         self.standard_normal = StandardNormal()
         self._register_reference()
 
-    def drop_out(self, rate: float) -> None:
-        """Let the hidden layers drop out this share of their units, where ``dropout_rate`` is not 0."""
+    def drop_out(self, *, enable: bool) -> None:
+        """Let dropout act while training, each part at its rate, or not."""
         for layer in self.modules():
             if isinstance(layer, nn.Dropout):
-                layer.p = rate
+                layer.rate = getattr(layer, "rate", layer.p)  # as it was built, or as scArches froze it
+                layer.p = layer.rate if enable else 0.0
 
     @property
     def prior(self) -> nn.Module:
@@ -265,7 +354,8 @@ class VAE(BaseMinifiedModeModuleClass):
         size, covariates
             Those of `N_REFERENCE_CELLS` cells drawn from the data.
         """
-        self.decoder.heads["log_rate"].bias.copy_(mean_fraction.log())
+        mean = mean_fraction * size.mean() if self.use_size_factor else mean_fraction  # counts of each gene
+        self.decoder.start(self.likelihood.start(mean) | {"log_rate": mean_fraction.log()})
         self.input_scale.fill_(total_over_size)
         self.reference_size.copy_(size)
         self.reference_batch.copy_(covariates.batch)
@@ -280,16 +370,31 @@ class VAE(BaseMinifiedModeModuleClass):
         continuous = self.reference_continuous[rows] if self.sizes.n_continuous else None
         return self.reference_size[rows, None], Covariates(self.reference_batch[rows], categorical, continuous)
 
+    def with_size(self, covariates: Covariates, size: Tensor) -> Covariates:
+        """Covariates with what the decoder is told of the size factor (n, 1), if it is, unless they hold it already.
+
+        That is log(size / typical size) with the median size factor of the data that the model was built on, so that
+        it means the same for other cells, and is about 0.
+        """
+        if not self.decode_size or covariates.relative_size is not None:
+            return covariates
+        return covariates._replace(relative_size=(size / self.reference_size.median()).log())
+
+    def at_typical_size(self, covariates: Covariates) -> Covariates:
+        """Covariates of cells of the typical size, whatever size factor they are then decoded with."""
+        return self.with_size(covariates, self.reference_size.median().expand(len(covariates.batch), 1))
+
     def extend_batches(self, n_before: int, *, freeze: bool) -> None:
         """Start batches added by scArches as the others are on average; with ``freeze`` train nothing else."""
         self.decoder.extend_batches(n_before, freeze=freeze)
         if self.encoder.encode_covariates:
-            extend_batches(self.encoder.layers, self.sizes.n_batch, n_before, freeze=freeze)
+            weight = self.encoder.layers.fc_layers[0][0].weight
+            extend_batches(weight, self.sizes.n_batch, n_before, freeze=freeze)
 
     # -- inference -------------------------------------------------------------------------------------------------
 
     def encode(self, x: Counts | Tensor, size: Tensor, covariates: Covariates) -> Tensor:
-        """Features of the encoder, (n, n_hidden)."""
+        """Features of the encoder, (n, n_features)."""
         scaled, seen = (size * self.input_scale)[:, 0], ENCODER_INPUTS[self.encoder_input]
         return self.encoder(Counts.of(x).map(lambda value, cell: seen(value, scaled[cell])), covariates)
 
@@ -332,16 +437,17 @@ class VAE(BaseMinifiedModeModuleClass):
             Gradient of the loss by each value, (..., p), as far as it is known; see `_blocked.log_likelihood`.
         """
         x = Counts.of(x)
-        own_covariates = covariates if cell is None else covariates.rows(cell)
+        own_covariates, own_size = (covariates, log_size) if cell is None else (covariates.rows(cell), log_size[cell])
         if self.engine == "dense":
-            dense, own_size = (x.dense(), log_size) if cell is None else (x.dense()[cell], log_size[cell])
+            dense = x.dense() if cell is None else x.dense()[cell]
             return sum_over_genes(self.likelihood, dense, self.decoder(z, own_size, own_covariates))
         features = self.decoder.features(z, own_covariates)  # (..., p, n_hidden)
+        log_factor = self.decoder.log_factor(features, own_size).expand(*z.shape[:-1], 1)
         n_copies = math.prod(z.shape[:-2])
         own = torch.arange(len(x), device=z.device) if cell is None else cell
         rows = _blocked.Rows(
             x.by_gene,
-            log_size[:, 0],
+            log_factor.flatten(),
             covariates.batch[:, 0],
             self.sizes.n_batch,
             None if cell is None and n_copies == 1 else own.repeat(n_copies),
@@ -364,7 +470,7 @@ class VAE(BaseMinifiedModeModuleClass):
         each = self.likelihood.log_base_measure(x.by_gene.value.to(self.z_mean.weight))
         return each.new_zeros(len(x)).index_add_(0, x.by_gene.column, each)
 
-    def expected_log_likelihood(
+    def decode_draws(
         self,
         x: Counts,
         z: Tensor,
@@ -373,23 +479,39 @@ class VAE(BaseMinifiedModeModuleClass):
         covariates: Covariates,
         *,
         is_averaged: bool = False,
-    ) -> Tensor:
-        """Σ_y q(y|x) E log p(x|z) of draws z (s, k, n, d), (n,).
+    ) -> Decoded:
+        """Log p(x|z) of draws z (s, k, n, d) from q(z|x,y).
 
-        Only pairs of cell and component whose q(y|x) float32 can tell from 0 beside 1 are decoded, and their weights
-        are taken relative to their sum. The others change the result by less than its rounding error, yet would cost
-        as much, and fill the gradients with denormal numbers, on which a processor is fifty times slower.
+        Only pairs of cell and component whose q(y|x) float32 can tell from 0 beside 1 are decoded. The others change
+        the result by less than its rounding error, yet would cost as much, and fill the gradients with denormal
+        numbers, on which a processor is fifty times slower.
         """
         s, k, n, _ = z.shape
         if k == 1:
             promise = z.new_full((s, n), -1 / (s * n)) if is_averaged else None
-            return self.log_likelihood(x, z[:, 0], log_size, covariates, promise=promise).mean(0)
+            log_likelihood = self.log_likelihood(x, z[:, 0], log_size, covariates, promise=promise)
+            cell = torch.arange(n, device=z.device)
+            return Decoded(z[:, 0], log_likelihood, cell, torch.zeros_like(cell), z.new_ones(n))
         cell, component = torch.nonzero(torch.finfo(torch.float32).eps < posterior.q_y, as_tuple=True)  # (p,)
         weight = posterior.q_y[cell, component]
         weight = weight / weight.new_zeros(n).index_add(0, cell, weight)[cell]
         promise = (-weight.detach() / (s * n)).expand(s, -1) if is_averaged else None
-        each = self.log_likelihood(x, z[:, component, cell], log_size, covariates, cell, promise).mean(0)
-        return each.new_zeros(n).index_add(0, cell, weight * each)
+        z = z[:, component, cell]
+        log_likelihood = self.log_likelihood(x, z, log_size, covariates, cell, promise)
+        return Decoded(z, log_likelihood, cell, component, weight)
+
+    def kl_terms(self, posterior: Posterior, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """KL of z, KL of y and cross-entropy of the labels, if there are any, (n,) each.
+
+        ``z`` are draws (s, k, n, d), for models that have no closed form.
+        """
+        surprise = None
+        if label is not None:
+            surprise, posterior = cross_entropy(posterior.log_q_y, label), posterior.observed(label)
+        kl_z = self.prior.kl(posterior.mean, posterior.log_var)  # (k, n)
+        log_prior = self.prior.log_weights().to(posterior.log_q_y)
+        kl_y = (posterior.q_y * (posterior.log_q_y - log_prior)).sum(1)
+        return (posterior.q_y.T * kl_z).sum(0), kl_y, surprise
 
     def bound(
         self,
@@ -400,6 +522,7 @@ class VAE(BaseMinifiedModeModuleClass):
         *,
         is_averaged: bool = False,
         label: Tensor | None = None,
+        importance_kl_weight: float | Tensor | None = None,
     ) -> Bound:
         """ELBO = Σ_y q(y|x) [E log p(x|z) − KL(q(z|x,y) ‖ p(z|y))] − KL(q(y|x) ‖ p(y)), the sum over y exact.
 
@@ -416,20 +539,34 @@ class VAE(BaseMinifiedModeModuleClass):
             Component of each cell, (n,), −1 where it is not known; for the known the bound is that of x and y,
             log p(x, y) ≥ E log p(x|z) − KL(q(z|x,y) ‖ p(z|y)) + log p(y) (Kingma et al. 2014, arXiv:1406.5298). None
             to use no labels.
+        importance_kl_weight
+            Weight in `importance_weighted`; None to leave that bound out. It knows nothing of labels.
         """
-        x = Counts.of(x)
+        x, covariates = Counts.of(x), self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))
-        surprise = None
-        if label is not None:
-            surprise, posterior = cross_entropy(posterior.log_q_y, label), posterior.observed(label)
         z = posterior.sample_each(n_samples)
-        log_likelihood = self.expected_log_likelihood(
-            x, z, posterior, self.log_size(size), covariates, is_averaged=is_averaged
-        )
-        kl_z = self.prior.kl(posterior.mean, posterior.log_var)  # (k, n)
-        log_prior = self.prior.log_weights().to(posterior.log_q_y)
-        kl_y = (posterior.q_y * (posterior.log_q_y - log_prior)).sum(1)
-        return Bound(log_likelihood, (posterior.q_y.T * kl_z).sum(0), kl_y, surprise)
+        is_averaged = is_averaged and importance_kl_weight is None  # else the weights depend on the values
+        decoded_of = posterior if label is None or len(posterior.mean) == 1 else posterior.observed(label)
+        decoded = self.decode_draws(x, z, decoded_of, self.log_size(size), covariates, is_averaged=is_averaged)
+        tight = None
+        if importance_kl_weight is not None:
+            tight = self.importance_weighted(decoded, posterior, importance_kl_weight)
+        return Bound(decoded.expected(len(x)), *self.kl_terms(posterior, z, label), tight)
+
+    def importance_weighted(self, decoded: Decoded, posterior: Posterior, kl_weight: float | Tensor = 1.0) -> Tensor:
+        """Log 1/S Σ_s Σ_y q(y|x) p(x|z) [p(z) / q(z|x)]^w with z ~ q(z|x,y), s draws each, (n,).
+
+        At w = 1 the expectation of the sum is p(x), so that its log is a lower bound of log p(x) on average (Burda et
+        al. 2016, arXiv:1509.00519). p(z) and q(z|x) are the mixtures themselves. With y summed out instead of drawn,
+        the bound can be differentiated by q(y|x).
+        """
+        own = posterior.rows(decoded.cell)
+        log_weight = decoded.log_likelihood + kl_weight * (self.prior.log_prob(decoded.z) - own.log_prob(decoded.z))
+        log_weight = log_weight + posterior.log_q_y[decoded.cell, decoded.component]
+        s, (n, k) = len(log_weight), posterior.log_q_y.shape
+        each = log_weight.new_full((s, n * k), -math.inf)
+        each = each.index_copy(1, decoded.cell * k + decoded.component, log_weight)
+        return each.reshape(s, n, k).logsumexp((0, 2)) - math.log(s)
 
     def importance_weighted_bound(
         self, x: Counts | Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32
@@ -438,7 +575,7 @@ class VAE(BaseMinifiedModeModuleClass):
 
         Prior and posterior are the mixtures themselves (Burda et al. 2016, arXiv:1509.00519).
         """
-        x = Counts.of(x)
+        x, covariates = Counts.of(x), self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))
         log_weights = []
         for start in range(0, n_samples, chunk):
@@ -458,12 +595,13 @@ class VAE(BaseMinifiedModeModuleClass):
     @torch.no_grad()
     def decode(self, z: Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> CountDistribution:
         """p(x|z) of z (..., n, d)."""
-        log_size = self.log_size(size)
+        log_size, covariates = self.log_size(size), self.with_size(covariates, size)
         params = {name: value.detach() for name, value in self.decoder(z, log_size, covariates, genes).items()}
         return CountDistribution(self.likelihood, params, scale=(params["log_rate"] - log_size).exp())
 
     def rate(self, x: Counts | Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> Tensor:
         """λ at the posterior means, Σ_y q(y|x) λ(E[z|x,y]), in counts, (n, g)."""
+        covariates = self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))
         log_rate = self.decoder(posterior.mean, self.log_size(size), covariates, genes)["log_rate"]  # (k, n, g)
         return torch.einsum("nk,kng->ng", posterior.q_y, log_rate.exp())

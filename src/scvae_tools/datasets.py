@@ -111,7 +111,7 @@ def simulate(
     n_cells, n_genes, n_components
         Sizes; at least 1.
     likelihood
-        Name of a likelihood, a key of ``scvae_tools.likelihoods.LIKELIHOODS``.
+        Name of a likelihood, a key of ``scvae_tools.likelihoods.LIKELIHOODS``; not a density, which gives no counts.
     proportions
         Share of the cells in each component, of length ``n_components``; equal if None. Rounded to whole cells, not
         drawn at random.
@@ -155,12 +155,23 @@ def simulate(
     Raises
     ------
     ValueError
-        If there is no likelihood of that name, an argument is out of range, or a component would get no cell.
+        If there is no likelihood of that name or it is a density, an argument is out of range, or a component would get
+        no cell.
+
+    Notes
+    -----
+    Split the cells by another seed: ``np.random.default_rng(random_state).permutation(n_cells)`` is what the components
+    were shuffled by.
     """
     arguments = dict(locals())  # the arguments only, as long as nothing is assigned or imported before
     from scvae_tools.likelihoods import get_likelihood
 
     law = get_likelihood(likelihood)
+    if law.is_density:
+        raise ValueError(
+            f"`likelihood` must be one that counts can be drawn from; found {likelihood!r}, a density. Simulate with "
+            "another, such as 'nb': a model of any likelihood can be trained on its counts."
+        )
     _check_ranges(arguments)
     arguments["proportions"] = _check_proportions(proportions, n_components)
 
@@ -270,6 +281,11 @@ def poisson_mixture_toy(n_cells: int = 10_000, *, random_state: int = 0) -> ad.A
     ------
     ValueError
         If ``n_cells`` is not an integer of at least 5 or ``random_state`` not one of at least 0.
+
+    Notes
+    -----
+    Split the cells by another seed: ``np.random.default_rng(random_state).permutation(n_cells)`` is what the components
+    were shuffled by, and the cells where it is below ``n_cells / 5`` are all those of the first one.
     """
     rates = np.stack([np.roll(np.arange(1.0, 11.0), 2 * component) for component in range(5)])
     return _poisson_mixture(n_cells, rates, random_state)

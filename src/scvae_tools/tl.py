@@ -38,12 +38,14 @@ ELBO_SAMPLES = {"train": 1, "validation": 5}
 def scvae(
     adata: AnnData,
     *,
-    likelihood: Literal["poisson", "nb", "zip", "zinb"] = "nb",
+    likelihood: Literal[
+        "poisson", "nb", "zip", "zinb", "constrained_poisson", "bernoulli", "gaussian", "log_normal", "lomax"
+    ] = "nb",
     mixture: bool | Literal["gmvae", "vade"] = True,
     n_components: int | tuple[int, int] | None = None,
     n_latent: int = 10,
-    n_hidden: int = 128,
-    n_layers: int = 1,
+    n_hidden: int | Sequence[int] = 128,
+    n_layers: int | None = None,
     layer: str | None = None,
     mask_var: str | np.ndarray | None = None,
     batch_key: str | None = None,
@@ -78,7 +80,9 @@ def scvae(
         Annotated data, cells x genes, with raw counts; never changed but for the keys below.
     likelihood
         Distribution of the counts: ``"poisson"``, ``"nb"`` (negative binomial), or their zero-inflated forms ``"zip"``
-        and ``"zinb"``.
+        and ``"zinb"``; ``"constrained_poisson"``, whose λ add up to the size factor of the cell; ``"bernoulli"``, of
+        whether a count is above 0; or a density, ``"gaussian"``, ``"log_normal"`` or ``"lomax"``, whose bounds cannot
+        be compared with those of the others (docs/likelihoods.md).
     mixture
         ``True`` or ``"gmvae"`` for the model of the paper, ``"vade"`` for one that decodes each cell once instead of
         once per likely component, ``False`` for a plain VAE without clusters.
@@ -89,7 +93,8 @@ def scvae(
     n_latent
         Dimensions of the latent space.
     n_hidden, n_layers
-        Width and number of hidden layers of encoder and decoder.
+        Width and number of hidden layers of encoder and decoder; or the widths of those of the encoder from first to
+        last, such as ``(250, 100)``, which the decoder has in reverse. ``n_layers`` is 1, or the number of widths.
     layer
         Layer with the counts; None for ``adata.X``.
     mask_var
@@ -150,6 +155,9 @@ def scvae(
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
         Mean λ of the count distribution before zero inflation, in counts; NaN for genes that ``mask_var`` leaves out.
         The array passed as ``write_lambda`` itself, where AnnData takes its kind as a layer (NumPy, zarr, h5py).
+    ``adata.varm["scvae_loadings"]`` : (n_genes, n_latent) float32
+        Derivatives of log λ by z, see `SCVAE.get_loadings`; NaN for genes that ``mask_var`` leaves out. With
+        ``linear_decoder=True`` only.
     ``adata.uns["scvae"]`` : dict
         ``params``; ``history``, a table with a row per epoch; ``elbo``, for ``train`` and ``validation`` the bound and
         its terms in nats per cell; ``kl_by_dimension``, (n_latent,), see `SCVAE.get_kl_by_dimension`; ``version``; for
@@ -218,7 +226,7 @@ def scvae(
     params = {**model.init_params_["non_kwargs"], **training, **obs_keys, "layer": layer}
     params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
     params |= {"max_epochs": max_epochs} | ({} if mixture else dict.fromkeys(("covariance", "weights", "n_components")))
-    results = _results(model, keys, params)
+    results = _results(model, keys, params) | {"varm": _loadings(model, keys, mask)}
     target = _copied(adata) if copy else adata
     _write(target, results)
     # Last, because it takes longest and may fill a disk.
@@ -266,30 +274,46 @@ def _build(
 
 def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]]:
     """Everything to write but λ, by the slot of the AnnData."""
-    from scvae_tools import __version__
-
     elbo = {
         subset: model.get_elbo_terms(indices=indices, n_samples=ELBO_SAMPLES[subset]).mean().to_dict()
         for subset, indices in (("train", model.train_indices), ("validation", model.validation_indices))
         if len(indices) > 0
     }
+    return _results_of(model, keys, params, elbo)
+
+
+def _results_of(
+    model: SCVAE, keys: Keys, params: dict, elbo: dict, adata: AnnData | None = None
+) -> dict[str, dict[str, Any]]:
+    """Everything to write but λ, of the cells of the model or of others with its genes."""
+    from scvae_tools import __version__
+
     history = model.history.copy()
     history.index = history.index.astype(str)
-    params = {key: value for key, value in params.items() if value is not None and key != "adata"}
+    # A path is none of what the results depend on, and AnnData writes none.
+    params = {key: value for key, value in params.items() if value is not None and key not in ("adata", "checkpoint")}
     summary = {"params": params, "history": history, "elbo": elbo, "version": __version__}
     results: dict[str, dict[str, Any]] = {
         "obs": {},
-        "obsm": {keys.latent: model.get_latent_representation()},
-        "uns": {keys.uns: summary | {"kl_by_dimension": model.get_kl_by_dimension()}},
+        "obsm": {keys.latent: model.get_latent_representation(adata)},
+        "uns": {keys.uns: summary | {"kl_by_dimension": model.get_kl_by_dimension(adata)}},
     }
     if model.is_mixture:
-        probabilities = model.predict(soft=True).to_numpy()
+        probabilities = model.predict(adata, soft=True).to_numpy()
         component = probabilities.argmax(1)
         names = [model.components[c] for c in np.unique(component)]  # the model numbers them by size
         results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
         results["obsm"][keys.probabilities] = probabilities
         results["uns"][keys.uns]["components"] = _summary_of_components(model, probabilities)
     return results
+
+
+def _loadings(model: SCVAE, keys: Keys, mask: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Loadings of all genes by key; none where the decoder is not linear."""
+    if not model.module.decoder.is_linear:
+        return {}
+    loadings = model.get_loadings().to_numpy()
+    return {keys.loadings: loadings if mask is None else _among_all_genes(loadings.T, mask).T.copy()}
 
 
 def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str, Any]:

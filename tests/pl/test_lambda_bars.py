@@ -172,6 +172,20 @@ def test_texts_do_not_overlap(groups, n_genes):
         assert not legend.get_window_extent().overlaps(ax._left_title.get_window_extent())
 
 
+@pytest.mark.parametrize(("names", "is_turned"), [("gene", False), ("a-gene-with-a-long-name-", True)])
+def test_names_are_turned_where_they_have_no_room(names, is_turned):
+    adata = with_counts(make_adata(), 8)
+    adata.var_names = [f"{names}{i}" for i in range(8)]
+    assert {tick.get_rotation() for tick in pl.lambda_bars(adata).get_xticklabels()} == {90.0 * is_turned}
+
+
+def test_the_legend_has_large_points_of_full_colour_where_those_drawn_are_small():
+    ax = pl.lambda_bars(with_counts(make_adata(), 1000), groupby="cell_type")
+    for handle, points in zip(ax.get_legend().legend_handles, ax.collections, strict=True):
+        assert handle.get_sizes()[0] > 2 * points.get_sizes()[0]
+        assert handle.get_alpha() == 1 > points.get_alpha()
+
+
 def test_many_groups_have_no_legend():
     adata = with_counts(make_adata())
     adata.obs["donor"] = [f"donor {i % 30}" for i in range(60)]

@@ -105,6 +105,16 @@ def test_no_text_lies_on_another(stages):
     assert texts_that_overlap(axes[0].figure) == []
 
 
+@pytest.mark.parametrize(("value", "is_below"), [(130.0, True), (1e5, True), (80.0, False), (0.1, False)])
+def test_the_line_is_named_on_the_side_where_the_curve_is_not(value, is_below):
+    history = make_history()
+    history[list(COLUMNS)] = value
+    for ax in pl.stability(make_adata(history=history)):
+        (name,) = (text for text in ax.texts if text.get_text().startswith("above"))
+        box = name.get_window_extent().transformed(ax.transData.inverted())
+        assert box.y1 < underflow(ax) if is_below else box.y0 > underflow(ax)
+
+
 def test_a_single_epoch_is_visible():
     assert line(pl.stability(make_adata(history=make_history({"vae": 1})))[0], "rate_at_zeros").get_marker() == "o"
 

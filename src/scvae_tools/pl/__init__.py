@@ -15,6 +15,7 @@ from scvae_tools.pl._genes import genes
 from scvae_tools.pl._kl import kl
 from scvae_tools.pl._lambda_bars import lambda_bars
 from scvae_tools.pl._latent import latent
+from scvae_tools.pl._loadings import loadings
 from scvae_tools.pl._ppc import ppc
 from scvae_tools.pl._probs import probs
 from scvae_tools.pl._stability import stability
@@ -31,6 +32,7 @@ __all__ = [
     "kl",
     "lambda_bars",
     "latent",
+    "loadings",
     "ppc",
     "probs",
     "stability",

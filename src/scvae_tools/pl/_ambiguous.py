@@ -92,7 +92,7 @@ def _draw_ambiguity(ax: Axes, table: DataFrame, colours: list[str]) -> None:
     ax.set_yticks(place, table.index)
     ax.set(xlabel="ambiguous cells", ylabel="component", ylim=(len(table) - 0.5, -0.5))
     ax.set_xlim(0, max(1.05 * share.max(), 0.01))
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="x", color="0.92", linewidth=0.8)

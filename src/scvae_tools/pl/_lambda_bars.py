@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._counts import listed
-from scvae_tools.pl._figures import LINE, TEXT, component_colours, finish, new_axes
+from scvae_tools.pl._figures import LINE, TEXT, component_colours, finish, new_axes, size_in_points, width_of
 from scvae_tools.pl._genes import ROWS, gene_positions, layer_of_counts, rate_layer, refuse_genes_left_out
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MOST_BARS = 40  # genes; beyond, points of one against the other
 _MOST_GROUPS = 20  # in a legend
 _TRUE_COLOUR = "0.72"
+_LARGEST_POINT = 28  # points squared
 _BLOCK = 2**22  # values of a layer on disk in memory at once
 
 
@@ -256,13 +257,18 @@ def _rows_at_once(matrix: Any) -> int:
 
 def _draw_bars(ax: Axes, names: list[str], of_true: str, true: np.ndarray, reconstructed: np.ndarray) -> None:
     """Draw two bars for each gene, with the legend above, where it covers none."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties
+
     place = np.arange(len(names))
     ax.bar(place - 0.2, true, 0.4, color=_TRUE_COLOUR, label=of_true)
     ax.bar(place + 0.2, reconstructed, 0.4, color=LINE, label="reconstructed λ")
-    is_long = max(map(len, names)) > 4
+    ax.set(ylabel="counts per cell", xlim=(-0.7, len(names) - 0.3))
+    room = size_in_points(ax)[0] / (len(names) + 0.4)
+    font = FontProperties(size=rcParams["xtick.labelsize"]).get_size_in_points()
+    is_long = max(width_of(name, font) for name in names) + font / 4 > room
     ax.set_xticks(place, names, rotation=90 if is_long else 0)
     ax.tick_params(axis="x", length=0)
-    ax.set(ylabel="counts per cell", xlim=(-0.7, len(names) - 0.3))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.92", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -278,7 +284,7 @@ def _draw_points(
 
     positive = [(x > 0) & (y > 0) for x, y in zip(true, reconstructed, strict=True)]
     n_points = int(sum(map(np.sum, positive)))
-    size = 28 if n_points < 200 else 14 if n_points < 2_000 else 5  # points squared
+    size = _LARGEST_POINT if n_points < 200 else 14 if n_points < 2_000 else 5  # points squared
     for (name, colour), x, y, drawn in zip(colours.items(), true, reconstructed, positive, strict=True):
         points = ax.scatter(x[drawn], y[drawn], s=size, color=colour, alpha=0.6, lw=0)
         points.set(label=name or "genes", rasterized=True, zorder=2)
@@ -305,4 +311,6 @@ def _name_groups(ax: Axes, groupby: str) -> None:
     handles, names = ax.get_legend_handles_labels()
     groups = [(handle, name) for handle, name in zip(handles, names, strict=True) if name != "diagonal"]
     options = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1.01, 0.5), "handletextpad": 0.2}
-    ax.legend(*zip(*groups, strict=True), title=groupby, alignment="left", **options)
+    legend = ax.legend(*zip(*groups, strict=True), title=groupby, alignment="left", **options)
+    for handle in legend.legend_handles:  # colours of points as small as those of many genes are not told apart
+        handle.set(sizes=[_LARGEST_POINT], alpha=1)

@@ -272,6 +272,7 @@ def _add_legend(ax: Axes, components: list[tuple[str, str]]) -> None:
     ax.legend(
         handles=[Patch(color=colour, label=name) for name, colour in components],
         title="component",
+        alignment="left",
         loc="upper left",
         bbox_to_anchor=(1, 1.04),
         ncols=-(-len(components) // _LEGEND_ROWS),

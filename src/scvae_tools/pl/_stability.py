@@ -97,21 +97,29 @@ def _draw(ax: Axes, history: DataFrame, name: str) -> None:
     decades = np.log10([_INEXACT_ABOVE, _ZERO_ABOVE, *values[np.isfinite(values)]])
     # Whole decades: their ticks have short names.
     ax.set_ylim(10 ** np.floor(decades.min() - _MARGIN), 10 ** np.ceil(decades.max() + _MARGIN))
-    _mark_underflow(ax, symbol)
+    _mark_underflow(ax, symbol, is_named_below=_ends_above(values))
 
 
-def _mark_underflow(ax: Axes, symbol: str) -> None:
+def _ends_above(values: np.ndarray) -> bool:
+    """Whether the right half of the curve, over which the name of the line is, is mostly above the line."""
+    right = values[len(values) // 2 :]
+    right = right[np.isfinite(right)]
+    return len(right) > 0 and np.median(right) > _ZERO_ABOVE
+
+
+def _mark_underflow(ax: Axes, symbol: str, *, is_named_below: bool) -> None:
+    """Draw the line and the band, and name the line on the side where the curve is not."""
     from matplotlib.transforms import blended_transform_factory
 
     ax.axhspan(_INEXACT_ABOVE, _ZERO_ABOVE, color=ACCENT, alpha=0.15, lw=0, zorder=0.5)
     ax.axhline(_ZERO_ABOVE, color=ACCENT, lw=1.2, zorder=1)
     ax.text(
         0.99,
-        _ZERO_ABOVE * 1.1,
+        _INEXACT_ABOVE / 1.1 if is_named_below else _ZERO_ABOVE * 1.1,
         f"above: exp(−{symbol}) = 0 in float32",
         transform=blended_transform_factory(ax.transAxes, ax.transData),
         ha="right",
-        va="bottom",
+        va="top" if is_named_below else "bottom",
         fontsize=8,
         color=TEXT,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},

@@ -1,0 +1,317 @@
+"""What each command does: arguments in, one call of `tl`, `pl`, `datasets` or `SCVAE`, files out.
+
+A command returns what is to be printed: a summary (dict) or a table (DataFrame).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from scvae_tools import datasets as data_sets
+from scvae_tools import pl, tl
+from scvae_tools._cli import _options, _reading
+from scvae_tools._cli._writing import (
+    ADATA,
+    TABLE,
+    check_model_folder,
+    check_output,
+    replacing,
+    write_adata,
+    write_table,
+)
+from scvae_tools._counts import listed
+from scvae_tools._keys import Keys
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Callable, Iterable
+
+    from anndata import AnnData
+
+    from scvae_tools.model import SCVAE
+
+#: Arguments that decide what a function returns or shows, which a command relies on.
+SET_HERE = {"adata", "data", "copy", "return_model", "verbose", "show", "save", "ax", "axes"}
+
+
+def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
+    """Train, and write what was asked for."""
+    output, model_folder, score_key = (_get(given, name) for name in ("output", "model", "score_key"))
+    if output is None and model_folder is None and given.data != _reading.DEMO:
+        parser.error("nothing to write: pass -o FILE, --model DIR, or both")
+    overwrite = _get(given, "overwrite", default=False)
+    check_output(output, overwrite=overwrite, endings=ADATA)
+    check_model_folder(model_folder, overwrite=overwrite)
+    options = _arguments(given, _options.FIT, parser)
+    adata = _read(given)
+    labels = None if score_key is None else _labels(adata, score_key, "--score-key")
+    start = time.perf_counter()
+    model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
+    seconds = time.perf_counter() - start
+    if model_folder is not None:
+        model.save(model_folder, overwrite=overwrite)
+    if output is not None:
+        write_adata(adata, output)
+    summary = _summary(adata, model, Keys(options.get("key_added", "scvae")), labels)
+    written = {"output": output, "model": model_folder}
+    return summary | {"seconds": seconds} | {name: str(path) for name, path in written.items() if path is not None}
+
+
+def _summary(adata: AnnData, model: SCVAE, keys: Keys, labels: pd.Series | None) -> dict[str, Any]:
+    stored = adata.uns[keys.uns]
+    summary: dict[str, Any] = {"cells": adata.n_obs, "genes": len(model.var_names), "epochs": len(stored["history"])}
+    if model.is_mixture:
+        found = stored["components"]
+        summary |= {"components": int(found["n_components"]), "components_used": int(found["n_used"])}
+    summary |= {f"elbo_{subset}": float(terms["elbo"]) for subset, terms in stored["elbo"].items()}
+    if model.is_mixture and labels is not None:
+        summary["ari"] = _ari(labels, adata.obs[keys.component].to_numpy())
+    return summary
+
+
+def _ari(labels: pd.Series, component: np.ndarray) -> float:
+    """Adjusted Rand index over the cells with a label."""
+    from sklearn.metrics import adjusted_rand_score
+
+    known = labels.notna().to_numpy()
+    return float(adjusted_rand_score(labels[known].astype(str), component[known].astype(str)))
+
+
+def evaluate(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, Any]:
+    """Bounds, and scores where there are labels."""
+    output = _check_table(given)
+    options = _arguments(given, _options.EVALUATE, parser)
+    model = _load(given)
+    cells = _cells_of_model(_read(given), model, given)
+    evaluation = getattr(tl, "evaluate", _bounds)
+    return _tell_or_write(evaluation(cells, model, **options), output)
+
+
+def _bounds(cells: AnnData, model: SCVAE, *, labels_key: str | None = None, random_state: int = 0) -> pd.DataFrame:
+    """Means over the cells."""
+    labels = None if labels_key is None else _labels(cells, labels_key, "--labels-key")
+    table = model.get_elbo_terms(cells, random_state=random_state).mean().to_frame().T
+    return table if labels is None else table.assign(ari=_ari(labels, model.predict(cells)))
+
+
+def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
+    """Write latent codes and components of new cells, under the keys of `tl.scvae`."""
+    output = _check_adata(given, parser)
+    keys = Keys(_get(given, "key_added", default="scvae"))
+    model = _load(given)
+    adata = _read(given)
+    cells = _cells_of_model(adata, model, given)
+    _hide_labels(cells, model)
+    tl._write(adata, tl._results_of(model, keys, {"model": str(given.model)}, {}, cells))
+    write_adata(adata, output)
+    summary: dict[str, Any] = {"cells": adata.n_obs, "genes": cells.n_vars}
+    if model.is_mixture:
+        summary |= adata.obs[keys.component].value_counts(sort=False).add_prefix("cells_in_").to_dict()
+    return summary | {"output": str(output)}
+
+
+def compare(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, Any]:
+    """Compare the models of a grid."""
+    output = _check_table(given)
+    options = _arguments(given, _options.COMPARE, parser)
+    grid = _read_grid(given.grid)
+    table = tl.compare(_read(given), grid, verbose=not _get(given, "quiet", default=False), **options)
+    return _tell_or_write(table, output)
+
+
+def sample(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
+    """Write counts of new cells."""
+    output = _check_adata(given, parser)
+    adata = _load(given).sample(**_arguments(given, _options.SAMPLE, parser))
+    write_adata(adata, output)
+    return {"cells": adata.n_obs, "genes": adata.n_vars, "output": str(output)}
+
+
+def plot(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, Any]:
+    """Draw one of the pictures of `pl`."""
+    if _get(given, "list", default=False):
+        return _list(pl)
+    output = _get(given, "output")
+    if given.data is None or given.plot is None or output is None:
+        parser.error("pass DATA, NAME and -o FILE; or --list")
+    function = _one_of(pl, given.plot, "plot --list")
+    check_output(output, overwrite=_get(given, "overwrite", default=False))
+    options = _settings(given, parser)
+    is_table = given.data.endswith(TABLE)
+    data = pd.read_csv(given.data, sep="\t") if is_table else _reading.read(given.data)
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    with replacing(output) as temporary:
+        _call(function, data, **options, save=temporary)
+    from matplotlib import pyplot as plt
+
+    plt.close("all")
+    return {"plot": given.plot, "output": str(output)}
+
+
+def datasets(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, Any]:
+    """List the data sets, or write one."""
+    if given.dataset is None:
+        return _list(data_sets)
+    output = _check_adata(given, parser)
+    adata = _call(_one_of(data_sets, given.dataset, "datasets"), **_settings(given, parser))
+    write_adata(adata, output)
+    return {"cells": adata.n_obs, "genes": adata.n_vars, "output": str(output)}
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _get(given: Namespace, name: str, *, default: Any = None) -> Any:
+    """An argument, which is not there unless it was given."""
+    return getattr(given, name, default)
+
+
+def _arguments(given: Namespace, options: Iterable[_options.Option], parser: ArgumentParser) -> dict[str, Any]:
+    """Those that were given, by their names in Python, with what was `--set`."""
+    named = _given(given, options)
+    settings = _settings(given, parser)
+    twice = sorted(set(named) & set(settings))
+    if twice:
+        parser.error(f"--set {twice[0]}=... says the same as an option that was given: leave one out")
+    return named | settings
+
+
+def _given(given: Namespace, options: Iterable[_options.Option]) -> dict[str, Any]:
+    return {option.name: getattr(given, option.name) for option in options if hasattr(given, option.name)}
+
+
+def _settings(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
+    pairs = _get(given, "set", default=[])
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        parser.error("--set names an argument twice: leave one out")
+    for name in sorted(SET_HERE & set(settings)):
+        parser.error(f"--set {name}=... is for the command itself to decide: leave it out")
+    return settings
+
+
+def _check_adata(given: Namespace, parser: ArgumentParser) -> Path:
+    output = _get(given, "output")
+    if output is None:
+        parser.error("nothing to write: pass -o FILE")
+    check_output(output, overwrite=_get(given, "overwrite", default=False), endings=ADATA)
+    return output
+
+
+def _check_table(given: Namespace) -> Path | None:
+    output = _get(given, "output")
+    check_output(output, overwrite=_get(given, "overwrite", default=False), endings=TABLE)
+    return output
+
+
+def _tell_or_write(table: pd.DataFrame, output: Path | None) -> pd.DataFrame | dict[str, Any]:
+    """Leave the table to be printed, or write it and tell where it is."""
+    if output is None:
+        return table
+    write_table(table, output)
+    return {"rows": len(table), "output": str(output)}
+
+
+def _read_grid(given: str) -> dict[str, Any]:
+    """Read JSON, or the file that holds it or TOML."""
+    if given.lstrip().startswith("{"):
+        return _parsed(given, json.loads, "--grid")
+    path = Path(given)
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"--grid takes a .json or .toml file, or JSON in braces; found {given!r}.")
+    return _parsed(path.read_text(encoding="utf-8"), tomllib.loads if path.suffix == ".toml" else json.loads, given)
+
+
+def _parsed(text: str, parse: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}.") from error
+
+
+# -- functions by name -------------------------------------------------------------------------------------------------
+
+
+def _list(module: Any) -> pd.DataFrame:
+    """Public functions of a module, and the first line of what they say of themselves."""
+    functions = {name: getattr(module, name) for name in sorted(module.__all__)}
+    return pd.DataFrame(
+        [(name, (inspect.getdoc(function) or "").splitlines()[0]) for name, function in functions.items()],
+        columns=["name", "what"],
+    )
+
+
+def _one_of(module: Any, name: str, command: str) -> Callable[..., Any]:
+    if name not in module.__all__:
+        raise ValueError(
+            f"There is no {name!r}; there are {listed(module.__all__)}. `scvae-tools {command}` lists them."
+        )
+    return getattr(module, name)
+
+
+def _call(function: Callable[..., Any], *positional: Any, **options: Any) -> Any:
+    """Call a function with arguments of the user, which are refused before if it does not take them."""
+    try:
+        inspect.signature(function).bind(*positional, **options)
+    except TypeError as error:
+        takes = [name for name in inspect.signature(function).parameters if name not in ("adata", "data", "save")]
+        raise ValueError(f"{function.__name__}: {error}. It takes, by --set, {listed(takes)}.") from error
+    return function(*positional, **options)
+
+
+# -- data and models ---------------------------------------------------------------------------------------------------
+
+
+def _read(given: Namespace) -> AnnData:
+    return _reading.read(given.data, orientation=_get(given, "orientation"), genome=_get(given, "genome"))
+
+
+def _load(given: Namespace) -> SCVAE:
+    from scvae_tools.model import SCVAE
+
+    return SCVAE.load(given.model, **_given(given, _options.LOAD))
+
+
+def _labels(adata: AnnData, key: str, option: str) -> pd.Series:
+    from scvae_tools._counts import _column_of_obs
+
+    return _column_of_obs(adata, key, option)
+
+
+def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:
+    """The counts of the model's genes in its order, with all that is known of the cells."""
+    from anndata import AnnData as ModelData
+
+    names = model.var_names
+    fill, layer = _get(given, "fill_missing", default=False), _get(given, "layer")
+    missing = names[~np.isin(names, adata.var_names.astype(str))]
+    if len(missing) and not fill:
+        raise ValueError(
+            f"The data must have the model's genes; {len(missing):,} of {len(names):,} are missing: {listed(missing)}. "
+            "Take data with these genes, or pass --fill-missing to take their counts as 0."
+        )
+    if layer is not None and layer not in adata.layers:
+        raise ValueError(f"--layer must name a layer of the data; found {layer!r}, there are {listed(adata.layers)}.")
+    counts = adata.X if layer is None else adata.layers[layer]
+    cells = ModelData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))
+    cells = model.prepare_query_anndata(cells, model, inplace=False) if len(missing) else cells[:, names].copy()
+    if model._layer is not None:
+        cells.layers[model._layer] = cells.X
+    return cells
+
+
+def _hide_labels(cells: AnnData, model: SCVAE) -> None:
+    """Put any label that the model knows in their place: scvi-tools asks for some, and no result depends on them."""
+    key = model.registry["setup_args"].get("labels_key")
+    if key is not None:
+        cells.obs[key] = pd.Categorical([model._label_categories[0]] * cells.n_obs)

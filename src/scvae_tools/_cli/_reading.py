@@ -1,0 +1,360 @@
+"""Files of counts -> AnnData: one reader for each format, which is found by the content where names do not tell."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from scvae_tools._counts import listed
+from scvae_tools._messages import inform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: In place of a file: the 700 cells that scanpy ships.
+DEMO = "demo"
+CELLS_BY_GENES, GENES_BY_CELLS = ORIENTATIONS = ("cells-by-genes", "genes-by-cells")
+#: Values of text or of a loom file that are in memory as a dense block: 128 MB as float32.
+BLOCK_VALUES = 2**25
+TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
+MATRIX = "matrix.mtx"
+
+
+class ReadingError(ValueError):
+    """A file does not hold what can be read; the message says why."""
+
+
+def read(path: str | Path, *, orientation: str | None = None, genome: str | None = None) -> AnnData:
+    """Read counts from a file or a folder.
+
+    Parameters
+    ----------
+    path
+        File or folder in one of the formats of ``READERS``; or ``"demo"``, for `scvae_tools.datasets.pbmc68k_reduced`
+        (a file of that name is ``"./demo"``).
+    orientation
+        Of text: ``"cells-by-genes"``, which is also meant by None, or ``"genes-by-cells"``. It is never guessed.
+    genome
+        Genome to take where 10x Genomics files hold several.
+
+    Returns
+    -------
+    Cells x genes, with unique names; CSR unless an h5ad or zarr file holds them otherwise.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing of that name.
+    ReadingError
+        If it cannot be read; it says why.
+    """
+    if str(path) == DEMO:
+        from scvae_tools.datasets import pbmc68k_reduced
+
+        return pbmc68k_reduced()
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {str(path)!r}. Pass a file or folder of counts, or {DEMO!r}.")
+    kind = format_of(path)
+    options = _options_of(kind, orientation, genome)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names that are not unique are dealt with here
+            adata = READERS[kind](path, **options)
+    except ReadingError:
+        raise
+    except Exception as error:
+        raise ReadingError(f"{str(path)!r} cannot be read as {kind}: {error}") from error
+    _make_unique(adata)
+    inform("Read %s as %s: %s cells x %s genes.", path, kind, f"{adata.n_obs:,}", f"{adata.n_vars:,}")
+    return adata
+
+
+def format_of(path: Path) -> str:
+    """Key of ``READERS`` for a file or a folder.
+
+    Raises
+    ------
+    ReadingError
+        If it is in none of the formats.
+    """
+    if path.is_dir():
+        is_zarr = any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs"))
+        return "zarr" if is_zarr else "mtx"
+    if h5py.is_hdf5(path):
+        return _format_of_hdf5(path)
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".mtx"):
+        return "mtx"
+    if Path(name).suffix in TEXT:
+        return "text"
+    raise ReadingError(
+        f"The format of a file must be known; found {path.name!r}, which is no HDF5 file and has none of the endings "
+        f"{', '.join([*TEXT, '.mtx'])} (with .gz or without). Convert it to h5ad with scanpy, or unpack it."
+    )
+
+
+def _format_of_hdf5(path: Path) -> str:
+    with h5py.File(path) as file:
+        if "row_attrs" in file:
+            return "loom"
+        if isinstance(file.get("matrix"), h5py.Group) or _genomes(file):
+            return "10x h5"
+        if "obs" in file and "var" in file:
+            return "h5ad"
+        found = listed(file)
+    raise ReadingError(
+        f"An HDF5 file must be an h5ad file, one of 10x Genomics, or a loom file; {str(path)!r} holds {found}. Convert "
+        "it to h5ad with scanpy."
+    )
+
+
+def _options_of(kind: str, orientation: str | None, genome: str | None) -> dict[str, Any]:
+    """Arguments of the reader; refuse those that mean nothing to it."""
+    if orientation is not None and kind != "text":
+        raise ReadingError(f"The orientation is asked of text alone; found {kind}, which tells it. Leave it out.")
+    if genome is not None and kind not in ("10x h5", "mtx"):
+        raise ReadingError(f"The genome is asked of files of 10x Genomics alone; found {kind}. Leave it out.")
+    if kind == "text":
+        return {"is_transposed": orientation == GENES_BY_CELLS}
+    return {"genome": genome} if kind in ("10x h5", "mtx") else {}
+
+
+def _make_unique(adata: AnnData) -> None:
+    for axis, names in (("genes", adata.var_names), ("cells", adata.obs_names)):
+        if not names.is_unique:
+            inform("The names of the %s are not unique: -1, -2, ... is appended to %s.", axis, _repeated(names))
+    adata.var_names_make_unique()
+    adata.obs_names_make_unique()
+
+
+def _repeated(names: pd.Index) -> str:
+    return listed(names[names.duplicated()].unique())
+
+
+# -- 10x Genomics ------------------------------------------------------------------------------------------------------
+
+
+def _genomes(file: h5py.File) -> list[str]:
+    """Groups of a file of Cell Ranger 1 or 2, one for each genome."""
+    return [
+        name for name, group in file.items() if isinstance(group, h5py.Group) and {"barcodes", "indptr"} <= {*group}
+    ]
+
+
+def _read_10x_h5(path: Path, genome: str | None) -> AnnData:
+    import scanpy as sc
+
+    with h5py.File(path) as file:
+        genomes = _genomes(file) if "matrix" not in file else []
+    if genomes:
+        genome = _chosen_genome(genomes, genome, path)
+    return sc.read_10x_h5(path, genome=genome)
+
+
+def _chosen_genome(genomes: list[str], genome: str | None, path: Path) -> str:
+    if genome in genomes:
+        return genome
+    if genome is None and len(genomes) == 1:
+        return genomes[0]
+    found = "no `--genome`" if genome is None else f"`--genome {genome}`"
+    raise ReadingError(f"`--genome` must be one of those in {str(path)!r}, {listed(genomes)}; found {found}.")
+
+
+def _read_mtx(path: Path, genome: str | None) -> AnnData:
+    """Folder of a matrix with genes in rows, its features and its barcodes, as Cell Ranger and STARsolo write it."""
+    from scipy.io import mmread
+
+    matrix = path if path.is_file() else _matrix_of(path, genome)
+    prefix = matrix.name.removesuffix(".gz").removesuffix(MATRIX)
+    features = _read_names(_beside(matrix, prefix, "features.tsv", "genes.tsv"))
+    barcodes = _read_names(_beside(matrix, prefix, "barcodes.tsv"))
+    counts = sparse.csr_matrix(mmread(matrix).T, dtype=np.float32)
+    if counts.shape != (len(barcodes), len(features)):
+        raise ReadingError(
+            f"The matrix must have a column for each barcode and a row for each feature; {str(matrix)!r} has "
+            f"{counts.shape[0]:,} and {counts.shape[1]:,}; there are {len(barcodes):,} barcodes and {len(features):,} "
+            "features."
+        )
+    adata = AnnData(counts, obs=pd.DataFrame(index=barcodes[0].to_numpy()), var=_described(features))
+    return _gene_expression(adata)
+
+
+def _matrix_of(folder: Path, genome: str | None) -> Path:
+    """The matrix in a folder, or in that of its folders which is named by the genome."""
+    found = _matrices(folder)
+    if not found:
+        by_genome = {each.name: each for each in sorted(folder.iterdir()) if each.is_dir() and _matrices(each)}
+        if not by_genome:
+            raise ReadingError(
+                f"A folder must hold a zarr store or a {MATRIX} (or .gz) with its features and barcodes; found neither "
+                f"in {str(folder)!r}. Pass the folder with the matrix."
+            )
+        found = _matrices(by_genome[_chosen_genome(list(by_genome), genome, folder)])
+    if len(found) > 1:
+        raise ReadingError(
+            f"A folder must hold one matrix; found {listed(file.name for file in found)} in {str(folder)!r}. Pass one "
+            "of these files."
+        )
+    return found[0]
+
+
+def _matrices(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name.removesuffix(".gz").endswith(MATRIX))
+
+
+def _beside(matrix: Path, prefix: str, *names: str) -> Path:
+    """The first of several files that is there, as such or compressed."""
+    candidates = [matrix.with_name(f"{prefix}{name}{end}") for name in names for end in (".gz", "")]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise ReadingError(
+        f"Beside {str(matrix)!r} there must be {' or '.join(f'{prefix}{name}' for name in names)} (or .gz); found none."
+    )
+
+
+def _read_names(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, sep="\t", header=None, dtype=str, na_filter=False, quoting=csv.QUOTE_NONE)
+
+
+def _described(features: pd.DataFrame) -> pd.DataFrame:
+    """``var`` from the columns ID, name and type, of which the last two may be missing."""
+    var = pd.DataFrame({"gene_ids": features[0].to_numpy()}, index=features[min(1, features.shape[1] - 1)].to_numpy())
+    if features.shape[1] > 2:
+        var["feature_types"] = features[2].to_numpy()
+    return var
+
+
+def _gene_expression(adata: AnnData) -> AnnData:
+    """Leave antibodies, guides and other features out, as scanpy does."""
+    if "feature_types" not in adata.var:
+        return adata
+    is_gene = (adata.var["feature_types"] == "Gene Expression").to_numpy()
+    if is_gene.all() or not is_gene.any():
+        return adata
+    inform("Left out %s features that are not of the type 'Gene Expression'.", f"{(~is_gene).sum():,}")
+    return adata[:, is_gene].copy()
+
+
+# -- loom --------------------------------------------------------------------------------------------------------------
+
+
+def _read_loom(path: Path) -> AnnData:
+    """Loom (http://linnarssonlab.org/loompy/format), genes in rows; read in blocks, without loompy."""
+    with h5py.File(path) as file:
+        obs, var = _attributes(file["col_attrs"]), _attributes(file["row_attrs"])
+        adata = AnnData(
+            _transposed(file["matrix"]),
+            obs=_named(obs, ("CellID", "Cell", "obs_names"), file["matrix"].shape[1]),
+            var=_named(var, ("Gene", "var_names", "Accession"), file["matrix"].shape[0]),
+        )
+        for name, layer in file.get("layers", {}).items():
+            adata.layers[name] = _transposed(layer)
+    return adata
+
+
+def _transposed(dataset: h5py.Dataset) -> sparse.csr_matrix:
+    n_rows, n_columns = dataset.shape
+    starts = range(0, n_rows, max(1, BLOCK_VALUES // max(n_columns, 1)))
+    blocks = [sparse.csr_matrix(dataset[a:b], dtype=np.float32) for a, b in pairwise([*starts, n_rows])]
+    return sparse.vstack(blocks).T.tocsr()
+
+
+def _attributes(group: h5py.Group) -> dict[str, np.ndarray]:
+    """The attributes with one value for each gene or cell; strings as str."""
+    values = {name: dataset for name, dataset in group.items() if dataset.ndim == 1}
+    is_text = {name: dataset.dtype.kind in "OS" for name, dataset in values.items()}
+    return {name: (dataset.asstr() if is_text[name] else dataset)[:] for name, dataset in values.items()}
+
+
+def _named(attributes: dict[str, np.ndarray], candidates: tuple[str, ...], length: int) -> pd.DataFrame:
+    name = next((name for name in candidates if name in attributes), None)
+    index = attributes.pop(name) if name is not None else np.arange(length)
+    return pd.DataFrame(attributes, index=pd.Index(index).astype(str))
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path, *, is_transposed: bool) -> AnnData:
+    """Table with names in its first row and column, whole rows at a time, so that it is never dense in memory."""
+    separator = TEXT[Path(path.name.removesuffix(".gz")).suffix]
+    columns = _names_of_columns(path, separator)
+    rows, blocks = [], []
+    for chunk in _chunks(path, separator, len(columns)):
+        rows.extend(chunk[0])
+        blocks.append(sparse.csr_matrix(chunk.iloc[:, 1:].to_numpy(dtype=np.float32)))
+    counts = sparse.vstack(blocks)
+    rows, columns = (pd.DataFrame(index=pd.Index(names, dtype=str)) for names in (rows, columns))
+    return AnnData(counts.T.tocsr(), columns, rows) if is_transposed else AnnData(counts.tocsr(), rows, columns)
+
+
+def _chunks(path: Path, separator: str, n_columns: int) -> Iterator[pd.DataFrame]:
+    types = {0: str} | dict.fromkeys(range(1, n_columns + 1), np.float32)
+    options: dict[str, Any] = {"header": None, "skiprows": 1, "dtype": types, "na_filter": False}
+    size = max(1, BLOCK_VALUES // n_columns)
+    with pd.read_csv(path, sep=separator, chunksize=size, **options) as chunks:
+        yield from chunks
+
+
+def _names_of_columns(path: Path, separator: str) -> list[str]:
+    """The first row, with or without a field above the names of the rows.
+
+    Raises
+    ------
+    ReadingError
+        If the first row or column are no names, or the separator is another one.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file, delimiter=separator)
+        header, first = next(lines, []), next(lines, [])
+    named = {",": "commas", "\t": "tabs"}[separator]
+    if len(first) < 2:
+        raise ReadingError(
+            f"The values of {path.name!r} must be separated by {named}, below a row of names; found {len(first)} in "
+            "the second row. Name a file with commas .csv and one with tabs .tsv."
+        )
+    if len(header) not in (len(first), len(first) - 1):
+        raise ReadingError(
+            f"The first row of {path.name!r} must have a name for each column; found {len(header)} names for "
+            f"{len(first) - 1} columns of values."
+        )
+    if len(header) == len(first) and _is_number(header[0]):
+        raise ReadingError(
+            f"{path.name!r} must have names in its first row and in its first column; found the number {header[0]!r} "
+            "where they meet. Add names of the cells and the genes."
+        )
+    return header[len(header) - len(first) + 1 :]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# -- table -------------------------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[..., AnnData]] = {
+    "h5ad": anndata.read_h5ad,
+    "zarr": anndata.read_zarr,
+    "10x h5": _read_10x_h5,
+    "mtx": _read_mtx,
+    "loom": _read_loom,
+    "text": _read_text,
+}

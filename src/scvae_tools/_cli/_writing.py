@@ -1,0 +1,126 @@
+"""Results -> files: looked after before the work begins, written under a temporary name, and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from anndata import AnnData
+    from pandas import DataFrame
+
+ADATA = (".h5ad", ".zarr")
+TABLE = (".tsv", ".tsv.gz")
+
+
+def check_output(path: Path | None, *, overwrite: bool, endings: tuple[str, ...] = ()) -> None:
+    """Refuse, before any work, what could not be written.
+
+    Parameters
+    ----------
+    path
+        File or folder to write; None for none.
+    overwrite
+        Whether it may exist.
+    endings
+        Those that its name may have; none for any.
+
+    Raises
+    ------
+    ValueError
+        If the name has another ending, it exists, or its folder does not exist or cannot be written to.
+    """
+    if path is None:
+        return
+    if endings and not path.name.endswith(endings):
+        raise ValueError(f"The result is written as {' or '.join(endings)}; found {path.name!r}. Name it so.")
+    if path.exists():
+        if not overwrite:
+            raise ValueError(f"{str(path)!r} exists already. Pass another name, or --overwrite.")
+        if path.is_dir() and path.suffix != ".zarr":
+            raise ValueError(f"{str(path)!r} is a folder, which no file can replace. Pass another name.")
+        if path.is_dir() and not _is_zarr(path):
+            raise ValueError(
+                f"{str(path)!r} is a folder that holds no zarr store; it is left alone. Pass another name."
+            )
+    _check_folder(path.absolute().parent)
+
+
+def check_model_folder(path: Path | None, *, overwrite: bool) -> None:
+    """The same for the folder of a model, whose files are replaced one by one, and others left alone."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"A model is saved in a folder; {str(path)!r} is a file. Pass another name.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{str(path)!r} exists already. Pass another name, or --overwrite.")
+    _check_folder(path if path.exists() else path.absolute().parent)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"The folder of the result must exist; there is no {str(folder)!r}. Make it first.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"The folder of the result must be open for writing; {str(folder)!r} is not.")
+
+
+def _is_zarr(path: Path) -> bool:
+    return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Name to write to, in the same folder and with the same ending; on success it is renamed, else it is removed."""
+    temporary = _beside(path, "part")
+    try:
+        yield temporary
+        _rename(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _rename(new: Path, path: Path) -> None:
+    if not path.is_dir():
+        new.replace(path)
+        return
+    former = path.rename(_beside(path, "former"))  # a folder with files in it cannot be replaced in one step
+    new.rename(path)
+    _remove(former)
+
+
+def _beside(path: Path, role: str) -> Path:
+    return path.with_name(f".{role}-{os.getpid()}-{path.name}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_adata(adata: AnnData, path: Path) -> None:
+    """Write h5ad or zarr, by the ending."""
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of formats to come, about which the user can do nothing
+        if path.suffix == ".zarr":
+            adata.write_zarr(temporary)
+        else:
+            adata.write_h5ad(temporary)
+
+
+def write_table(table: DataFrame, path: Path) -> None:
+    """Write tab-separated text, compressed if the name ends in .gz."""
+    with replacing(path) as temporary:
+        table.to_csv(temporary, sep="\t", index=has_names(table))
+
+
+def has_names(table: DataFrame) -> bool:
+    """Whether the index is more than the numbers of the rows."""
+    return [str(name) for name in table.index] != [str(row) for row in range(len(table))]
