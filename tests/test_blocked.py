@@ -22,10 +22,11 @@ from torch.nn.functional import logsigmoid, softplus
 import scvae_tools as svt
 from scvae_tools import _blocked
 from scvae_tools._batches import Counts
+from scvae_tools._bounds import Posterior
 from scvae_tools._gmvae import GMVAE, VaDE
 from scvae_tools._memory import Buffers
 from scvae_tools._networks import DISPERSIONS, Covariates, Sizes
-from scvae_tools._vae import VAE, Posterior
+from scvae_tools._vae import VAE
 from scvae_tools.likelihoods import LIKELIHOODS, RATE, Head, Likelihood, ZeroInflated, get_likelihood
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -151,7 +152,8 @@ def test_what_dies_while_it_writes_leaves_the_epoch_before(n_written, tmp_path, 
         die_in_writing(patch, n_written)
         with pytest.raises(KilledError):
             train(make_model(), checkpoint=tmp_path)
-    assert (tmp_path / (CHECKPOINT_FILE + ".tmp")).exists()
+    (temporary,) = tmp_path.glob(CHECKPOINT_FILE + ".*.tmp")
+    os.utime(temporary, (0, 0))  # long ago
     assert (tmp_path / CHECKPOINT_FILE).exists() == (n_written > 0)
     resumed = train(make_model(), checkpoint=tmp_path)
     assert_same(resumed, unbroken())
@@ -259,6 +261,19 @@ def other_count():
     return adata
 
 
+def other_order():
+    adata = make_adata()
+    adata.X = adata.X[:, ::-1]
+    return adata
+
+
+def layered():
+    adata = make_adata()
+    adata.layers["raw"] = adata.X.copy()
+    svt.SCVAE.setup_anndata(adata, layer="raw")
+    return svt.SCVAE(adata, mixture=False, n_hidden=8, n_latent=3)
+
+
 def other_gene():
     adata = make_adata()
     adata.var_names = [*adata.var_names[:-1], "another"]
@@ -275,7 +290,8 @@ OTHERS = {
     "width": ({"n_hidden": 9}, {}, r"n_hidden \(8 there, 9 here\)"),
     "initial weights": ({"random_state": 1}, {}, r"found other ones: random_state \(0 there, 1 here\)"),
     "number of cells": ({"adata": lambda: make_adata(140)}, {}, r"n_cells \(150 there, 140 here\)"),
-    "counts": ({"adata": other_count}, {}, r"found other ones: data in 'observed_lib_size' \(others\)\. Pass"),
+    "counts": ({"adata": other_count}, {}, r"counts \(others\), data in 'observed_lib_size' \(others\)\. Pass"),
+    "counts with the same sums": ({"adata": other_order}, {}, r"found other ones: counts \(others\)\. Pass"),
     "genes": ({"adata": other_gene}, {}, r"found other ones: names of the genes \(others\)\. Pass"),
 }
 
@@ -299,6 +315,62 @@ def test_a_checkpoint_of_another_training_is_refused_with_what_differs(what, bro
     assert model.history is None
     assert model.train_indices is None
     assert all(torch.equal(before[name], value) for name, value in model.module.state_dict().items())
+
+
+def labelled(unlabeled, labels=("a", "b", "?")):
+    adata = make_adata()
+    adata.obs["label"] = np.array(labels)[np.arange(N_CELLS) % 3]
+    svt.SCVAE.setup_anndata(adata, labels_key="label", unlabeled_category=unlabeled)
+    return svt.SCVAE(adata, n_hidden=8, n_latent=3, n_components=3)
+
+
+def test_a_checkpoint_of_other_roles_of_the_labels_is_refused(tmp_path):
+    train(labelled("?"), checkpoint=tmp_path, max_epochs=3)
+    with pytest.raises(ValueError, match=r"ones: setup_anndata\(unlabeled_category\) \('\?' there, 'a' here\)\. Pass"):
+        train(labelled("a"), checkpoint=tmp_path, max_epochs=3)
+    with pytest.raises(ValueError, match=r"found other ones: names of the labels \(others\)\. Pass"):
+        train(labelled("?", ("a", "c", "?")), checkpoint=tmp_path, max_epochs=3)
+
+
+def test_a_checkpoint_of_another_layer_is_refused(broken_off):
+    with pytest.raises(ValueError, match=r"found other ones: setup_anndata\(layer\) \(None there, 'raw' here\)\. Pass"):
+        train(layered(), checkpoint=broken_off)
+
+
+def test_a_checkpoint_of_a_second_training_is_refused_after_another_first_one(tmp_path):
+    first, same, other = (train(make_model(False), max_epochs=2, lr=lr) for lr in (1e-2, 1e-2, 2e-2))
+    train(first, max_epochs=3, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"ones: weights at the beginning of this training \(others\)\. Pass"):
+        train(other, max_epochs=3, checkpoint=tmp_path)
+    assert_same(train(same, 1, die, max_epochs=3, checkpoint=tmp_path), first)
+
+
+def test_a_checkpoint_of_the_query_of_another_reference_is_refused(tmp_path):
+    def query(seed):
+        adata = make_adata()
+        adata.obs["batch"] = "a"
+        svt.SCVAE.setup_anndata(adata, batch_key="batch")
+        reference = svt.SCVAE(adata, mixture=False, n_hidden=8, n_latent=3)
+        train(reference, max_epochs=2, random_state=seed)
+        adata = make_adata()
+        adata.obs["batch"] = "b"
+        return svt.SCVAE.load_query_data(adata, reference)
+
+    train(query(0), max_epochs=3, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"ones: weights at the beginning of this training \(others\)\. Pass"):
+        train(query(1), max_epochs=3, checkpoint=tmp_path)
+    train(query(0), 1, die, max_epochs=3, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_written_before_counts_were_compared_is_refused(tmp_path):
+    train(make_model(False), max_epochs=2, checkpoint=tmp_path)
+    saved = torch.load(tmp_path / CHECKPOINT_FILE, weights_only=True)
+    identity = json.loads(saved["scvae_tools"]["identity"])
+    del identity["counts"]
+    saved["scvae_tools"]["identity"] = json.dumps(identity)
+    torch.save(saved, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(ValueError, match=r"found other ones: counts \(others\)\. Pass"):
+        train(make_model(False), max_epochs=2, checkpoint=tmp_path)
 
 
 def test_where_and_how_visibly_is_computed_may_change(broken_off):
@@ -454,6 +526,79 @@ def test_training_further_goes_on_from_the_version_in_use_and_makes_its_own():
     last = weights[max(weights)]
     assert all(torch.allclose(value, last[name], atol=1e-6) for name, value in keep.weights[max(keep.weights)].items())
     assert set(model.versions["epoch"]) <= {max(weights) + 1, max(weights) + 2}
+
+
+# -- trainings that fail -----------------------------------------------------------------------------------------------
+
+
+def split_of(model):
+    return [None if at is None else at.tolist() for at in (model.train_indices, model.validation_indices)]
+
+
+@pytest.mark.parametrize("error", [KilledError, ValueError, KeyboardInterrupt])
+def test_a_first_training_that_fails_leaves_a_new_model(error):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+
+    def fail():
+        raise error
+
+    with pytest.raises(error):
+        train(model, 1, fail)
+    assert split_of(model) == [None, None]
+    assert model.history is None
+    assert not model.is_trained_
+    assert weights_are(model, before)
+
+
+def test_a_later_training_that_fails_leaves_versions_weights_and_split(tmp_path):
+    model = train(make_model(), max_epochs=6)
+    split, versions = split_of(model), model.versions
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    with pytest.raises(KilledError):
+        train(model, 8, random_state=5)
+    assert split_of(model) == split
+    pd.testing.assert_frame_equal(model.versions, versions)
+    assert (model.version, len(model.history)) == ("best", 6)
+    assert weights_are(model, before)
+    model.save(tmp_path / "model")
+    assert weights_are(svt.SCVAE.load(tmp_path / "model", make_adata(), version="best"), before)
+
+
+def test_a_training_that_fails_in_a_later_stage_is_left_after_the_stage_before():
+    """Of 10 epochs 2 are of the warm-up, 5 of the VAE."""
+    keep = KeepAll()
+    model = make_model(dropout_rate=0.0)
+    with pytest.raises(KilledError):
+        train(model, 4, train_size=0.8, callbacks=[keep])
+    assert list(model.history["epoch"]) == [1, 2]
+    assert (model.version, len(model.train_indices), len(model.validation_indices)) == (None, 120, 30)
+    assert weights_are(model, keep.weights[2])
+
+
+@pytest.mark.parametrize("options", [{"validation_indices": range(N_CELLS)}, {"checkpoint": __file__ + "/nowhere"}])
+def test_a_training_that_does_not_begin_leaves_the_split(options):
+    model = train(make_model(False), max_epochs=2)
+    split = split_of(model)
+    with pytest.raises((ValueError, NotADirectoryError)):
+        train(model, random_state=5, **options)
+    assert split_of(model) == split
+
+
+def test_what_goes_on_in_a_later_stage_and_fails_has_no_version_of_an_earlier_training(tmp_path):
+    """Stages of the second training: 2 epochs of warm-up, then those of the VAE."""
+
+    def second(epoch):
+        model = train(make_model(False), max_epochs=3)
+        with pytest.raises(KilledError):
+            train(model, epoch, max_epochs=6, n_warm_up_epochs=2, checkpoint=tmp_path)
+        return model
+
+    assert list(second(7).history["stage"][3:]) == ["warm-up"] * 2
+    model = second(7)
+    assert len(model.history) == 5
+    assert model.version is None
+    assert model.versions.empty
 
 
 # -- saved versions ----------------------------------------------------------------------------------------------------

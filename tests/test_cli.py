@@ -104,6 +104,7 @@ def parameters_of(*functions):
     [
         (_options.FIT, [tl.scvae, svt.SCVAE.train]),
         (_options.COMPARE, [tl.compare]),
+        (_options.EVALUATE, [tl.evaluate]),
         (_options.SAMPLE, [svt.SCVAE.sample]),
         (_options.LOAD, [svt.SCVAE.load]),
     ],
@@ -260,6 +261,64 @@ def test_predict_refuses_missing_genes_unless_they_count_as_zero(trained, here, 
     np.testing.assert_allclose(found.obsm["X_scvae"], expected.obsm["X_scvae"], rtol=1e-4, atol=1e-5)
 
 
+def test_prediction_replaces_the_results_of_another_model_as_a_whole(trained, here):
+    assert run("scvae-tools fit demo --model vae --mixture none --likelihood zip --epochs 2 --quiet") == 0
+    assert run(f"scvae-tools predict {trained / 'fitted.h5ad'} --model vae -o p.h5ad --quiet") == 0
+    before, found = ad.read_h5ad(trained / "fitted.h5ad"), ad.read_h5ad("p.h5ad")
+    assert {"scvae"} == set(before.obs) - set(found.obs)
+    assert {"scvae_probs"} == set(before.obsm) - set(found.obsm)
+    assert set(found.layers) == set(found.varm) - set(before.varm) == set()
+    assert "components" not in found.uns["scvae"]
+    params = found.uns["scvae"]["params"]
+    assert (params["likelihood"], params["n_latent"], params["model"]) == ("zip", 10, "vae")
+    assert not params["mixture"]
+    assert run("scvae-tools plot p.h5ad training -o t.png --quiet") == 0
+
+
+def test_quiet_prediction_with_genes_filled_in_says_nothing(trained, here):
+    svt.datasets.pbmc68k_reduced()[:60, 2:].copy().write_h5ad("few.h5ad")
+    call = ["predict", "few.h5ad", "--model", trained / "model", "-o", "p.h5ad", "--fill-missing", "--quiet", "--json"]
+    done = subprocess.run([sys.executable, "-m", "scvae_tools", *call], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["cells"] == 60
+    assert done.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def of_batches(tmp_path_factory):
+    """Folder with cells of the batches 1 and 2, whole numbers, and a model of them."""
+    folder = tmp_path_factory.mktemp("batches")
+    cells = svt.datasets.simulate(120, 30, 3, random_state=0)
+    cells.obs["run"] = np.repeat([1, 2], 60)
+    cells.write_h5ad(folder / "cells.h5ad")
+    call = ["fit", folder / "cells.h5ad", "--model", folder / "model", "--batch-key", "run"]
+    assert main([*map(str, call), "--mixture", "none", "--epochs", "2", "--quiet"]) == 0
+    return folder
+
+
+def test_a_batch_with_a_number_for_a_name_is_sampled(of_batches, here, capsys):
+    call = f"scvae-tools sample --model {of_batches / 'model'} --cells 20 -o x.h5ad --batch"
+    assert run(f"{call} 2") == 0
+    assert set(ad.read_h5ad("x.h5ad").obs["batch"]) == {2}
+    assert run(f"{call} 3 --overwrite") == 1
+    assert "`batch` must be one of '1', '2'; found '3'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda obs: obs.drop(columns="run"), "must have the column 'run' in adata.obs, which was its `batch_key`"),
+        (lambda obs: obs.assign(run=3), "knows, '1', '2'; found '3'. Train the model on new batches with"),
+        (lambda obs: obs.assign(run="1"), "found '1'. Type str must be int: adata.obs['run'] = adata.obs"),
+    ],
+)
+def test_cells_whose_batch_the_model_does_not_know_are_refused(change, message, of_batches, here, capsys):
+    cells = ad.read_h5ad(of_batches / "cells.h5ad")
+    cells.obs = change(cells.obs)
+    cells.write_h5ad("new.h5ad")
+    assert run(f"scvae-tools predict new.h5ad --model {of_batches / 'model'} -o p.h5ad") == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_cells_without_labels_are_predicted_by_a_model_that_was_trained_on_labels(here):
     fit = "scvae-tools fit demo --model m --labels-key bulk_labels --epochs 3 --quiet"
     assert run(fit) == 0
@@ -368,6 +427,8 @@ BAD_INPUT = {
     "compare demo --grid grid.yaml": "takes a .json or .toml file, or JSON in braces; found 'grid.yaml'",
     "compare demo --grid {likelihood}": "--grid cannot be read",
     "compare demo --grid {} -o t.csv": "written as .tsv or .tsv.gz; found 't.csv'",
+    "plot gone.h5ad training -o picture": r"written as .*\.pdf, .*\.png, .*; found 'picture'. Name it so",
+    "plot gone.h5ad training -o x.gif2": r"found 'x\.gif2'",
     "plot demo training -o x.png": "There is no .* Run svt.tl.scvae",
     "plot demo nonsense -o x.png": "There is no 'nonsense'; there are 'ambiguous',",
     "plot demo kl -o x.png --set labels=3": "kl: got an unexpected keyword argument 'labels'. It takes",
@@ -460,6 +521,28 @@ def test_an_interruption_ends_with_130(here, monkeypatch, capsys):
     assert run("scvae-tools fit demo -o x.h5ad") == 130
     assert "scvae-tools: interrupted" in capsys.readouterr().err
     assert list(here.iterdir()) == []
+
+
+def test_a_training_that_was_interrupted_is_written_and_ends_with_130(here, monkeypatch, capsys):
+    from scvae_tools._training import TrainingPlan
+
+    step = TrainingPlan.training_step
+
+    def interrupted_in_the_third_epoch(self, *positional):
+        if self.first_epoch + self.current_epoch == 2:
+            raise KeyboardInterrupt
+        return step(self, *positional)
+
+    monkeypatch.setattr(TrainingPlan, "training_step", interrupted_in_the_third_epoch)
+    call = "scvae-tools fit demo -o x.h5ad --epochs 6 --components 2"
+    assert run(f"{call} --json") == 130
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert (summary["interrupted"], summary["epochs"], summary["output"]) == (True, 2, "x.h5ad")
+    assert err.count("scvae-tools: warning: Training was interrupted in stage") == 1
+    assert len(ad.read_h5ad("x.h5ad").uns["scvae"]["history"]) == 2
+    assert run(f"{call} --overwrite") == 130
+    assert re.search("^interrupted +True$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 def test_warnings_for_users_are_lines_and_those_for_programmers_are_not_shown(here, monkeypatch, capsys):

@@ -59,7 +59,7 @@ def by_hand(adata: AnnData, seed: int, setup: dict | None = None, **options: obj
     train, validation, test = split_of(adata)
     seen = adata[np.sort(np.r_[train, validation])].copy()
     SCVAE.setup_anndata(seen, **(setup or {}))
-    model = SCVAE(seen, n_hidden=8, n_latent=2, random_state=seed, **options)
+    model = SCVAE(seen, **({"n_hidden": 8, "n_latent": 2, "random_state": seed} | options))
     held_out = seen.obs_names.isin(adata.obs_names[validation])
     model.train(3, batch_size=32, validation_indices=held_out, random_state=seed, progress=False)
     return model, adata[test].copy()
@@ -157,6 +157,33 @@ def test_models_may_differ_by_what_the_decoder_is_given():
     assert list(table["batch_key"]) == ["None", "None", "batch", "batch"]
     assert list(table["categorical_covariate_keys"]) == ["None", "['sex']"] * 2
     assert table["elbo_test"].nunique() == 4
+
+
+def test_several_numbers_are_one_value_of_the_grid(trained, tmp_path):
+    grid = {"n_hidden": [(6, 4), 8], "n_layers": [None], "dropout_rate": [{"hidden": 0.1, "input": 0.2}, 0.2]}
+    fixed = {name: value for name, value in SMALL.items() if name not in grid} | {"mixture": False}
+    adata = make_adata()
+    table = svt.tl.compare(adata, grid, **fixed)
+    assert list(table["n_hidden"]) == ["(6, 4)"] * 2 + ["8"] * 2
+    assert list(table["n_layers"]) == ["None"] * 4
+    assert list(table["dropout_rate"]) == ["{'hidden': 0.1, 'input': 0.2}", "0.2"] * 2
+    assert table["elbo_test"].nunique() == len(trained) == 4
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    read = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    as_arrays = grid | {"n_hidden": [8, np.array([6, 4])]}  # equal values, in another order
+    again = svt.tl.compare(read, as_arrays, **fixed)
+    assert len(trained) == 4
+    assert list(again["elbo_test"]) == list(table["elbo_test"].iloc[[2, 3, 0, 1]])
+    svt.pl.compare(read)
+
+
+def test_several_numbers_may_be_the_same_for_all_models():
+    adata = make_adata()
+    compare(adata, {"likelihood": ["nb"]}, n_hidden=(6, 4), dropout_rate={"hidden": 0.1})
+    model, test = by_hand(adata, 0, mixture=False, n_hidden=(6, 4), dropout_rate={"hidden": 0.1})
+    expected = model.get_elbo_terms(test, n_samples=5)["elbo"].mean()
+    assert adata.uns["scvae_compare"]["table"]["elbo_test"].iloc[0] == pytest.approx(expected, rel=1e-6)
+    assert adata.uns["scvae_compare"]["params"]["n_hidden"] == "(6, 4)"
 
 
 def test_genes_that_are_left_out_do_not_count():
@@ -432,6 +459,10 @@ def test_a_combination_that_fails_is_a_row_with_its_error(monkeypatch, trained, 
         ({"n_components": [5, 500]}, {}, r"found 500 components"),
         ({"n_hidden": [8, 0]}, {}, r"n_hidden=0\. `n_hidden` must be"),
         ({"n_hidden": [8.5]}, {}, r"`n_hidden` must be a whole number"),
+        ({"n_hidden": [(8, 0)]}, {}, r"n_hidden=\(8, 0\)\. `n_hidden` must be a whole number .* for each hidden layer"),
+        ({"n_hidden": [(8, 4), [8, 4]]}, {}, r"each value once; found \[8, 4\] again"),
+        ({"n_hidden": ["8"]}, {}, r"`n_hidden` must be a number"),
+        ({"dropout_rate": [{"all": 0.1}]}, {}, r"rates of 'hidden', 'input', 'latent', 'y'; found 'all'"),
         ({"lr": [0.1, -1]}, {}, r"lr=-1\. `lr` must be positive"),
         ({"lr": ["fast"]}, {}, r"`lr` must be a number"),
         ({"patience": [-1]}, {}, r"`patience` must be at least 0"),

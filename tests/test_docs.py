@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-MODULES = ("tl", "pl", "datasets", "likelihoods")
+MODULES = ("tl", "pl", "metrics", "datasets", "likelihoods")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 every_tutorial = pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda tutorial: tutorial.name)
@@ -129,6 +129,26 @@ def test_the_example_for_users_of_scvi_runs():
     for block in python_blocks(DOCS / "from-scvi.md"):
         exec(compile(block.replace("train(20)", "train(2, progress=False)"), "from-scvi.md", "exec"), names)
     assert names["adata"].obsm["X_scvae"].shape == (700, 10)
+
+
+def test_the_example_for_users_of_the_original_runs():
+    shorter = {
+        "n_components=10, return_model": "n_components=10, max_epochs=4, return_model",
+        "max_epochs=500": "max_epochs=4",
+        "n_warm_up_epochs=200": "n_warm_up_epochs=1",
+        "return_model=True": "return_model=True, verbose=False",
+    }
+    names: dict = {}
+    for block in python_blocks(DOCS / "from-scvae.md"):
+        for long, short in shorter.items():
+            block = block.replace(long, short)
+        exec(compile(block, "from-scvae.md", "exec"), names)
+    model, split = names["model"], (567, 63, 70)  # 81, 9 and 10 %
+    assert (len(model.train_indices), len(model.validation_indices), names["test"].n_obs) == split
+    assert model.version == "end"
+    assert model.get_prior()["covariances"].shape == (10, 100, 100)
+    assert set(names["test"].uns["scvae_evaluation"]["table"]["clustering"]) == {"model", "k-means"}
+    mpl.pyplot.close("all")
 
 
 # -- contributing ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from test_gmvae import KINDS, make_cells, make_mixture_vae
 
 import scvae_tools as svt
-from scvae_tools._vae import LABEL_WEIGHT
+from scvae_tools._bounds import LABEL_WEIGHT
 
 LABEL = torch.tensor([0, 2, -1, 1, -1, 0])
 
@@ -183,12 +183,38 @@ def test_labels_play_no_part_with_the_other_y_terms():
         assert fit(adata, y_term=y_term, n_components=3, max_epochs=2).components == ["0", "1", "2"]
 
 
-def test_weights_from_labels_are_their_shares_at_the_start():
-    model = fit(make_adata(hidden=0.0), weights="labels", max_epochs=4, unlabeled_category=None)
-    truth = make_adata(hidden=0.0).obs["truth"].iloc[model.train_indices]  # held-out labels are not looked at
-    shares = truth.value_counts(normalize=True).sort_index()
-    weights = model.module.mixture.log_weights().exp().detach().numpy()
-    np.testing.assert_allclose(weights, shares, atol=1e-6)
+def weights_of(model):
+    return model.module.mixture.log_weights().exp().detach().numpy()
+
+
+def shares_of_labels(adata, model):
+    """Among the training cells that have a label: others are not looked at."""
+    labels = adata.obs["label"].iloc[model.train_indices]
+    return labels[labels != "?"].value_counts(normalize=True).sort_index().to_numpy()
+
+
+@pytest.mark.parametrize("hidden", [0.2, 0.5])
+def test_weights_from_labels_are_their_shares_in_the_training_cells(hidden):
+    adata = make_adata(hidden=hidden)
+    model = fit(adata, weights="labels", max_epochs=4)
+    np.testing.assert_allclose(weights_of(model), shares_of_labels(adata, model), atol=1e-6)
+
+
+def test_components_beyond_the_labels_keep_their_share():
+    adata = make_adata(hidden=0.5, without=["type 3"])
+    model = fit(adata, weights="labels", n_components=4, max_epochs=4)
+    *of_labels, new = weights_of(model)
+    assert 0.05 < new < 0.5
+    np.testing.assert_allclose(of_labels, (1 - new) * shares_of_labels(adata, model), atol=1e-6)
+
+
+def test_weights_from_labels_that_do_not_train_go_to_the_components_by_size():
+    adata = make_adata(hidden=0.3)
+    model = fit(adata, weights="labels", y_term="kl", max_epochs=10)
+    assert model.n_components == 4
+    np.testing.assert_allclose(np.sort(weights_of(model)), np.sort(shares_of_labels(adata, model)), atol=1e-6)
+    with pytest.raises(ValueError, match=r"must be the number of labels for weights='labels'; found 6 for the 4"):
+        fit(adata, weights="labels", y_term="kl", n_components=6)
 
 
 def test_new_data_are_mapped_onto_the_labels_of_the_reference():

@@ -982,7 +982,7 @@ def test_a_piecewise_likelihood_keeps_what_its_base_declares(base):
     assert likelihood.measures == "counts"
     params = {head: torch.randn(3, 4) for head in likelihood.head_names}
     distribution, of_base = (CountDistribution(each, params) for each in (likelihood, LIKELIHOODS[base]))
-    for attribute in ("mu", "theta", "zi_probs"):
+    for attribute in ("theta", "zi_probs"):
         assert torch.equal(getattr(distribution, attribute), getattr(of_base, attribute))
 
 
@@ -1150,7 +1150,9 @@ def test_the_distribution_has_the_moments_and_log_prob_of_its_likelihood(name):
 @every_likelihood
 def test_the_distribution_has_the_attributes_that_scvi_tools_reads(name):
     distribution = make_distribution(name)
-    params, rate = distribution.params, distribution.params["log_rate"].exp()
+    params, rate = distribution.params, distribution.likelihood.rate(distribution.params)
+    if distribution.likelihood.rate_is_head:
+        assert torch.equal(rate, params["log_rate"].exp())
     r = params["log_r"].exp().expand(3, 4) if "log_r" in params else torch.full((3, 4), torch.inf)
     excess = torch.sigmoid(params["gate"]) if "gate" in params else torch.zeros(3, 4)
     assert torch.equal(distribution.mu, rate)
@@ -1178,3 +1180,18 @@ def test_samples_have_the_shape_asked_for_and_no_gradient(name, shape):
     assert draws.shape == (*shape, 3, 4)
     assert not draws.requires_grad
     assert torch.equal(draws, draw(generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("k_max", [1, 3])
+@pytest.mark.parametrize("base", ["poisson", "nb", "zip"])
+def test_the_rate_of_a_piecewise_categorical_is_its_mean_but_for_excess_zeros_of_the_base(base, k_max):
+    params = {"log_rate": torch.tensor(np.log([0.2, 4.0])), "log_r": torch.tensor(0.7), "gate": torch.tensor(-1000.0)}
+    params |= {f"category_{c}": torch.tensor([1.5 - c, 0.3 * c]) for c in range(k_max)}
+    likelihood = get_likelihood(base, k_max)
+    params = {name: params[name] for name in likelihood.head_names}
+    x = torch.arange(400.0, dtype=torch.double)[:, None]
+    brute_force = (x * likelihood.log_prob(x, params).exp()).sum(0)
+    np.testing.assert_allclose(likelihood.rate(params), brute_force, rtol=1e-6)
+    if "gate" in params:
+        inflated = likelihood.rate(params | {"gate": torch.tensor(1.0)})
+        np.testing.assert_allclose(inflated, brute_force, rtol=1e-6)

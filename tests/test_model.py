@@ -17,6 +17,7 @@ from scipy import stats
 
 import scvae_tools as svt
 from scvae_tools._keys import LATENT_MEAN, LATENT_PROBABILITIES, LATENT_VARIANCE
+from scvae_tools._networks import Covariates
 from scvae_tools.likelihoods import LIKELIHOODS
 from scvae_tools.model import SCVAE
 
@@ -461,10 +462,10 @@ def test_the_kl_weight_rises_evenly_to_one_for_any_number_of_cells(n_cells, batc
     plan = SimpleNamespace(stage=warm_up, trainer=SimpleNamespace(num_training_batches=n_batches, global_step=0))
     weights = []
     for plan.trainer.global_step in steps.tolist():
-        weights.append(TrainingPlan.kl_weight(plan))
+        weights.append(TrainingPlan.warmth(plan))
     np.testing.assert_allclose(weights, steps / steps[-1])
     plan.stage = after
-    assert TrainingPlan.kl_weight(plan) == 1
+    assert TrainingPlan.warmth(plan) == 1
 
 
 def test_training_again_goes_on_from_the_mixture():
@@ -617,6 +618,56 @@ def test_new_data_are_checked_like_the_first():
         model.get_latent_representation(bad)
 
 
+ALL_COLUMNS = {
+    "batch_key": "batch",
+    "labels_key": "component",
+    "size_factor_key": "size",
+    "categorical_covariate_keys": ["donor"],
+    "continuous_covariate_keys": ["percent"],
+}
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_new_data_must_have_the_columns_and_categories_of_the_model(is_loaded, tmp_path):
+    def data(**changed):
+        adata = make_data()
+        adata.obs = adata.obs.assign(size=1.0, component=adata.obs["component"].astype(str)).assign(**changed)
+        return adata
+
+    model = make_model(data(), setup=ALL_COLUMNS, max_epochs=1, y_term="kl")
+    expected = model.get_latent_representation(data())
+    if is_loaded:
+        model.save(tmp_path / "model")
+        model = SCVAE.load(tmp_path / "model")
+    for role, keys in ALL_COLUMNS.items():
+        key = keys if isinstance(keys, str) else keys[0]
+        bad = data()
+        del bad.obs[key]
+        with pytest.raises(ValueError, match=rf"must have the column '{key}' in adata\.obs, which was its `{role}`"):
+            model.get_latent_representation(bad)
+    batches = make_data().obs["batch"].cat.categories.tolist()
+    for changed, message in {
+        "batch": rf"knows, '{batches[0]}', '{batches[1]}'; found 'new'\. .*load_query_data",
+        "donor": r"knows, 'a', 'b', 'c'; found 'new'\. Train a model on cells of these",
+        "component": r"found 'new'\. No result depends on it: any known label does, adata\.obs\['component'\] = '0'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model.get_latent_representation(data(**{changed: "new"}))
+    with pytest.raises(ValueError, match=r"`size_factor_key`\) must be above 0"):
+        model.get_latent_representation(data(size=0.0))
+    np.testing.assert_allclose(model.get_latent_representation(data(component="0")), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_is_named_by_its_number_or_by_its_text():
+    adata = make_data()
+    adata.obs["run"] = np.where(adata.obs["batch"] == adata.obs["batch"].iloc[0], 10, 9)
+    model = make_model(adata, setup={"batch_key": "run"}, mixture=False, max_epochs=1)
+    for batch in (10, np.int64(10), "10"):
+        assert set(model.sample(5, batch=batch).obs["batch"]) == {10}
+    with pytest.raises(ValueError, match="must be one of '9', '10'; found '1'"):
+        model.sample(5, batch=1)
+
+
 def test_results_before_training_warn():
     model = make_model(train=False)
     with pytest.warns(UserWarning, match="not trained|untrained"):
@@ -662,3 +713,19 @@ def test_a_gpu_trains_and_evaluates_like_the_processor(mixture):
     on_gpu = model.get_elbo(n_samples=50)
     model.to_device("cpu")
     assert model.get_elbo(n_samples=50) == pytest.approx(on_gpu, abs=1.0)
+
+
+def test_lambda_and_normalized_expression_of_a_piecewise_categorical_are_of_the_counts():
+    adata = svt.datasets.simulate(300, 30, 2, median_counts=60, random_state=0)
+    SCVAE.setup_anndata(adata)
+    model = SCVAE(adata, mixture=False, likelihood="poisson", k_max=2, n_hidden=16, n_latent=2)
+    model.train(20, progress=False)
+    assert model.get_lambda().sum() == pytest.approx(adata.X.sum(), rel=0.1)
+    typical = float(model.module.reference_size.median())
+    z, size = torch.zeros(2, 2), torch.tensor([[typical], [3 * typical]])
+    covariates = Covariates(torch.zeros(2, 1, dtype=torch.long))
+    px = model.module.decode(z, size, covariates)
+    np.testing.assert_allclose(px.scale[0], px.mean[0] / typical, rtol=1e-5)
+    np.testing.assert_allclose(px.scale[1], px.scale[0], rtol=1e-5)  # the same whatever the size of the cell
+    with pytest.raises(ValueError, match="k_max above 0"):
+        SCVAE(adata, mixture=False, k_max=2, linear_decoder=True).get_loadings()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import scvae_tools as svt
+from scvae_tools._bounds import LABEL_WEIGHT, Bound
 from scvae_tools._gmvae import GaussianMixture
 from scvae_tools._training import Objective, plan_stages
-from scvae_tools._vae import LABEL_WEIGHT, Bound
 
 N_EPOCHS = 20
 
@@ -136,6 +136,8 @@ def test_an_importance_weighted_bound_lets_the_posterior_be_wider(adata):
         ({"n_samples": 0}, "`n_samples` must be a whole number of at least 1; found 0"),
         ({"n_warm_up_epochs": -1}, "`n_warm_up_epochs` must be a whole number of at least 0; found -1"),
         ({"n_warm_up_epochs": 21}, "at most the number of epochs of the VAE, 20 of the 20 in `max_epochs`; found 21"),
+        ({"free_nats_y": 0.5}, "`free_nats_y` is of the KL of y, which a model with mixture=False has not"),
+        ({"free_nats_y": 0.5, "mixture": True, "y_term": "none"}, "which a model with y_term='none' has not"),
         ({"n_importance_samples": 5, "free_nats_z": 1.0}, "found also 'free_nats_z'"),
         ({"n_importance_samples": 5, "n_samples": 2}, "found also 'n_samples'"),
         ({"n_importance_samples": 5, "mixture": True, "y_term": "none"}, "found also 'y_term'.*y_term='kl'"),

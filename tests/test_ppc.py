@@ -14,7 +14,7 @@ from independent import N_ERRORS
 from scipy import sparse
 
 import scvae_tools as svt
-from scvae_tools import _expression
+from scvae_tools import _decoding
 from scvae_tools._ppc import STATISTICS, Totals, find_ppc, first_counts, ppc
 from scvae_tools.model import SCVAE
 
@@ -88,7 +88,7 @@ def test_the_data_have_the_moments_of_their_counts(checked):
 
 @pytest.mark.parametrize("chunk_bytes", SIZES)
 def test_the_model_has_the_moments_of_all_draws_at_once(adata, model, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(_expression, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(_decoding, "CHUNK_BYTES", chunk_bytes)
     options = {"n_samples": 5, "random_state": 3, "indices": np.arange(150 if chunk_bytes > 10_000 else 12)}
     ppc(adata, model, **options)
     assert_is_of_draws(adata.uns["scvae_ppc"]["genes"], drawn_at_once(model, adata, **options))
@@ -181,6 +181,22 @@ def test_histograms_count_the_cells_of_each_bin(checked, model):
 def test_every_cell_is_in_one_bin(checked):
     sums = checked.uns["scvae_ppc"]["histograms"].groupby("gene")[["cells", "cells_model"]].sum()
     np.testing.assert_allclose(sums, N_CELLS)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "log_normal"])
+def test_draws_of_a_density_are_in_the_bin_of_the_count_below_and_none_is_lost(likelihood, adata):
+    model = make_model(adata.copy(), likelihood=likelihood)
+    ppc(adata, model, genes=GENES, n_samples=5, random_state=3)
+    draws = drawn_at_once(model, adata, n_samples=5, random_state=3)
+    assert (draws < 0).any()
+    counts = np.maximum(np.floor(draws), 0)
+    for gene, bins in adata.uns["scvae_ppc"]["histograms"].groupby("gene"):
+        of_gene = counts[:, adata.var_names.get_loc(gene)]
+        inside = zip(bins["first"], bins["last"], strict=True)
+        each = np.array([((of_gene >= a) & (of_gene <= b)).sum(0) for a, b in inside])
+        assert (each.sum(0) == N_CELLS).all()
+        np.testing.assert_allclose(bins["cells_model"], each.mean(1))
+    assert len(svt.pl.ppc(adata)) == 2 + len(GENES)
 
 
 def test_few_counts_have_a_bin_each_and_one_for_all_above():
@@ -278,7 +294,7 @@ def test_the_memory_does_not_grow_with_cells_and_draws(monkeypatch):
     rng = np.random.default_rng(0)
     adata = anndata.AnnData(sparse.csr_matrix(rng.poisson(0.1, (n_cells, n_genes)).astype(np.float32)))
     model = make_model(adata.copy(), epochs=1)
-    monkeypatch.setattr(_expression, "CHUNK_BYTES", 2**22)
+    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 2**22)
     sizes, add = [], Totals.add
     monkeypatch.setattr(Totals, "add", lambda self, first, draws: (sizes.append(draws.nbytes), add(self, first, draws)))
     ppc(adata, model, n_samples=2, indices=[0])  # imports

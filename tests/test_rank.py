@@ -20,7 +20,7 @@ from scipy import integrate, stats
 from scipy.cluster import hierarchy
 
 import scvae_tools as svt
-from scvae_tools import _expression, _rank
+from scvae_tools import _decoding, _rank
 from scvae_tools._gmvae import COVARIANCES, GaussianMixture
 from scvae_tools._rank import bhattacharyya, dendrogram, rank_components, s_values
 from scvae_tools.model import SCVAE
@@ -184,7 +184,7 @@ def test_s_values_are_the_mean_rate_of_all_genes_that_are_no_worse():
 
 def test_the_result_does_not_depend_on_how_many_genes_are_decoded_at_a_time(adata, model, monkeypatch):
     whole = ranked(adata, model)
-    monkeypatch.setattr(_expression, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 100_000)
     pd.testing.assert_frame_equal(ranked(adata, model), whole, rtol=1e-4, atol=1e-5)
 
 

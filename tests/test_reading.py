@@ -211,6 +211,44 @@ def test_antibodies_are_left_out(write, tmp_path):
     np.testing.assert_array_equal(adata.X.toarray(), COUNTS[:, [0, 2, 3]])
 
 
+@pytest.mark.parametrize("write", [write_mtx_v3, write_10x_v3])
+def test_a_file_without_genes_is_refused_with_the_types_of_its_features(write, tmp_path):
+    path = write(tmp_path, types=("Antibody Capture",) * 3 + ("CRISPR Guide Capture",))
+    with pytest.raises(ReadingError, match="found 4 of the type 'Antibody Capture', 'CRISPR Guide Capture' alone"):
+        read(path)
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("orientation", _reading.ORIENTATIONS)
+def test_a_table_of_pandas_without_names_is_refused_and_loses_no_gene_or_cell(index, header, orientation, tmp_path):
+    table = pd.DataFrame(COUNTS, CELLS, GENES)
+    table = table if orientation == "cells-by-genes" else table.T
+    table.to_csv(tmp_path / "x.csv", index=index, header=header)
+    if index and header:
+        assert_counts(read(tmp_path / "x.csv", orientation=orientation))
+        return
+    rows, columns = ("cells", "genes") if orientation == "cells-by-genes" else ("genes", "cells")
+    message = (
+        "names in its first row and in its first column; found the number"
+        if not (index or header)
+        else (
+            f"first row must hold the names of the {columns}; found numbers that repeat, .*header=True"
+            if index
+            else f"first column must hold the names of the {rows}; found numbers that repeat, .*index=True"
+        )
+    )
+    with pytest.raises(ReadingError, match=message):
+        read(tmp_path / "x.csv", orientation=orientation)
+
+
+def test_rows_that_pandas_numbers_are_names(tmp_path):
+    pd.DataFrame(COUNTS, columns=GENES).to_csv(tmp_path / "x.csv")
+    adata = read(tmp_path / "x.csv")
+    assert list(adata.obs_names) == ["0", "1", "2", "3", "4"]
+    np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
+
+
 def test_attributes_and_layers_of_loom_are_kept(tmp_path):
     adata = read(write_loom(tmp_path))
     assert list(adata.obs["Age"]) == [0, 1, 2, 3, 4]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +101,27 @@ def test_zero_inflation_leaves_the_product_0_where_there_are_counts(report):
 
 
 def test_every_experiment_is_described_and_takes_quick(report):
-    assert {"toy", "stability", "mixture-toy"} < set(report.EXPERIMENTS)
-    assert all(name in report.__doc__ for name in ("toy", "stability", "mixture-toy"))
+    names = {"toy", "stability", "mixture-toy", "backward"}
+    assert names < set(report.EXPERIMENTS)
+    assert all(name in report.__doc__ for name in names)
+
+
+def test_one_backward_pass_has_the_gradient_of_one_for_each_component(report):
+    adata = report.svt.datasets.poisson_mixture_toy(300)
+    vae = report.trained(adata, report.TOY | {"n_components": 5, "n_hidden": 16}, {"max_epochs": 2})
+    cells = vae.module.data(next(iter(vae._make_data_loader(adata, batch_size=50))))
+    gradients = []
+    for step in report.BACKWARDS.values():
+        vae.module.zero_grad()
+        torch.manual_seed(0)
+        step(vae.module, cells)
+        gradients.append([each.grad.clone() for each in vae.module.parameters() if each.grad is not None])
+    torch.manual_seed(0)
+    expected = vae.module.bound(*cells).loss()
+    torch.manual_seed(0)
+    assert sum(report.terms_of_components(vae.module, cells)).item() == pytest.approx(expected.item(), rel=1e-4)
+    for one, each in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, each, rtol=1e-3, atol=1e-5)
 
 
 def test_tables_are_markdown(report):

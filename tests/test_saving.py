@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from scvae_tools._saving import read_saved, write_atomically, write_saved
+import scvae_tools as svt
+from scvae_tools._saving import ABANDONED, digest, read_saved, write_atomically, write_saved
 
 VALUES = {
     "number": 1.5,
@@ -86,3 +91,129 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda old, new: (done.append(new.name), replace(old, new)))
     write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
     assert done[:2] == ["flushed", "model.pt"]
+
+
+def test_writers_of_the_same_file_do_not_meet(tmp_path, monkeypatch):
+    path, save, together = tmp_path / "model.pt", torch.save, threading.Barrier(2, timeout=30)
+
+    def save_together(saved, temporary):
+        save(saved, temporary)
+        together.wait()
+
+    monkeypatch.setattr(torch, "save", save_together)
+    failed = []
+
+    def write(value):
+        try:
+            write_atomically({"w": torch.full((2,), value)}, path)
+        except OSError as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=(value,)) for value in (1.0, 2.0)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert failed == []
+    assert [each.name for each in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_saved_file_can_be_read_by_whoever_may_read_new_files(tmp_path):
+    (tmp_path / "new").touch()
+    write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "model.pt")]
+    assert modes[0] == modes[1]
+
+
+def test_abandoned_files_are_removed_and_those_in_use_are_not(tmp_path):
+    ages = {"model.pt.a.tmp": ABANDONED + 60, "model.pt.b.tmp": ABANDONED - 60, "other.pt.c.tmp": ABANDONED + 60}
+    for name, age in ages.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "model.pt.b.tmp", "other.pt.c.tmp"}
+
+
+def test_a_digest_depends_on_every_byte():
+    values = np.arange(12.0)
+    digests = {digest(values.reshape(3, 4)[:, ::-1]), digest(values), digest(values + 1e-12), digest(values, b"a")}
+    assert len(digests) == 4
+    assert digest(values.reshape(3, 4)) == digest(values) == digest(values[:5], values[5:])
+    assert digest(values[:0]) == digest()
+
+
+# -- what a saved model knows of its cells -----------------------------------------------------------------------------
+
+
+def named(prefix, n_cells=60):
+    adata = svt.datasets.simulate(n_cells, 10, 2, random_state=0)
+    adata.obs_names = [f"{prefix}{i}" for i in range(n_cells)]
+    adata.obs["batch"] = prefix
+    return adata
+
+
+def make_model():
+    adata = named("cell")
+    svt.SCVAE.setup_anndata(adata, batch_key="batch")
+    model = svt.SCVAE(adata, mixture=False, n_hidden=4, n_latent=2)
+    model.train(2, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def split_of(model):
+    return [model.train_indices, model.validation_indices, model.test_indices]
+
+
+def of_same_batch(adata):
+    adata.obs["batch"] = "cell"
+    return adata
+
+
+def test_the_split_is_that_of_the_cells_it_was_drawn_from(model, tmp_path):
+    model.save(tmp_path / "model")
+    same = svt.SCVAE.load(tmp_path / "model", named("cell"))
+    for found, expected in zip(split_of(same), split_of(model), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    other = svt.SCVAE.load(tmp_path / "model", of_same_batch(named("new")))
+    assert split_of(other) == [None, None, None]
+    svt.tl.evaluate(other.adata, other)
+    assert set(other.adata.uns["scvae_evaluation"]["elbo"].index) == {"new"}
+    other.save(tmp_path / "other")
+    assert split_of(svt.SCVAE.load(tmp_path / "other", of_same_batch(named("new")))) == [None, None, None]
+
+
+def test_the_split_outlives_a_model_without_data(model, tmp_path):
+    model.save(tmp_path / "model")
+    svt.SCVAE.load(tmp_path / "model").save(tmp_path / "again")
+    again = svt.SCVAE.load(tmp_path / "again", named("cell"))
+    np.testing.assert_array_equal(again.train_indices, model.train_indices)
+    assert svt.SCVAE.load(tmp_path / "again", of_same_batch(named("new"))).train_indices is None
+
+
+def test_files_without_the_names_of_the_cells_keep_the_split(model, tmp_path):
+    model.save(tmp_path / "model")
+    path = tmp_path / "model" / "model.pt"
+    saved = torch.load(path, weights_only=True)
+    attributes = json.loads(saved["attributes"])
+    assert attributes.pop("cells_").startswith("#")
+    torch.save(saved | {"attributes": json.dumps(attributes)}, path)
+    loaded = svt.SCVAE.load(tmp_path / "model", of_same_batch(named("new")))
+    np.testing.assert_array_equal(loaded.train_indices, model.train_indices)
+
+
+def test_a_query_does_not_take_its_cells_for_those_of_the_reference(model):
+    assert split_of(svt.SCVAE.load_query_data(named("new"), model)) == [None, None, None]
+
+
+def test_data_of_an_earlier_model_are_not_left_beside_the_next(model, tmp_path):
+    model.save(tmp_path, overwrite=True, save_anndata=True)
+    model.save(tmp_path, prefix="b_", overwrite=True, save_anndata=True)
+    assert svt.SCVAE.load(tmp_path).adata.n_obs == 60
+    model.save(tmp_path, overwrite=True)
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "b_model.pt", "b_adata.h5ad"}
+    assert svt.SCVAE.load(tmp_path).adata is None

@@ -174,7 +174,7 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         pytest.fail("the training began")
 
-    monkeypatch.setattr("scvae_tools.model.run_stage", fail)
+    monkeypatch.setattr("scvae_tools._fitting.run_stage", fail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,6 +203,26 @@ def test_results_under_two_names_stand_side_by_side_and_equal_names_are_replaced
     assert differing(one, results_of(adata, "one")) == []
     fit(adata, mixture=False, key_added="one", random_state=1)
     assert differing(results_of(adata, "one"), results_of(adata, "two")) == []
+
+
+def test_of_an_earlier_model_under_the_same_name_nothing_is_left_beside_the_new(monkeypatch):
+    adata = make_adata()
+    model = fit(adata, linear_decoder=True, return_model=True)
+    svt.tl.ppc(adata, model)
+    expected = documented_keys(True, linear_decoder=True)
+    assert added_keys(make_adata(), adata) == expected | {"uns": {"scvae", "scvae_ppc"}}
+    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 0)
+    with pytest.warns(UserWarning, match="is left out"):
+        fit(adata, mixture=False)
+    assert added_keys(make_adata(), adata) == documented_keys(False) | {"layers": set()}
+
+
+def test_what_has_the_name_of_a_result_by_chance_is_kept():
+    adata = make_adata()
+    adata.obs["vae"], adata.uns["vae_ppc"] = "mine", "mine"
+    for _ in range(2):
+        fit(adata, mixture=False, key_added="vae")
+    assert set(adata.obs["vae"]) == {adata.uns["vae_ppc"]} == {"mine"}
 
 
 @each_mixture
@@ -705,9 +725,9 @@ def test_an_array_that_anndata_does_not_take_is_filled_alone(caplog):
 @pytest.mark.parametrize("mask_var", [None, "kept"])
 def test_lambda_is_written_in_chunks_of_the_stated_memory(mask_var, monkeypatch):
     expected = fitted(mixture=False, mask_var=mask_var).layers["scvae_lambda"]
-    monkeypatch.setattr("scvae_tools._expression.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
-    monkeypatch.setattr("scvae_tools._expression.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
-    monkeypatch.setattr("scvae_tools._expression.DECODED_NUMBERS", -1)  # one number a value
+    monkeypatch.setattr("scvae_tools._decoding.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
+    monkeypatch.setattr("scvae_tools._decoding.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
+    monkeypatch.setattr("scvae_tools._decoding.DECODED_NUMBERS", -1)  # one number a value
     place, in_memory = Rows(), make_adata()
     fit(make_adata(), mixture=False, mask_var=mask_var, write_lambda=place)
     fit(in_memory, mixture=False, mask_var=mask_var)

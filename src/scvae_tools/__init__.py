@@ -6,13 +6,13 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scvae_tools import datasets, likelihoods, pl, tl
+    from scvae_tools import datasets, likelihoods, metrics, pl, tl
     from scvae_tools._counts import CountsError
     from scvae_tools._training import NonFiniteError
     from scvae_tools.model import SCVAE
 
 __version__ = metadata.version("scvae-tools")
-__all__ = ["SCVAE", "CountsError", "NonFiniteError", "datasets", "likelihoods", "pl", "tl"]
+__all__ = ["SCVAE", "CountsError", "NonFiniteError", "datasets", "likelihoods", "metrics", "pl", "tl"]
 _HOMES = {"SCVAE": "model", "CountsError": "_counts", "NonFiniteError": "_training"}
 
 

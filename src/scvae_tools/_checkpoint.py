@@ -6,7 +6,6 @@ is what it does not know: the random states, earlier stages, and what the traini
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from importlib import metadata
@@ -17,9 +16,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from scvi import REGISTRY_KEYS
 
 from scvae_tools._messages import inform
-from scvae_tools._saving import from_plain, to_plain, write_atomically
+from scvae_tools._saving import digest, digest_of_names, from_plain, to_plain, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +40,8 @@ FORMAT = 1
 KEY = "scvae_tools"
 #: Arguments of `SCVAE.train` that say where and how visibly to compute, not what.
 WITHOUT_EFFECT = ("self", "checkpoint", "progress", "accelerator", "devices", "trainer_options")
+#: What `fingerprint` calls the weights.
+WEIGHTS = "weights at the beginning of this training"
 
 
 # -- versions of the weights -------------------------------------------------------------------------------------------
@@ -217,27 +219,41 @@ def fingerprint(model: SCVAE, dataset: CountDataset, arguments: Mapping[str, Any
     arguments
         Those of `SCVAE.train`, by name.
     """
-    history = model.history_
+    history, registry = model.history_, model.registry
+    fields = {"batches": REGISTRY_KEYS.BATCH_KEY, "labels": REGISTRY_KEYS.LABELS_KEY}
+    categories = {
+        name: registry["field_registries"][key]["state_registry"]["categorical_mapping"] for name, key in fields.items()
+    }
     options = arguments.get("trainer_options", {})
     described = {
         "version of scvae-tools": metadata.version("scvae-tools"),
         "epochs before this training": 0 if history is None else len(history),
         "n_cells": len(dataset),
         "n_genes": len(model.var_names),
-        "names of the genes": _digest("\n".join(model.var_names).encode()),
-        "held-out cells": _digest(model.validation_indices.astype(np.int64)),
-        **{f"data in {name!r}": _digest(values) for name, values in sorted(dataset.columns.items())},
+        "names of the genes": digest_of_names(model.var_names),
+        **{f"names of the {name}": digest_of_names(names) for name, names in categories.items()},
+        "held-out cells": digest(model.validation_indices.astype(np.int64)),
+        "counts": _digest_of_counts(dataset),
+        **{f"data in {name!r}": digest(values) for name, values in sorted(dataset.columns.items())},
+        **{f"setup_anndata({name})": _described(value) for name, value in registry["setup_args"].items()},
         **{name: _described(value) for name, value in model.init_params_["non_kwargs"].items()},
         **{f"train({name})": _described(v) for name, v in arguments.items() if name not in WITHOUT_EFFECT},
         **{f"train({name})": v for name, v in options.items() if isinstance(v, bool | int | float | str)},
+        # Those of a new model follow from the rest; to the last bit, they also depend on the processor.
+        WEIGHTS: None if history is None else _digest_of_weights(model.module),
     }
     described.pop("train(validation_indices)", None)  # said by the held-out cells
     return json.loads(json.dumps(described))
 
 
-def _digest(data: bytes | np.ndarray) -> str:
-    raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
-    return "#" + hashlib.blake2b(raw, digest_size=8).hexdigest()
+def _digest_of_counts(dataset: CountDataset) -> str:
+    counts = dataset.counts  # scipy takes the width of its integers as it likes
+    return digest(counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False), counts.data)
+
+
+def _digest_of_weights(module: VAE) -> str:
+    parts = ((name.encode(), value.numpy()) for name, value in copied(module).items())
+    return digest(*(part for pair in parts for part in pair))
 
 
 def _described(value: object) -> object:
@@ -254,11 +270,13 @@ def _described(value: object) -> object:
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     missing = object()
     names = [name for name in {**saved, **now} if saved.get(name, missing) != now.get(name, missing)]
+    if len(names) > 1 and WEIGHTS in names:  # what else differs says why
+        names.remove(WEIGHTS)
     return [_difference(name, saved.get(name), now.get(name)) for name in names]
 
 
 def _difference(name: str, saved: object, now: object) -> str:
-    is_digest = isinstance(saved, str) and saved.startswith("#")
+    is_digest = any(isinstance(value, str) and value.startswith("#") for value in (saved, now))
     return f"{name} (others)" if is_digest else f"{name} ({saved!r} there, {now!r} here)"
 
 

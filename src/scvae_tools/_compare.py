@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvae_tools._adata import build_model, write_uns
+from scvae_tools._arguments import check_at_least, require_writable
 from scvae_tools._grid import (
     OBS_KEYS,
     as_json,
@@ -33,7 +35,6 @@ from scvae_tools._grid import (
     options_of,
 )
 from scvae_tools._messages import inform, said_before, warn
-from scvae_tools._rank import _check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,8 @@ def compare(
         Values to combine, by the name of the argument: those of `SCVAE` (``"likelihood"``, ``"mixture"``,
         ``"n_components"``, ``"n_latent"``, ...) and `SCVAE.train` (``"lr"``, ``"batch_size"``, ``"max_epochs"``, ...),
         ``"random_state"`` for the seeds of the models, and ``"batch_key"``, ``"size_factor_key"``,
-        ``"categorical_covariate_keys"`` and ``"continuous_covariate_keys"``.
+        ``"categorical_covariate_keys"`` and ``"continuous_covariate_keys"``. What takes several numbers has them as one
+        value: ``{"n_hidden": [128, (250, 100)], "dropout_rate": [0.2, {"input": 0.1}]}``.
     layer, mask_var
         Layer of the counts, and genes to use, as in `scvae`; the same for all models, since likelihoods of other counts
         cannot be compared.
@@ -137,7 +139,7 @@ def compare(
     A table with a row per combination, the last argument of ``grid`` varying fastest, and the columns
 
     arguments of ``grid`` : number, bool or str
-        Their values; written as text where they are not all numbers or all of True and False.
+        Their values; written as text (``"(250, 100)"``) where they are not all numbers or all of True and False.
     ``epochs``, ``seconds``
         Length of the training.
     ``elbo_train``, ``elbo_validation``, ``elbo_test``
@@ -191,10 +193,9 @@ def compare(
     """
     from scvae_tools._counts import check_obs, read_counts, require_anndata, resolve_mask_var
     from scvae_tools._random import as_seed
-    from scvae_tools.tl import _require_writable
 
     require_anndata(adata)
-    _require_writable(adata, copy=False)
+    require_writable(adata)
     seed = as_seed(random_state, None)
     _check_sizes(train_size, test_size, n_importance_samples)
     obs_keys = (batch_key, size_factor_key, categorical_covariate_keys, continuous_covariate_keys)
@@ -262,7 +263,7 @@ def _check_sizes(train_size: float, test_size: float, n_importance_samples: int)
             f"weights: their sum must be below 1; found {train_size!r} and {test_size!r}. Pass, for example, 0.8 and "
             "0.1."
         )
-    _check_at_least("n_importance_samples", n_importance_samples, 1)
+    check_at_least("n_importance_samples", n_importance_samples, 1)
 
 
 def _split(n_cells: int, train_size: float, test_size: float, seed: int) -> tuple[np.ndarray, ...]:
@@ -319,11 +320,9 @@ class Cells:
 
     def build(self, obs_keys: dict[str, Any], options: dict[str, Any]) -> SCVAE:
         """Model of the cells of training and validation."""
-        from scvae_tools.tl import _build
-
         seen = self.part(self.seen, obs_keys)
         keys = {"labels_key": None, "unlabeled_category": None, **obs_keys}
-        return _build(seen, seen.X, None, keys, options, allow_non_integer=self.allow_non_integer)
+        return build_model(seen, seen.X, None, keys, options, allow_non_integer=self.allow_non_integer)
 
     def check_categories(self, obs_keys: dict[str, Any]) -> None:
         """Refuse categories that too few training cells have: the model knows nothing of them."""
@@ -591,7 +590,6 @@ def _write_result(
 ) -> pd.DataFrame:
     """Write what is done into ``uns``, and return its table."""
     from scvae_tools import __version__
-    from scvae_tools.tl import _write
 
     cells, table = comparison.cells, comparison.table()
     indices = {"train_indices": cells.train, "validation_indices": cells.validation, "test_indices": cells.test}
@@ -603,5 +601,5 @@ def _write_result(
         "hashes": np.array([comparison.hashes[i] for i in sorted(comparison.rows)], dtype=object),
         "version": __version__,
     }
-    _write(adata, {"uns": {key: result}})
+    write_uns(adata, key, result)
     return table.copy()

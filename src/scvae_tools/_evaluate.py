@@ -1,7 +1,4 @@
-"""How good a trained model is on cells: bounds, clusterings against labels, what it reconstructs against the data.
-
-`scvae_tools.tl` exports `evaluate` and `summarize_reconstruction`.
-"""
+"""How good a trained model is on cells: bounds, and clusterings against labels. `scvae_tools.tl` exports `evaluate`."""
 
 from __future__ import annotations
 
@@ -14,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools import metrics
-from scvae_tools._messages import said_before
-from scvae_tools._ppc import Totals, _check_cells, _data_for, _shown
-from scvae_tools._rank import _check_at_least, _write_uns, require_model
+from scvae_tools._adata import write_uns
+from scvae_tools._arguments import check_at_least, require_model, require_writable
+from scvae_tools._messages import said_before, warn
+from scvae_tools._ppc import _data_for, _shown
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
@@ -55,8 +53,9 @@ def evaluate(
     adata
         Annotated data: that of the model, or new cells with its genes; never changed but for the key below. The cells
         are those of the model if the names in ``adata.obs_names`` are the same, in the same order, and so are the
-        counts where ``adata`` still holds any; they are then evaluated with the counts, batches and covariates that
-        the model was trained on.
+        counts; they are then evaluated with the counts, batches and covariates that the model was trained on. Where
+        ``adata`` holds no counts any more, the names decide, with a warning, unless they are mere numbers. A part of
+        the cells of the model counts as new.
     model
         Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` returns it. One that was loaded without its data
         knows no cells: all are new.
@@ -151,14 +150,13 @@ def evaluate(
     """
     from scvae_tools._counts import require_anndata
     from scvae_tools._random import as_seed
-    from scvae_tools.tl import _require_writable
 
     require_anndata(adata)
-    _check_model(model)
-    _require_writable(adata, copy=False)
+    check_model(model)
+    require_writable(adata)
     for name, value, least in (("n_samples", n_samples, 1), ("n_importance_samples", n_importance_samples, 0)):
-        _check_at_least(name, value, least)
-    _check_batch_size(batch_size)
+        check_at_least(name, value, least)
+    check_batch_size(batch_size)
     seed = as_seed(random_state, None)
     truth = _truth(adata, model, labels_key, superset, excluded)
     estimators = _estimators(clusterers, truth, model, seed)
@@ -184,7 +182,7 @@ def evaluate(
     return table.copy()
 
 
-def _check_model(model: SCVAE) -> None:
+def check_model(model: SCVAE) -> None:
     require_model(model)
     if not model.is_trained_:
         raise ValueError("`model` must be trained, to be evaluated; found one that is not. Call model.train().")
@@ -195,9 +193,9 @@ def _check_model(model: SCVAE) -> None:
         )
 
 
-def _check_batch_size(batch_size: int | None) -> None:
+def check_batch_size(batch_size: int | None) -> None:
     if batch_size is not None:
-        _check_at_least("batch_size", batch_size, 1)
+        check_at_least("batch_size", batch_size, 1)
 
 
 def _write_result(
@@ -207,7 +205,7 @@ def _write_result(
 
     params = {name: value for name, value in params.items() if value is not None}
     params |= {name: np.array(values, dtype=object) for name, values in names.items() if values}
-    _write_uns(adata, key, {"table": table, "params": params, "version": __version__})
+    write_uns(adata, key, {"table": table, "params": params, "version": __version__})
 
 
 # -- which cells -------------------------------------------------------------------------------------------------------
@@ -240,16 +238,28 @@ def _cells(adata: AnnData, model: SCVAE, layer: str | None) -> _Cells:
     if split and adata is model.adata:
         return _Cells(split, None)
     has_names = bool(split) and adata.obs_names.equals(model.adata.obs_names)
-    layer = model._layer if layer is None else layer
     try:
-        counts, private = _data_for(model, _without_labels(adata, model), np.arange(adata.n_obs), layer)
-    except ValueError:
-        if has_names:  # counts normalized or genes dropped since the training: the names are all there is to go by
-            return _Cells(split, None)
-        raise
+        counts, private = _data_for(
+            model, without_labels(adata, model), np.arange(adata.n_obs), model._layer if layer is None else layer
+        )
+    except ValueError as error:
+        is_told = has_names and layer is None and not _are_numbered(adata.obs_names)
+        if not is_told or not adata.var_names.isin(model.var_names).any():
+            raise
+        # Normalized, or genes dropped, since the training: the names are all there is to go by.
+        warn(
+            f"The cells cannot be read as counts for the model ({error}) They have the names of those that it was "
+            "trained on, and are taken for these."
+        )
+        return _Cells(split, None)
     if has_names and _are_equal(counts, _counts_of(model)):
         return _Cells(split, None)
     return _Cells({"new": np.arange(adata.n_obs)}, private)
+
+
+def _are_numbered(names: pd.Index) -> bool:
+    """Whether they are 0, 1, 2, ..., which says nothing of the cells."""
+    return names.equals(pd.Index(map(str, range(len(names)))))
 
 
 def _split_of(model: SCVAE) -> dict[str, np.ndarray]:
@@ -278,7 +288,7 @@ def _are_equal(left: csr_matrix, right: csr_matrix) -> bool:
     )
 
 
-def _without_labels(adata: AnnData, model: SCVAE) -> AnnData:
+def without_labels(adata: AnnData, model: SCVAE) -> AnnData:
     """Data with any label that the model knows for all cells: scvi-tools asks for some, and no bound depends on them.
 
     New cells may have other labels than those that the model was trained on, or none.
@@ -286,10 +296,9 @@ def _without_labels(adata: AnnData, model: SCVAE) -> AnnData:
     key = model.registry["setup_args"].get("labels_key")
     if key is None:
         return adata
-    adata = adata.to_memory() if adata.isbacked else adata
-    adata = adata[:]  # a view, so that the copy below has the counts alone
     from anndata import AnnData as PrivateData
 
+    adata = adata.to_memory() if adata.isbacked else adata
     obs = adata.obs.assign(**{key: model._label_categories[0]})
     return PrivateData(adata.X, obs=obs, var=pd.DataFrame(index=adata.var_names), layers=dict(adata.layers))
 
@@ -323,12 +332,12 @@ def _truth(
                 raise ValueError(f"`{name}` is about labels, and needs `labels_key`; found none. Pass both.")
         return _Truth(None, None, [])
     names = _names(_labels(adata, labels_key))
-    unlabeled = model.registry["setup_args"].get("unlabeled_category")
-    names[names == str(unlabeled)] = None if unlabeled is not None else names[names == str(unlabeled)]
+    names[~metrics.is_scored(names, _unlabeled(model))] = None
     known = sorted(set(names) - {None})
     if unknown := [label for label in excluded if label not in known]:
         raise ValueError(
-            f"`excluded` must be labels in adata.obs[{labels_key!r}]; {unknown[0]!r} is none. Pass some of {listed(known)}."
+            f"`excluded` must be labels in adata.obs[{labels_key!r}]; {unknown[0]!r} is none. There are "
+            f"{listed(known)}."
         )
     scored = metrics.is_scored(names, excluded)
     if not scored.any():
@@ -345,6 +354,12 @@ def _truth(
         coarse = _names(_column_of_obs(adata, superset, "superset"))
     coarse[~scored] = None
     return _Truth(names, coarse, excluded)
+
+
+def _unlabeled(model: SCVAE) -> list[str]:
+    """What the model was told that cells without a label have, if anything."""
+    category = model.registry["setup_args"].get("unlabeled_category")
+    return [] if category is None else [str(category)]
 
 
 def _names(column: pd.Series) -> np.ndarray:
@@ -512,174 +527,3 @@ def _agreement(clusters: np.ndarray | None, labels: np.ndarray, at: np.ndarray, 
         "ari": metrics.ari(clusters[at], labels[at]),
         "ami": metrics.ami(clusters[at], labels[at]),
     }
-
-
-# -- reconstruction ----------------------------------------------------------------------------------------------------
-
-
-def summarize_reconstruction(
-    adata: AnnData,
-    model: SCVAE,
-    *,
-    indices: Sequence[int] | Sequence[bool] | None = None,
-    by_gene: bool = False,
-    n_samples: int = 10,
-    layer: str | None = None,
-    random_state: int | np.random.RandomState | np.random.Generator | None = 0,
-    batch_size: int | None = None,
-) -> pd.DataFrame:
-    """Summarize counts as the model reconstructs them, and the data: mean, spread and zeros.
-
-    Parameters
-    ----------
-    adata
-        Annotated data with raw counts and the genes of the model; not changed.
-    model
-        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` returns it.
-    indices
-        Positions of the cells, or one boolean per cell; None for all. ``model.validation_indices`` are those that the
-        model was not trained on, where ``adata`` has the cells of the training.
-    by_gene
-        Whether to summarize each gene over the cells, or all cells and genes together.
-    n_samples
-        Draws of z from q(z|x) per cell.
-    layer
-        Layer with the counts; None for ``adata.X``, or for the layer that `SCVAE.setup_anndata` was given.
-    random_state
-        Seed, or generator to draw one from. The global random states are left as they were.
-    batch_size
-        Cells encoded at a time.
-
-    Returns
-    -------
-    A table with the rows
-
-    ``"data"``
-        The counts; whether they are above 0 for ``likelihood="bernoulli"``, which is of this alone.
-    ``"posterior mean"``
-        E[x|x_cell], the mean of E[x|z] over the draws of z. It varies less than counts do, and is hardly ever 0.
-    ``"posterior predictive"``
-        Counts drawn from p(x|z) at draws of z, in expectation over the counts: what `svt.tl.ppc` draws.
-
-    and the columns
-
-    ``mean``
-        In counts.
-    ``sd``
-        Standard deviation, in counts, with n and not n − 1 in the denominator.
-    ``dispersion``
-        Variance over mean, in counts; 1 for a Poisson distribution. Missing where the mean is 0.
-    ``share_of_zeros``
-        Between 0 and 1. Missing for the posterior predictive of likelihoods that are densities (``"gaussian"``,
-        ``"log_normal"``, ``"lomax"``), which give no single value a probability.
-
-    With ``by_gene``, a row for each gene of the model and the columns ``mean_data``, ``sd_data``, ``dispersion_data``,
-    ``share_of_zeros_data``, ``mean_posterior_mean``, ..., ``mean_posterior_predictive``, ....
-
-    Raises
-    ------
-    TypeError
-        If ``adata`` is not an AnnData or ``model`` not an `SCVAE`.
-    CountsError
-        If the counts are not raw counts, with the cell and the gene.
-    ValueError
-        If the model is not trained or holds minified data; ``adata`` has not the genes of the model, or not the columns
-        of ``obs`` that it was trained with; or an argument is out of range.
-
-    Notes
-    -----
-    No counts are drawn: the variance is E[Var[x|z]] + Var[E[x|z]] and the share of zeros E[p(0|z)], over cells and
-    draws of z. The posterior mean is one of ``n_samples`` draws, of which its variance holds a small part.
-
-    Memory is bounded: as many cells are decoded at a time as take about 256 MB, of which only sums are kept.
-
-    Examples
-    --------
-    >>> svt.tl.summarize_reconstruction(adata, model, indices=model.validation_indices)
-    """
-    from scvae_tools._counts import require_anndata
-    from scvae_tools._random import as_seed, seeded
-
-    require_anndata(adata)
-    _check_model(model)
-    _check_at_least("n_samples", n_samples, 1)
-    _check_batch_size(batch_size)
-    cells, seed = _check_cells(indices, adata.n_obs), as_seed(random_state, None)
-    layer = model._layer if layer is None else layer
-    counts, private = _data_for(model, _without_labels(adata, model), cells, layer)
-    if model.module.likelihood.measures == "detection":
-        counts = counts.sign()
-    with seeded(seed), _shown(model, private):
-        mean, predictive = _decoded_sums(model, private, n_samples, batch_size)
-    summaries = {"data": _sums_of(counts), "posterior mean": mean, "posterior predictive": predictive}
-    if not by_gene:
-        return pd.DataFrame({name: each.together().statistics() for name, each in summaries.items()}).T
-    columns = {
-        f"{statistic}_{name.replace(' ', '_')}": value
-        for name, each in summaries.items()
-        for statistic, value in each.statistics().items()
-    }
-    return pd.DataFrame(columns, index=pd.Index(model.var_names.astype(object)))
-
-
-@dataclass
-class _Sums:
-    """Sums of E[x], E[x²] and p(0) over so many entries, by gene, (n_genes,) float64, or of all."""
-
-    n_entries: int
-    first: np.ndarray
-    second: np.ndarray
-    zeros: np.ndarray
-
-    @classmethod
-    def empty(cls, n_entries: int, n_genes: int) -> _Sums:
-        return cls(n_entries, *np.zeros((3, n_genes)))
-
-    def add(self, part: slice, first: Any, second: Any, zeros: Any) -> None:
-        """Add those of some genes, from tensors (..., n_genes of the part)."""
-        for total, value in ((self.first, first), (self.second, second), (self.zeros, zeros)):
-            total[part] += value.flatten(end_dim=-2).double().sum(0).cpu().numpy()
-
-    def together(self) -> _Sums:
-        """Those of all genes."""
-        return _Sums(self.n_entries * len(self.first), self.first.sum(), self.second.sum(), self.zeros.sum())
-
-    def statistics(self) -> dict[str, Any]:
-        mean = self.first / self.n_entries
-        variance = np.maximum(self.second / self.n_entries - np.square(mean), 0)
-        with np.errstate(invalid="ignore"):
-            dispersion = np.divide(variance, mean)
-        zeros = self.zeros / self.n_entries
-        return {"mean": mean, "sd": np.sqrt(variance), "dispersion": dispersion, "share_of_zeros": zeros}
-
-
-def _sums_of(counts: csr_matrix) -> _Sums:
-    n_cells, n_genes = counts.shape
-    totals = Totals(1, n_genes)
-    totals.add_sparse(counts)
-    return _Sums(n_cells, totals.sum[0], totals.squares[0], n_cells - totals.positive[0])
-
-
-def _decoded_sums(model: SCVAE, private: AnnData, n_samples: int, batch_size: int | None) -> tuple[_Sums, _Sums]:
-    """Those of the mean over the draws, and of the posterior predictive."""
-    from scvae_tools import _expression
-
-    n_cells, n_genes, is_density = private.n_obs, len(model.var_names), model.module.likelihood.is_density
-    mean, predictive = _Sums.empty(n_cells, n_genes), _Sums.empty(n_cells * n_samples, n_genes)
-    # Twice what is decoded: sums are of float64.
-    n_bytes = 2 * model._decoded_bytes(n_samples)
-    for tensors in model._batches(private, None, batch_size):
-        codes = model._draw(tensors, n_samples)
-        for cells, part in _expression._parts(len(codes), n_genes, n_bytes):
-            px = model._decode(codes, None, cells, part)
-            each = px.mean if n_samples > 1 else px.mean[None]  # (s, n, genes)
-            average = each.mean(0)
-            mean.add(part, average, average.square(), average == 0)
-            zeros = each.new_full((1, each.shape[-1]), np.nan) if is_density else _probability_of_zero(px)
-            predictive.add(part, each, px.variance.expand(px.batch_shape) + each.square(), zeros)
-    return mean, predictive
-
-
-def _probability_of_zero(px: Any) -> Any:
-    """p(0), of the shape of the counts."""
-    return px.likelihood.log_prob_zero(px.params).exp().expand(px.batch_shape)

@@ -11,11 +11,12 @@ from scvi.model.base import VAEMixin
 
 from scvae_tools import _keys
 from scvae_tools._batches import EVALUATION_BATCH_SIZE, CountLoader
+from scvae_tools._bounds import kl_of_marginals
 from scvae_tools._counts import cell_positions
 from scvae_tools._expression import ExpressionMixin
 from scvae_tools._gmvae import MixtureVAE
 from scvae_tools._random import seeded, with_random_state
-from scvae_tools._vae import kl_of_marginals
+from scvae_tools._sampling import SamplingMixin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-class EvaluationMixin(ExpressionMixin, VAEMixin):
+class EvaluationMixin(ExpressionMixin, SamplingMixin, VAEMixin):
     """Evaluation of `SCVAE`, in place of that of scvi-tools where it knows one Gaussian prior only."""
 
     _data_loader_cls = CountLoader
@@ -263,9 +264,14 @@ class EvaluationMixin(ExpressionMixin, VAEMixin):
         Raises
         ------
         ValueError
-            If the decoder has hidden layers.
+            If the decoder has hidden layers, or λ is none of its heads (``k_max``).
         """
         decoder = self.module.decoder
+        if not self.module.likelihood.rate_is_head:
+            raise ValueError(
+                "Loadings are derivatives of log λ, which must be linear in z; with k_max above 0 it is not. Train a "
+                "model with k_max=0."
+            )
         if not decoder.is_linear:
             raise ValueError(
                 "Loadings are those of a decoder that is linear in z; that of this model has hidden layers. Build it "

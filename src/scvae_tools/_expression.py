@@ -1,4 +1,4 @@
-"""What a trained model decodes: λ, expression, parameters, counts; in chunks of stated memory. Methods of `SCVAE`."""
+"""What a trained model expects: λ, expression, parameters, and how genes differ. Methods of `SCVAE`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
-from scipy import sparse
 from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import RNASeqMixin
 from scvi.utils import track
 
-from scvae_tools._batches import EVALUATION_BATCH_SIZE
-from scvae_tools._chunks import Rows, SparseRows, check_overall, nonzero, put
+from scvae_tools._chunks import Rows, check_overall, put
 from scvae_tools._counts import cell_positions
+from scvae_tools._decoding import DecodingMixin
 from scvae_tools._gmvae import GMVAE
 from scvae_tools._messages import warn
 from scvae_tools._random import seeded, with_random_state
@@ -26,27 +24,16 @@ from scvae_tools._training import quiet
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from sparse import GCXS
+    from anndata import AnnData
     from torch import Tensor
 
-    from scvae_tools._networks import Covariates
-    from scvae_tools.likelihoods import CountDistribution
+    from scvae_tools._decoding import Codes
 
-#: Working memory, in bytes above the result, of every method that decodes genes: as many cells, and where a single cell
-#: has too many draws as many genes or draws, are decoded at a time as fit into it. Read at each call.
-CHUNK_BYTES = 2**28
-#: Most cells of a chunk: where few genes are asked for, more would save no time.
-LARGEST_CHUNK = 4096
-#: float32 numbers in memory at once for each value that is decoded, or each count that is drawn and put into a sparse
-#: matrix, and one more for each parameter of the likelihood: measured 2 and 6, the rest is what an allocator keeps.
-DECODED_NUMBERS, DRAWN_NUMBERS = 4, 12
-#: Measured: bytes for each non-zero count of a batch while it is encoded.
-ENCODED_BYTES = 72
 #: The parameters of p(x|z) that scvi-tools knows, by our heads.
 SCVI_PARAMETERS = {"log_rate": ("mean", "mu"), "log_r": ("dispersions", "theta"), "gate": ("dropout", "zi_probs")}
 
 
-class ExpressionMixin(RNASeqMixin):
+class ExpressionMixin(DecodingMixin):
     """What `SCVAE` decodes, in place of the methods of scvi-tools, which hold the result twice."""
 
     @torch.inference_mode()
@@ -117,86 +104,6 @@ class ExpressionMixin(RNASeqMixin):
             array, start = rows.add(len(chunk))
             array[start : start + len(chunk)] = chunk
         return rows.result()
-
-    # -- what fits into memory ---------------------------------------------------------------------------------------
-
-    def _n_genes(self, genes: Tensor | None) -> int:
-        return len(self.var_names) if genes is None else len(genes)
-
-    def _decoded_bytes(self, n_values: int) -> int:
-        """Memory in which so many values of each parameter are decoded."""
-        return 4 * n_values * (len(self.module.likelihood.heads) + DECODED_NUMBERS)
-
-    def _drawn_bytes(self) -> int:
-        """Memory in which a count of each gene is drawn."""
-        return 4 * len(self.var_names) * (len(self.module.likelihood.heads) + DRAWN_NUMBERS)
-
-    def _cells_at_once(self, adata: AnnData, bytes_per_cell: int) -> int:
-        """Number of cells that take `CHUNK_BYTES` when they are encoded, and then so much each."""
-        matrix = self.get_anndata_manager(adata, required=True).get_from_registry(REGISTRY_KEYS.X_KEY)
-        n_stored = matrix.nnz if sparse.issparse(matrix) else adata.n_obs * adata.n_vars
-        bytes_per_cell += ENCODED_BYTES * n_stored / max(1, adata.n_obs)
-        return int(np.clip(CHUNK_BYTES // bytes_per_cell, 1, LARGEST_CHUNK))
-
-    def _n_cells(self, adata: AnnData | None, indices: Sequence[int] | None, dataloader: Iterable | None) -> int | None:
-        """Number of cells of the result; None if it shows only when the batches are through."""
-        if dataloader is None:
-            return len(cell_positions(indices, self._validate_anndata(adata).n_obs))
-        known = getattr(dataloader, "indices", None)  # loaders of the model, and of scvi-tools
-        return None if known is None else len(known)
-
-    # -- draws of z, decoded in parts --------------------------------------------------------------------------------
-
-    def _draw(self, tensors: dict[str, Any], n_samples: int, batch: int | None = None) -> _Codes:
-        """Draws of z from q(z|x) of a batch, to be decoded as they are or as if of another batch of the data."""
-        outputs = self.module.inference(**self.module._get_inference_input(tensors), n_samples=n_samples)
-        covariates = self.module._covariates(tensors)
-        if batch is not None:
-            covariates = covariates._replace(batch=torch.full_like(covariates.batch, batch))
-        return _Codes(outputs["z"], outputs["size"], covariates)
-
-    def _parts(self, codes: _Codes, genes: Tensor | None) -> Iterator[tuple[slice, slice]]:
-        """Cells and genes that can be decoded at a time."""
-        return _parts(len(codes), self._n_genes(genes), self._decoded_bytes(codes.n_draws))
-
-    def _decode(self, codes: _Codes, genes: Tensor | None, cells: slice, part: slice) -> CountDistribution:
-        """p(x|z) of some of the cells and, of all or the given genes, of some."""
-        if genes is not None:
-            genes = genes[part]
-        elif part != slice(0, len(self.var_names)):
-            genes = torch.arange(part.start, part.stop, device=codes.z.device)
-        codes = codes.rows(cells)
-        return self.module.decode(codes.z, codes.size, codes.covariates, genes)
-
-    def _gene_positions(self, gene_list: Sequence[str] | None) -> torch.Tensor | None:
-        if gene_list is None:
-            return None
-        positions = pd.Index(self.var_names).get_indexer(list(gene_list))
-        if (positions < 0).any():
-            unknown = [gene for gene, at in zip(gene_list, positions, strict=True) if at < 0]
-            raise ValueError(
-                f"`gene_list` must name genes of the model; {len(unknown)} are not, the first {unknown[0]!r}. "
-                "`model.var_names` lists them."
-            )
-        return torch.as_tensor(positions, device=self.module.device)
-
-    def _genes_of_model(self, gene_list: Sequence[str] | None) -> Tensor | None:
-        """Positions of the genes that the model has, in its order, as scvi-tools reads a list of genes."""
-        if gene_list is None:
-            return None
-        names, known = list(gene_list), pd.Index(self.var_names)
-        unknown = [name for name in names if name not in known]
-        if len(unknown) == len(names):
-            raise ValueError(
-                f"`gene_list` must name genes of the model; found none among its {len(names)} names. "
-                "`model.var_names` lists them."
-            )
-        if unknown:
-            warn(
-                f"`gene_list`: {len(unknown)} of {len(names)} names are left out, the first {unknown[0]!r}, because "
-                "the model has no such gene."
-            )
-        return torch.as_tensor(np.flatnonzero(known.isin(names)), device=self.module.device)
 
     def get_likelihood_parameters(
         self,
@@ -271,6 +178,9 @@ class ExpressionMixin(RNASeqMixin):
         **importance_weighting_kwargs: Any,
     ) -> pd.DataFrame | np.ndarray | Any:
         """λ over the size factor, at draws of z from q(z|x): expression as if all cells had the same size.
+
+        Where λ depends on the size in another way too (``decode_size``, ``k_max``), it is that of a cell of the typical
+        size, the median that the model was built on. Without a size factor (``use_size_factor=False``) it is λ itself.
 
         Arguments and numbers are those of scvi-tools, in less memory and time: only the genes asked for, and of
         ``n_samples_overall`` only the draws chosen, are decoded.
@@ -393,196 +303,19 @@ class ExpressionMixin(RNASeqMixin):
             start = stop
         return result
 
-    def _draw_each(self, tensors: dict[str, Any], n_samples: int, decoding: _Decoding) -> list[_Codes]:
+    def _draw_each(self, tensors: dict[str, Any], n_samples: int, decoding: _Decoding) -> list[Codes]:
         """Draws of z for each batch to transform to; new ones for each, as in scvi-tools."""
-        return [self._draw(tensors, n_samples, batch) for batch in track(decoding.batches, disable=decoding.silent)]
+        is_typical = decoding.key == "scale"
+        batches = track(decoding.batches, disable=decoding.silent)
+        return [self._draw(tensors, n_samples, batch, at_typical_size=is_typical) for batch in batches]
 
-    def _expression_parts(self, codes: list[_Codes], decoding: _Decoding) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _expression_parts(self, codes: list[Codes], decoding: _Decoding) -> Iterator[tuple[slice, slice, Tensor]]:
         """Expression, averaged over batches to transform to and, if asked for, draws: cells, genes, values."""
         for cells, part in self._parts(codes[0], decoding.genes):
             each = (self._decode(code, decoding.genes, cells, part).get_normalized(decoding.key) for code in codes)
             value = sum(each) / len(codes)
             value = value.mean(0) if decoding.averages else value
             yield cells, part, value * decoding.factor
-
-    def posterior_predictive_sample(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        transform_batch: str | Sequence[str] | None = None,
-        n_samples: int = 1,
-        gene_list: Sequence[str] | None = None,
-        batch_size: int | None = None,
-        dataloader: Iterable | None = None,
-        silent: bool = True,  # noqa: FBT001, FBT002
-        *,
-        random_state: int = 0,
-        **data_loader_kwargs: Any,
-    ) -> GCXS:
-        """Counts drawn from p(x|z) at draws of z from q(z|x).
-
-        Parameters
-        ----------
-        adata, indices
-            As in `get_elbo_terms`.
-        transform_batch
-            Batch in place of each cell's own; of several, the draws are averaged. None for its own.
-        n_samples
-            Draws per cell.
-        gene_list
-            As in `get_normalized_expression`. Counts of all genes are drawn, so that a gene's do not depend on it.
-        batch_size
-            Most cells at a time, ``scvi.settings.batch_size`` (128) for None; fewer where their draws would take more
-            than about ``CHUNK_BYTES`` (256 MB), which is the memory needed above the result. The draws depend on the
-            number of cells at a time, and where those of one cell take more, on ``CHUNK_BYTES``.
-        dataloader
-            Batches, in place of ``adata``; their draws are made a few at a time if need be.
-        silent
-            Whether to show no progress over ``transform_batch``.
-        random_state
-            Seed of the draws.
-        **data_loader_kwargs
-            Further arguments of the loader that is made of ``adata``.
-
-        Returns
-        -------
-        Sparse array of float32, compressed by cell, (n_cells, n_genes), or (n_cells, n_genes, n_samples) of several.
-
-        Raises
-        ------
-        ValueError
-            If no gene or a batch is not one of the model.
-        """
-        from sparse import GCXS
-
-        genes, batches = self._genes_of_model(gene_list), self._batch_codes(transform_batch)
-        n_genes = self._n_genes(genes)
-        if dataloader is None:
-            adata = self._validate_anndata(adata)
-            fit = self._cells_at_once(adata, n_samples * self._drawn_bytes())
-            batch_size = min(batch_size or settings.batch_size, fit)
-        rows = SparseRows(np.intp)
-        with seeded(random_state):
-            for tensors in self._batches(adata, indices, batch_size, dataloader, **data_loader_kwargs):
-                parts = (
-                    nonzero(self._predictive_counts(tensors, n, batches, genes, silent=silent), first, n_samples)
-                    for first, n in self._draws_at_once(tensors, n_samples)
-                )
-                rows.add(len(tensors[REGISTRY_KEYS.BATCH_KEY]), *parts)
-        shape = (rows.n_rows, n_genes, n_samples) if n_samples > 1 else (rows.n_rows, n_genes)
-        return GCXS(rows.arrays(), shape=shape, compressed_axes=(0,))
-
-    def _draws_at_once(self, tensors: dict[str, Any], n_samples: int) -> Iterator[tuple[int, int]]:
-        """First and number of the draws of a batch that fit into `CHUNK_BYTES`; of one cell, all mostly do."""
-        n_cells = len(tensors[REGISTRY_KEYS.BATCH_KEY])
-        step = max(1, CHUNK_BYTES // (n_cells * self._drawn_bytes()))
-        return ((first, min(step, n_samples - first)) for first in range(0, n_samples, step))
-
-    def _predictive_counts(
-        self, tensors: dict[str, Any], n_samples: int, batches: list[int | None], genes: Tensor | None, *, silent: bool
-    ) -> np.ndarray:
-        """Posterior predictive counts, averaged over batches to transform to, (n, n_genes, n_samples)."""
-        each = (
-            self.module.sample(tensors, n_samples=n_samples, generative_kwargs={"transform_batch": batch})
-            for batch in track(batches, disable=silent)
-        )
-        counts = sum(each) / len(batches) if len(batches) > 1 else next(each)
-        counts = counts if genes is None else counts[:, genes.cpu()]
-        return counts.reshape(*counts.shape[:2], n_samples).numpy()
-
-    def sample(
-        self,
-        n_cells: int = 1000,
-        *,
-        components: str | Sequence[str] | None = None,
-        batch: str | None = None,
-        batch_size: int | None = None,
-        random_state: int = 0,
-    ) -> AnnData:
-        """New cells from the generative model: y, z, then counts.
-
-        Size factors and covariates are drawn, jointly, from those of the cells that the model was built on.
-
-        Parameters
-        ----------
-        n_cells
-            Their number.
-        components
-            Component of all, or of each; None to draw them from p(y).
-        batch
-            Category of the batch; None to draw it with the other covariates.
-        batch_size
-            Most cells decoded at a time, 512 for None; fewer where they would take more than about ``CHUNK_BYTES``
-            (256 MB), which is the memory needed above the result. The counts drawn depend on it.
-        random_state
-            Seed.
-
-        Returns
-        -------
-        Counts (n_cells, n_genes) as CSR float32, with ``obs["size_factor"]``, ``obs["batch"]``, for a mixture
-        ``obs["component"]``, and ``obsm["X_latent"]``.
-        """
-        chosen = self._chosen_components(components, n_cells)
-        fit = max(1, CHUNK_BYTES // self._drawn_bytes())
-        counts = SparseRows(np.int32)
-        with seeded(random_state), torch.inference_mode():
-            z, y = self.module.sample_latent(n_cells, chosen)
-            rows = self._reference_rows(n_cells, batch)
-            size, covariates = self.module.reference(rows)
-            if batch is not None:
-                covariates = covariates._replace(batch=torch.full_like(covariates.batch, self._batch_code(batch)))
-            for at in torch.arange(n_cells, device=z.device).split(min(batch_size or EVALUATION_BATCH_SIZE, fit)):
-                px = self.module.decode(z[at], size[at], covariates.rows(at))
-                counts.add(len(at), nonzero(px.sample().cpu().numpy()[:, :, None]))
-                del px  # before the next is decoded
-        obs = pd.DataFrame(index=[f"sample{i}" for i in range(n_cells)])
-        obs["size_factor"] = size[:, 0].cpu().numpy()
-        obs["batch"] = pd.Categorical(self._batch_categories()[covariates.batch[:, 0].cpu().numpy()])
-        if self.is_mixture:
-            obs["component"] = pd.Categorical(np.array(self.components)[y.cpu().numpy()], categories=self.components)
-        return AnnData(
-            sparse.csr_matrix(counts.arrays(), shape=(n_cells, len(self.var_names))),
-            obs=obs,
-            var=pd.DataFrame(index=self.var_names),
-            obsm={"X_latent": z.cpu().numpy()},
-        )
-
-    def _chosen_components(self, components: str | Sequence[str] | None, n_cells: int) -> torch.Tensor | None:
-        if components is None:
-            return None
-        if not self.is_mixture:
-            raise ValueError("`components` needs a trained mixture; this model has none. Leave it out.")
-        names = [components] * n_cells if isinstance(components, str | int) else list(components)
-        if len(names) != n_cells:
-            raise ValueError(f"`components` must be one, or one for each of {n_cells} cells; found {len(names)}.")
-        positions = pd.Index(self.components).get_indexer([str(name) for name in names])
-        if (positions < 0).any():
-            unknown = names[int(np.argmax(positions < 0))]
-            raise ValueError(f"`components` must be among {', '.join(self.components)}; found {unknown!r}.")
-        return torch.as_tensor(positions, device=self.module.device)
-
-    def _batch_categories(self) -> np.ndarray:
-        state = self.registry["field_registries"][REGISTRY_KEYS.BATCH_KEY]["state_registry"]
-        return np.asarray(state["categorical_mapping"])
-
-    def _batch_code(self, batch: str, name: str = "batch") -> int:
-        categories = self._batch_categories()
-        if batch not in categories:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, categories))}; found {batch!r}.")
-        return int(np.flatnonzero(categories == batch)[0])
-
-    def _batch_codes(self, batches: str | Sequence[str] | None) -> list[int | None]:
-        """Codes of the batches to transform to; None, alone or in the list, for each cell's own."""
-        batches = [batches] if batches is None or np.isscalar(batches) else list(batches)
-        return [None if batch is None else self._batch_code(batch, "transform_batch") for batch in batches]
-
-    def _reference_rows(self, n_cells: int, batch: str | None) -> torch.Tensor:
-        """Rows of the kept size factors and covariates; those of the batch, if it has any."""
-        known = self.module.reference_batch[:, 0]
-        rows = torch.arange(len(known), device=known.device)
-        if batch is not None and (known == self._batch_code(batch)).any():
-            rows = rows[known == self._batch_code(batch)]
-        return rows[torch.randint(len(rows), (n_cells,), device=rows.device)]
 
     def get_feature_correlation_matrix(
         self,
@@ -653,7 +386,7 @@ class ExpressionMixin(RNASeqMixin):
         """What scvi-tools correlates, of its shape: (n_cells, n_genes), or (n_cells, n_genes, n_samples)."""
         draws = []
         for tensors in self._batches(adata, indices, batch_size, dataloader, **data_loader_kwargs):
-            codes = self._draw(tensors, n_samples, transform_batch)
+            codes = self._draw(tensors, n_samples, transform_batch, at_typical_size=True)
             px = self._decode(codes, None, slice(None), slice(0, len(self.var_names)))
             draw = _with_gamma_noise(rna_size_factor * px.scale.cpu(), px.theta.cpu())  # (n, g) or (s, n, g)
             draws.append(draw.numpy() if draw.ndim == 2 else draw.permute(1, 2, 0).numpy())
@@ -709,33 +442,6 @@ class ExpressionMixin(RNASeqMixin):
 
 
 @dataclass(frozen=True)
-class _Codes:
-    """Latent codes of some cells, and what else `VAE.decode` takes."""
-
-    z: Tensor  # (n, d), or (s, n, d) of several draws
-    size: Tensor  # (n, 1)
-    covariates: Covariates
-
-    def __len__(self) -> int:
-        return len(self.size)
-
-    @property
-    def n_draws(self) -> int:
-        """Number of draws of each cell, s."""
-        return len(self.z) if self.z.ndim == 3 else 1
-
-    def rows(self, at: slice | Tensor) -> _Codes:
-        """Those of some cells."""
-        return _Codes(self.z[..., at, :], self.size[at], self.covariates.rows(at))
-
-    def chosen(self, sample: np.ndarray, cell: np.ndarray) -> _Codes:
-        """Single draws (m,) of cells (m,), as the codes of m cells."""
-        at = torch.as_tensor(cell, device=self.z.device)
-        z = self.z[torch.as_tensor(sample, device=self.z.device), at] if self.z.ndim == 3 else self.z[at]
-        return _Codes(z, self.size[at], self.covariates.rows(at))
-
-
-@dataclass(frozen=True)
 class _Decoding:
     """What is asked of normalized expression beside the cells."""
 
@@ -752,12 +458,3 @@ def _with_gamma_noise(mean: Tensor, r: Tensor) -> Tensor:
     if torch.isinf(r).all():
         return mean
     return mean * torch.distributions.Gamma(r, torch.ones_like(r)).sample() / r
-
-
-def _parts(n_cells: int, n_genes: int, bytes_each: int) -> Iterator[tuple[slice, slice]]:
-    """Cells and genes that together cover all and take `CHUNK_BYTES` at most: all genes of a cell, if they do."""
-    genes = min(n_genes, max(1, CHUNK_BYTES // bytes_each))
-    cells = max(1, CHUNK_BYTES // (bytes_each * genes))
-    for cell in range(0, n_cells, cells):
-        for gene in range(0, n_genes, genes):
-            yield slice(cell, min(cell + cells, n_cells)), slice(gene, min(gene + genes, n_genes))

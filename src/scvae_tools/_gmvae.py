@@ -9,7 +9,8 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from scvae_tools._vae import LOG_2PI, VAE, Posterior, check_choice, cross_entropy, observe
+from scvae_tools._bounds import LOG_2PI, Posterior, cross_entropy, observe
+from scvae_tools._vae import VAE, check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +171,7 @@ class MixtureVAE(VAE):
         check_choice("y_term", y_term, Y_TERMS)
         if isinstance(weights, str):
             check_choice("weights", weights, WEIGHTS)
-        self.y_term = y_term
+        self.y_term, self.weights = y_term, weights
         self.component_of_label = component_of_label
         self.n_components = None
         self._mixture_options = {"covariance": covariance, "weights": weights}

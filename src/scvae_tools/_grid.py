@@ -6,14 +6,14 @@ import difflib
 import inspect
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from scvae_tools._compare import Cells
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 OBS_KEYS = ("batch_key", "size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys")
 #: Arguments of `SCVAE.train` that `compare` itself sets.
 SET_BY_COMPARE = {"train_size", "validation_indices", "progress", "record_rates"}
+#: Arguments that are a number or several; `SCVAE` checks them.
+ONE_OR_SEVERAL = {"n_hidden", "dropout_rate"}
 
 
 def defaults_of_models() -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _check_name(name: str, defaults: dict[str, Any], shared: set[str]) -> None:
 def _check_values(name: str, given: Sequence[Any]) -> list:
     if isinstance(given, str) or not isinstance(given, list | tuple | range | np.ndarray | pd.Index | pd.Series):
         raise ValueError(f"`grid[{name!r}]` must be a list of values; found {given!r}. Pass [{given!r}].")
-    values = [value.item() if isinstance(value, np.generic) else value for value in given]
+    values = [value.tolist() if isinstance(value, np.generic | np.ndarray) else value for value in given]
     if not values:
         raise ValueError(f"`grid[{name!r}]` must have at least one value; found none. Leave {name!r} out.")
     written = [as_json("gmvae" if name == "mixture" and value is True else value) for value in values]
@@ -163,6 +165,8 @@ def _check_types(combination: dict[str, Any], defaults: dict[str, Any]) -> None:
         if isinstance(defaults[name], bool) and name != "mixture" and not is_bool:
             raise ValueError(f"`{name}` must be True or False; found {value!r}.")
         is_number = isinstance(value, int | float | np.integer | np.floating) and not is_bool
+        if name in ONE_OR_SEVERAL and isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+            continue
         if isinstance(defaults[name], int | float) and not isinstance(defaults[name], bool) and not is_number:
             raise ValueError(f"`{name}` must be a number; found {value!r}.")
 
@@ -170,12 +174,12 @@ def _check_types(combination: dict[str, Any], defaults: dict[str, Any]) -> None:
 def _check_training(combination: dict[str, Any]) -> None:
     from scvi.model._utils import parse_device_args
 
+    from scvae_tools._fitting import check_training_arguments
     from scvae_tools._random import as_seed
     from scvae_tools._training import quiet
     from scvae_tools._vae import check_choice
-    from scvae_tools.model import _check_training_arguments
 
-    _check_training_arguments(combination["max_epochs"], combination["batch_size"], 0.5, combination["lr"])
+    check_training_arguments(combination["max_epochs"], combination["batch_size"], 0.5, combination["lr"])
     check_choice("matmul_precision", combination["matmul_precision"], (None, "highest", "high", "medium"))
     as_seed(combination["random_state"], None)
     for name in ("weight_decay", "patience", "gradient_clip"):

@@ -46,6 +46,17 @@ class Keys:
         """``uns``: result of `scvae_tools.tl.ppc`."""
         return f"{self.key_added}_ppc"
 
+    @property
+    def by_model(self) -> dict[str, tuple[str, ...]]:
+        """By slot, results that not every model has, or that are made of a model later."""
+        return {
+            "obs": (self.component,),
+            "obsm": (self.probabilities,),
+            "layers": (self.rate,),
+            "varm": (self.loadings,),
+            "uns": (self.ppc,),
+        }
+
 
 #: Of minified AnnData objects, which hold the posterior in place of the counts.
 LATENT_MEAN = "scvae_latent_qzm"

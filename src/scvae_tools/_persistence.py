@@ -17,7 +17,7 @@ from scvae_tools import _keys
 from scvae_tools._checkpoint import VERSIONS, Version, packed, unpacked
 from scvae_tools._counts import listed
 from scvae_tools._random import seeded
-from scvae_tools._saving import ADATA_FILE, MODEL_FILE, read_saved, write_saved
+from scvae_tools._saving import ADATA_FILE, MODEL_FILE, digest_of_names, read_saved, write_saved
 from scvae_tools._training import quiet
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
 
     _versions: Mapping[str, Version] = MappingProxyType({})
     _version: str | None = None
+    #: Digest of the names of the cells that `train_indices` and the like count, of a model that was loaded.
+    cells_: str | None = None
 
     @property
     def versions(self) -> pd.DataFrame:
@@ -131,7 +133,7 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         prefix
             Of the file names.
         overwrite
-            Whether the directory may exist.
+            Whether the directory may exist. A model in it is replaced, and data beside that are removed or replaced.
         save_anndata
             Whether to write the data beside the model.
         versions
@@ -146,12 +148,16 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             raise ValueError(f"{str(dir_path)!r} exists already. Pass another directory, or overwrite=True.")
         directory.mkdir(parents=True, exist_ok=True)
         attributes = {n: v for n, v in self._get_user_attributes() if n.endswith("_") and not n.startswith("_")}
+        attributes["cells_"] = self.cells_ if self.adata is None else digest_of_names(self.adata.obs_names)
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         kept = {name: each for name, each in self._versions.items() if versions or name == self.version}
         path = directory / f"{prefix or ''}{MODEL_FILE}"
         write_saved(path, state, attributes, self.var_names, packed(kept, self.version, state))
+        data = directory / f"{prefix or ''}{ADATA_FILE}"
         if save_anndata:
-            self.adata.write_h5ad(directory / f"{prefix or ''}{ADATA_FILE}", **anndata_write_kwargs)
+            self.adata.write_h5ad(data, **anndata_write_kwargs)
+        else:
+            data.unlink(missing_ok=True)  # `load` would take those of an earlier model for this one's
 
     @classmethod
     def load(
@@ -173,7 +179,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             As in `save`.
         adata
             Data with the model's genes. None for the data saved beside the model, if there are any; otherwise the
-            model works on the data passed to its methods.
+            model works on the data passed to its methods. Where the cells have other names than those that the model
+            was trained on, none of them counts as trained on or held out.
         accelerator, device
             Where the model goes.
         version
@@ -201,6 +208,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         if adata:
             cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
         model = _initialize_model(cls, adata, registry, attributes, None)
+        if adata and model.cells_ not in (None, digest_of_names(adata.obs_names)):
+            model._forget_split()
         model.module.load_state_dict(state)
         model._versions, model._version = unpacked(versions)
         if version is not None:
@@ -231,7 +240,12 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         with quiet(), seeded(0):
             query = super().load_query_data(adata, reference, **kwargs)
         query.module.extend_batches(reference.module.sizes.n_batch, freeze=not kwargs.get("unfrozen", False))
+        query._forget_split()
         return query
+
+    def _forget_split(self) -> None:
+        """Take no cell for one that was trained on or held out: the positions are those of other data."""
+        self.train_indices = self.validation_indices = self.test_indices = None
 
     def _check_labels(self, adata: AnnData) -> None:
         """Refuse labels that have no component, where labels train the components."""

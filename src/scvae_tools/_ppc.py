@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from scvae_tools._adata import write_uns
+from scvae_tools._arguments import check_at_least, require_model, require_writable
 from scvae_tools._keys import Keys
 from scvae_tools._messages import said_before
-from scvae_tools._rank import _check_at_least, _write_uns, require_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,7 +90,8 @@ def ppc(
         ``cells``, the number of cells with such a count; ``cells_model`` and ``cells_model_sd``, mean and standard
         deviation of this number over the replicates. There is a bin for each count up to the largest of the data, and
         a last one for all above, up to infinity. Of genes with larger counts than 40, they end where 99.5% of the cells
-        do, and are wider where that is beyond 40; zeros are always alone.
+        do, and are wider where that is beyond 40; zeros are always alone. What is drawn from a density and is no whole
+        number is in the bin of the count below it, and what is below 0 in that of the zeros.
     ``params``
         ``n_samples``, ``n_cells``, ``likelihood``, ``random_state``, and ``layer`` if it is not ``adata.X``.
 
@@ -126,17 +128,17 @@ def ppc(
     """
     from scvae_tools._counts import require_anndata
     from scvae_tools._random import as_seed, seeded
-    from scvae_tools.tl import _require_writable
 
     require_anndata(adata)
     _check_model(model)
-    _require_writable(adata, copy=False)
-    _check_at_least("n_samples", n_samples, 2)
+    require_writable(adata)
+    check_at_least("n_samples", n_samples, 2)
     genes = _check_genes(model, genes)
     cells = _check_cells(indices, adata.n_obs)
     seed = as_seed(random_state, None)
     layer = model._layer if layer is None else layer
     counts, private = _data_for(model, adata, cells, layer)
+    counts = _observed(model, counts)
 
     n_cells, n_genes = counts.shape
     data, model_totals = Totals(1, n_genes), Totals(n_samples, n_genes)
@@ -153,7 +155,7 @@ def ppc(
     if histograms:
         result["histograms"] = _joined([histogram.table() for histogram in histograms])
     result["params"] = params | ({} if layer is None else {"layer": layer})
-    _write_uns(adata, Keys(key).ppc if key_added is None else key_added, result)
+    write_uns(adata, Keys(key).ppc if key_added is None else key_added, result)
 
 
 def find_ppc(adata: AnnData, key: str) -> Mapping[str, Any]:
@@ -238,7 +240,8 @@ class Histogram:
         self.replicates = np.zeros((n_samples, len(self.first)))
 
     def _bins(self, values: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.first, values, side="right") - 1
+        # What is below 0, which only densities draw, is in the lowest bin.
+        return np.maximum(np.searchsorted(self.first, values, side="right") - 1, 0)
 
     def add(self, first: int, draws: np.ndarray) -> None:
         """Add counts (s, n) of some cells, of the replicates from ``first`` on."""
@@ -314,6 +317,11 @@ def _shown(model: SCVAE, private: AnnData) -> Iterator[None]:
 class _Data(NamedTuple):
     counts: csr_matrix
     private: AnnData
+
+
+def _observed(model: SCVAE, counts: csr_matrix) -> csr_matrix:
+    """What p(x|z) is of: the counts, or whether they are above 0."""
+    return counts.sign() if model.module.likelihood.measures == "detection" else counts
 
 
 def _data_for(model: SCVAE, adata: AnnData, cells: np.ndarray, layer: str | None) -> _Data:

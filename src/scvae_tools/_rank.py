@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvae_tools._adata import write_uns
+from scvae_tools._arguments import check_at_least, require_model, require_writable
 from scvae_tools._keys import Keys
 
 if TYPE_CHECKING:
@@ -134,9 +136,9 @@ def rank_components(
     _require_two(used, f"`adata.obs[{key!r}]` must have cells of at least two components to compare")
     groups, references = _compared(used, reference)
     _require_genes(adata, model)
-    _check_at_least("n_samples", n_samples, 2)
+    check_at_least("n_samples", n_samples, 2)
     if n_genes is not None:
-        _check_at_least("n_genes", n_genes, 1)
+        check_at_least("n_genes", n_genes, 1)
     seed = as_seed(random_state, None)
 
     weights = _reference_weights(model, groups, references)
@@ -154,7 +156,7 @@ def rank_components(
     ranked |= {name: np.take_along_axis(value, order, axis=1) for name, value in values.items()}
     params: dict[str, Any] = {"groupby": key, "reference": str(reference), "method": "scvae", "use_raw": False}
     params |= {"layer": None, "corr_method": "s-value", "n_samples": int(n_samples), "random_state": seed}
-    _write_uns(adata, key_added, {"params": params} | {n: _records(ranked[n], groups, t) for n, t in FIELDS.items()})
+    write_uns(adata, key_added, {"params": params} | {n: _records(ranked[n], groups, t) for n, t in FIELDS.items()})
 
 
 def s_values(false_sign_rate: np.ndarray) -> np.ndarray:
@@ -199,7 +201,7 @@ def _log_fold_changes(
     """
     import torch
 
-    from scvae_tools import _expression
+    from scvae_tools import _decoding
     from scvae_tools._random import seeded
 
     module, n_genes = model.module, len(model.var_names)
@@ -211,15 +213,16 @@ def _log_fold_changes(
         components = torch.as_tensor(_positions(model, decoded), device=device)
         z = module.mixture.sample(components.repeat_interleave(n_samples)).unflatten(0, (k, n_samples))
         # A size factor of 1 makes the log of λ that of normalized expression, with no exponential in between.
-        codes = _expression._Codes(z, torch.ones(n_samples, 1, device=device), _covariates(model, n_samples))
+        codes = _decoding.Codes(z, torch.ones(n_samples, 1, device=device), _covariates(model, n_samples))
         # And a byte for the sign of each fold change.
         n_bytes = n_samples * (model._decoded_bytes(k) + 8 * COMPARED_NUMBERS * k + len(left) * len(right))
-        step = max(1, _expression.CHUNK_BYTES // n_bytes)
+        step = max(1, _decoding.CHUNK_BYTES // n_bytes)
         parts = []
         for start in range(0, n_genes, step):
             part = slice(start, min(start + step, n_genes))
-            log_rate = model._decode(codes, None, slice(None), part).params["log_rate"]  # (k, n_samples, genes)
-            log_share = log_rate.cpu().double().numpy()
+            px = model._decode(codes, None, slice(None), part)
+            log_share = px.params["log_rate"] if px.likelihood.rate_is_head else px.scale.log()
+            log_share = log_share.cpu().double().numpy()  # (k, n_samples, genes)
             parts.append(_moments(log_share[left], log_share[right], weights[..., None]))
     return tuple(np.concatenate(value, axis=1) for value in zip(*parts, strict=True))
 
@@ -350,7 +353,7 @@ def dendrogram(adata: AnnData, model: SCVAE, *, key: str = "scvae", key_added: s
         "dendrogram_info": info,
         "correlation_matrix": np.exp(-distance),
     }
-    _write_uns(adata, f"dendrogram_{key}" if key_added is None else key_added, result)
+    write_uns(adata, f"dendrogram_{key}" if key_added is None else key_added, result)
 
 
 def bhattacharyya(mixture: GaussianMixture) -> np.ndarray:
@@ -378,22 +381,10 @@ def bhattacharyya(mixture: GaussianMixture) -> np.ndarray:
 # -- what both ask for -------------------------------------------------------------------------------------------------
 
 
-def require_model(model: object) -> None:
-    """Raise a TypeError if ``model`` is not an `SCVAE`."""
-    from scvae_tools.model import SCVAE
-
-    if not isinstance(model, SCVAE):
-        raise TypeError(
-            f"`model` must be an SCVAE; found a {type(model).__name__}. svt.tl.scvae(adata, return_model=True) returns "
-            "the model; SCVAE.load reads a saved one."
-        )
-
-
 def _components(adata: AnnData, model: SCVAE, key: str) -> list[str]:
     """Categories of the clustering, all of them components of the model."""
     from scvae_tools._counts import require_anndata
     from scvae_tools._gmvae import MixtureVAE
-    from scvae_tools.tl import _require_writable
 
     require_anndata(adata)
     require_model(model)
@@ -404,7 +395,7 @@ def _components(adata: AnnData, model: SCVAE, key: str) -> list[str]:
             else ("a model without", "Train one with mixture=True.")
         )
         raise ValueError(f"`model` must have a trained mixture, whose components are compared; found {found}. {remedy}")
-    _require_writable(adata, copy=False)
+    require_writable(adata)
     rule = f"`adata.obs[{key!r}]` must be categorical, with the components of the model ({_listed(model.components)})"
     if key not in adata.obs:
         raise ValueError(f"{rule}; found no such column. Pass the `key_added` of svt.tl.scvae as `key`.")
@@ -441,11 +432,6 @@ def _require_genes(adata: AnnData, model: SCVAE) -> None:
         )
 
 
-def _check_at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}; found {value!r}.")
-
-
 def _positions(model: SCVAE, components: list[str]) -> list[int]:
     """Places of components in the mixture."""
     return [model.components.index(name) for name in components]
@@ -453,9 +439,3 @@ def _positions(model: SCVAE, components: list[str]) -> list[int]:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]}"
-
-
-def _write_uns(adata: AnnData, key: str, value: dict) -> None:
-    from scvae_tools.tl import _write
-
-    _write(adata, {"uns": {key: value}})

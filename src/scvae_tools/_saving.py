@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
+import time
+import uuid
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,10 +16,13 @@ import pandas as pd
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 MODEL_FILE = "model.pt"
 ADATA_FILE = "adata.h5ad"
+#: Seconds after which nobody writes to a temporary file any more.
+ABANDONED = 3600
 
 
 class Saved(NamedTuple):
@@ -60,9 +67,11 @@ def write_saved(
 def write_atomically(saved: dict[str, Any], path: Path) -> None:
     """Write under a temporary name, wait until it is on the disk, and rename it: a file of that name is always whole.
 
-    It stays whole when the process is killed, and what was there before stays when the writing fails.
+    It stays whole when the process is killed, and what was there before stays when the writing fails. Processes that
+    write the same file do not meet, as each has a temporary name of its own.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # Not by `tempfile`, whose files nobody else may read.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         torch.save(saved, temporary)
         _flush(temporary, os.O_RDWR)
@@ -72,6 +81,17 @@ def write_atomically(saved: dict[str, Any], path: Path) -> None:
         raise
     if os.name == "posix":  # elsewhere a directory cannot be opened
         _flush(path.parent, os.O_RDONLY)
+    _remove_abandoned(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed have left of writing a file."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        try:
+            if time.time() - temporary.stat().st_mtime > ABANDONED:
+                temporary.unlink()
+        except OSError:  # another process has renamed or removed it, or it is not ours
+            continue
 
 
 def _flush(path: Path, flags: int) -> None:
@@ -80,6 +100,19 @@ def _flush(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(*parts: bytes | np.ndarray) -> str:
+    """Short string that differs where any byte of arrays (of any shape) or strings does."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hasher.update(part if isinstance(part, bytes) else np.ascontiguousarray(part))
+    return "#" + hasher.hexdigest()
+
+
+def digest_of_names(names: Iterable) -> str:
+    """`digest` of names, in their order."""
+    return digest("\n".join(map(str, names)).encode())
 
 
 def read_saved(path: Path) -> Saved:

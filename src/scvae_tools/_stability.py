@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from scvae_tools._expression import DECODED_NUMBERS, ENCODED_BYTES
+from scvae_tools._decoding import DECODED_NUMBERS, ENCODED_BYTES
 from scvae_tools._gmvae import GMVAE
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from scvae_tools._messages import warn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from scvae_tools._vae import VAE, Bound
+    from scvae_tools._bounds import Bound
+    from scvae_tools._vae import VAE
 
 #: Terms of the bound, in the order of the accumulators; their names in the history and in messages.
 TERMS = ("log_likelihood", "kl_z", "kl_y")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from scipy.special import xlogy
 
+from scvae_tools._adata import build_model, write
+from scvae_tools._arguments import require_writable
 from scvae_tools._calibration import ambiguous_cells
 from scvae_tools._compare import compare
+from scvae_tools._evaluate import evaluate
 from scvae_tools._keys import Keys
-from scvae_tools._messages import inform, said_before, warn
-from scvae_tools._ppc import ppc
+from scvae_tools._messages import inform, warn
+from scvae_tools._ppc import _is_ppc, ppc
 from scvae_tools._rank import dendrogram, rank_components
+from scvae_tools._reconstruction import summarize_reconstruction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,11 +28,19 @@ if TYPE_CHECKING:
     import h5py
     import zarr
     from anndata import AnnData
-    from scipy.sparse import csr_matrix
 
     from scvae_tools.model import SCVAE
 
-__all__ = ["ambiguous_cells", "compare", "dendrogram", "ppc", "rank_components", "scvae"]
+__all__ = [
+    "ambiguous_cells",
+    "compare",
+    "dendrogram",
+    "evaluate",
+    "ppc",
+    "rank_components",
+    "scvae",
+    "summarize_reconstruction",
+]
 
 #: λ is dense: it is left out where it would take more than this share of the free memory.
 LARGEST_SHARE_OF_MEMORY = 0.25
@@ -181,6 +194,9 @@ def scvae(
     Ctrl-C ends the training; results are written from the best weights so far, and a warning says which. Before the
     first epoch has ended nothing is written.
 
+    Results of an earlier call under the same ``key_added`` are replaced as a whole: what this call does not write, such
+    as λ where it is left out, or what `svt.tl.ppc` made of the earlier model, is deleted.
+
     λ in the file of a backed AnnData is there at once, and is an ``h5py.Dataset`` in ``adata.layers``; all other
     results are in memory until ``adata.write()``, which copies the layer within the file and leaves its former room
     unused (``h5repack`` frees it). ``adata.file.close()`` leaves the layer readable, and with it the file open, until
@@ -202,7 +218,7 @@ def scvae(
     from scvae_tools._random import as_seed
 
     require_anndata(adata)
-    _require_writable(adata, copy=copy)
+    require_writable(adata, copy=copy)
     _require_place_for_rate(adata, write_lambda, copy=copy)
     keys = Keys(key_added)
     seed = as_seed(random_state, rng)
@@ -219,57 +235,45 @@ def scvae(
     }
     options = {"likelihood": likelihood, "mixture": mixture, "n_components": n_components, "random_state": seed}
     options |= {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers, **model_options}
-    model = _build(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
+    model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {"batch_size": batch_size, "train_size": train_size, "early_stopping": early_stopping, **train_options}
     model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
 
-    params = {**model.init_params_["non_kwargs"], **training, **obs_keys, "layer": layer}
+    params = {**_params_of(model), **training, **obs_keys, "layer": layer}
     params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
-    params |= {"max_epochs": max_epochs} | ({} if mixture else dict.fromkeys(("covariance", "weights", "n_components")))
+    params |= {"max_epochs": max_epochs}
     results = _results(model, keys, params) | {"varm": _loadings(model, keys, mask)}
     target = _copied(adata) if copy else adata
-    _write(target, results)
+    _replace(target, results, keys)
     # Last, because it takes longest and may fill a disk.
     _write_rate(target, model, keys.rate, mask, write_lambda)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
 
-def _require_writable(adata: AnnData, *, copy: bool) -> None:
-    if adata.isbacked and adata.is_view and not copy:
-        raise ValueError(
-            "`adata` must be able to hold the results; found a view of a backed AnnData. Pass copy=True, or "
-            "adata.to_memory()."
-        )
+def _params_of(model: SCVAE) -> dict[str, Any]:
+    """Arguments of the model, None for those that mean nothing to a plain VAE."""
+    params = model.init_params_["non_kwargs"]
+    return params if params["mixture"] else params | dict.fromkeys(("covariance", "weights", "n_components"))
 
 
-def _build(
-    adata: AnnData,
-    counts: csr_matrix,
-    mask: np.ndarray | None,
-    obs_keys: dict,
-    options: dict,
-    *,
-    allow_non_integer: bool,
-) -> SCVAE:
-    """Make a model of a private AnnData, so that the user's holds no trace of scvi-tools and is not kept alive."""
-    from anndata import AnnData as PrivateData
+def _replace(adata: AnnData, results: dict[str, dict[str, Any]], keys: Keys) -> None:
+    """Write results, and delete those of an earlier model under the same keys that these leave as they are."""
+    earlier = adata.uns.get(keys.uns)
+    write(adata, results)
+    for slot, names in keys.by_model.items():
+        for name in names:
+            if name not in results.get(slot, {}) and _is_earlier(earlier, adata, slot, name, keys):
+                del getattr(adata, slot)[name]
 
-    from scvae_tools._counts import check_obs
-    from scvae_tools.model import SCVAE
 
-    check_obs(adata, **obs_keys)
-    by_role = [value for role, value in obs_keys.items() if value and role != "unlabeled_category"]
-    columns = [key for value in by_role for key in ([value] if isinstance(value, str) else value)]
-    names = adata.var_names if mask is None else adata.var_names[mask]
-    obs = adata.obs[list(dict.fromkeys(columns))].copy()
-    private = PrivateData(counts, obs=obs, var=pd.DataFrame(index=names))
-    with said_before():
-        SCVAE.setup_anndata(private, **obs_keys, allow_non_integer=allow_non_integer)
-    try:
-        return SCVAE(private, **options)
-    finally:
-        SCVAE._setup_adata_manager_store.pop(private.uns["_scvi_uuid"], None)
+def _is_earlier(earlier: object, adata: AnnData, slot: str, name: str, keys: Keys) -> bool:
+    """Whether a result of ours is there, and no column or entry of the user that has its name by chance."""
+    if not (isinstance(earlier, Mapping) and {"params", "history", "version"} <= set(earlier)):
+        return False
+    if name not in getattr(adata, slot) or (slot == "obs" and "components" not in earlier):
+        return False
+    return name != keys.ppc or _is_ppc(adata.uns[name])
 
 
 def _results(model: SCVAE, keys: Keys, params: dict) -> dict[str, dict[str, Any]]:
@@ -309,8 +313,8 @@ def _results_of(
 
 
 def _loadings(model: SCVAE, keys: Keys, mask: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Loadings of all genes by key; none where the decoder is not linear."""
-    if not model.module.decoder.is_linear:
+    """Loadings of all genes by key; none where log λ is not linear in z."""
+    if not (model.module.decoder.is_linear and model.module.likelihood.rate_is_head):
         return {}
     loadings = model.get_loadings().to_numpy()
     return {keys.loadings: loadings if mask is None else _among_all_genes(loadings.T, mask).T.copy()}
@@ -334,15 +338,6 @@ def _copied(adata: AnnData) -> AnnData:
     """Copy in memory; `AnnData.copy` fails with layers on disk."""
     is_on_disk = any(not hasattr(layer, "copy") for key, layer in adata.layers.items() if key is not None)
     return adata.to_memory(copy=True) if adata.isbacked or is_on_disk else adata.copy()
-
-
-def _write(adata: AnnData, results: dict[str, dict[str, Any]]) -> None:
-    if adata.is_view:
-        inform("Received a view of an AnnData. Making a copy of it.")
-        adata._init_as_actual(adata.copy())
-    for slot, values in results.items():
-        for key, value in values.items():
-            getattr(adata, slot)[key] = value
 
 
 # -- the layer of λ ----------------------------------------------------------------------------------------------------
@@ -446,10 +441,10 @@ def _rate_in_file(adata: AnnData, model: SCVAE, key: str, mask: np.ndarray | Non
 
 def _fill(rate: Any, model: SCVAE, mask: np.ndarray | None) -> None:
     """Write λ into an array by slices of rows; NaN for genes that are left out."""
-    from scvae_tools import _expression
+    from scvae_tools import _decoding
 
     # A part of the memory: zarr holds several copies of what it is given.
-    rows_at_once = max(1, _expression.CHUNK_BYTES // (4 * 4 * rate.shape[1]))
+    rows_at_once = max(1, _decoding.CHUNK_BYTES // (4 * 4 * rate.shape[1]))
     start = 0
     for chunk in model.iter_lambda():
         for at in range(0, len(chunk), rows_at_once):

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    0; 1 for bad input, with one line that says why; 130 after Ctrl-C. Wrong usage ends the program with 2.
+    0; 1 for bad input, with one line that says why; 130 after Ctrl-C, also if what a training reached by then has been
+    written. Wrong usage ends the program with 2.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser, commands = build_parsers()
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(f"error: {' '.join(str(error).split())}")
         return BAD_INPUT
-    return 0
+    return INTERRUPTED if isinstance(result, dict) and result.get("interrupted") else 0
 
 
 def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -166,6 +167,8 @@ def _print(result: Any, *, quiet: bool, as_json: bool) -> None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value)
     return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -9,6 +9,8 @@ import inspect
 import json
 import time
 import tomllib
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools import datasets as data_sets
-from scvae_tools import pl, tl
+from scvae_tools import metrics, pl, tl
 from scvae_tools._cli import _options, _reading
 from scvae_tools._cli._writing import (
     ADATA,
@@ -28,11 +30,12 @@ from scvae_tools._cli._writing import (
     write_table,
 )
 from scvae_tools._counts import listed
+from scvae_tools._evaluate import without_labels
 from scvae_tools._keys import Keys
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from anndata import AnnData
 
@@ -54,15 +57,32 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     adata = _read(given)
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
     start = time.perf_counter()
-    model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
+    with _interruptions() as interruptions:
+        model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
     seconds = time.perf_counter() - start
     if model_folder is not None:
         model.save(model_folder, overwrite=overwrite)
     if output is not None:
         write_adata(adata, output)
     summary = _summary(adata, model, Keys(options.get("key_added", "scvae")), labels)
+    summary |= {"interrupted": True} if interruptions else {}
     written = {"output": output, "model": model_folder}
     return summary | {"seconds": seconds} | {name: str(path) for name, path in written.items() if path is not None}
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[str]]:
+    """The warnings inside that a training was interrupted: nothing else tells when what it reached has been kept."""
+    found, show = [], warnings.showwarning
+
+    def note(message: Warning | str, *positional: Any, **options: Any) -> None:
+        if str(message).startswith("Training was interrupted"):
+            found.append(str(message))
+        show(message, *positional, **options)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        yield found
 
 
 def _summary(adata: AnnData, model: SCVAE, keys: Keys, labels: pd.Series | None) -> dict[str, Any]:
@@ -73,16 +93,8 @@ def _summary(adata: AnnData, model: SCVAE, keys: Keys, labels: pd.Series | None)
         summary |= {"components": int(found["n_components"]), "components_used": int(found["n_used"])}
     summary |= {f"elbo_{subset}": float(terms["elbo"]) for subset, terms in stored["elbo"].items()}
     if model.is_mixture and labels is not None:
-        summary["ari"] = _ari(labels, adata.obs[keys.component].to_numpy())
+        summary["ari"] = metrics.ari(adata.obs[keys.component], labels)
     return summary
-
-
-def _ari(labels: pd.Series, component: np.ndarray) -> float:
-    """Adjusted Rand index over the cells with a label."""
-    from sklearn.metrics import adjusted_rand_score
-
-    known = labels.notna().to_numpy()
-    return float(adjusted_rand_score(labels[known].astype(str), component[known].astype(str)))
 
 
 def evaluate(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, Any]:
@@ -91,15 +103,7 @@ def evaluate(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[st
     options = _arguments(given, _options.EVALUATE, parser)
     model = _load(given)
     cells = _cells_of_model(_read(given), model, given)
-    evaluation = getattr(tl, "evaluate", _bounds)
-    return _tell_or_write(evaluation(cells, model, **options), output)
-
-
-def _bounds(cells: AnnData, model: SCVAE, *, labels_key: str | None = None, random_state: int = 0) -> pd.DataFrame:
-    """Means over the cells."""
-    labels = None if labels_key is None else _labels(cells, labels_key, "--labels-key")
-    table = model.get_elbo_terms(cells, random_state=random_state).mean().to_frame().T
-    return table if labels is None else table.assign(ari=_ari(labels, model.predict(cells)))
+    return _tell_or_write(_call(tl.evaluate, cells, model, **options), output)
 
 
 def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
@@ -109,8 +113,9 @@ def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     model = _load(given)
     adata = _read(given)
     cells = _cells_of_model(adata, model, given)
-    _hide_labels(cells, model)
-    tl._write(adata, tl._results_of(model, keys, {"model": str(given.model)}, {}, cells))
+    cells = without_labels(cells, model)
+    params = tl._params_of(model) | {"model": str(given.model)}
+    tl._replace(adata, tl._results_of(model, keys, params, {}, cells), keys)
     write_adata(adata, output)
     summary: dict[str, Any] = {"cells": adata.n_obs, "genes": cells.n_vars}
     if model.is_mixture:
@@ -143,6 +148,7 @@ def plot(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, A
     if given.data is None or given.plot is None or output is None:
         parser.error("pass DATA, NAME and -o FILE; or --list")
     function = _one_of(pl, given.plot, "plot --list")
+    _check_picture(output)
     check_output(output, overwrite=_get(given, "overwrite", default=False))
     options = _settings(given, parser)
     is_table = given.data.endswith(TABLE)
@@ -212,6 +218,15 @@ def _check_table(given: Namespace) -> Path | None:
     output = _get(given, "output")
     check_output(output, overwrite=_get(given, "overwrite", default=False), endings=TABLE)
     return output
+
+
+def _check_picture(output: Path) -> None:
+    """Refuse, before any work, a name whose ending is none that matplotlib writes."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = [f".{kind}" for kind in sorted(FigureCanvasBase.get_supported_filetypes())]
+    if output.suffix.lower() not in endings:
+        raise ValueError(f"A picture is written as {', '.join(endings)}; found {output.name!r}. Name it so.")
 
 
 def _tell_or_write(table: pd.DataFrame, output: Path | None) -> pd.DataFrame | dict[str, Any]:
@@ -292,6 +307,8 @@ def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:
     """The counts of the model's genes in its order, with all that is known of the cells."""
     from anndata import AnnData as ModelData
 
+    from scvae_tools._training import quiet
+
     names = model.var_names
     fill, layer = _get(given, "fill_missing", default=False), _get(given, "layer")
     missing = names[~np.isin(names, adata.var_names.astype(str))]
@@ -304,14 +321,8 @@ def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:
         raise ValueError(f"--layer must name a layer of the data; found {layer!r}, there are {listed(adata.layers)}.")
     counts = adata.X if layer is None else adata.layers[layer]
     cells = ModelData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))
-    cells = model.prepare_query_anndata(cells, model, inplace=False) if len(missing) else cells[:, names].copy()
+    with quiet():
+        cells = model.prepare_query_anndata(cells, model, inplace=False) if len(missing) else cells[:, names].copy()
     if model._layer is not None:
         cells.layers[model._layer] = cells.X
     return cells
-
-
-def _hide_labels(cells: AnnData, model: SCVAE) -> None:
-    """Put any label that the model knows in their place: scvi-tools asks for some, and no result depends on them."""
-    key = model.registry["setup_args"].get("labels_key")
-    if key is not None:
-        cells.obs[key] = pd.Categorical([model._label_categories[0]] * cells.n_obs)

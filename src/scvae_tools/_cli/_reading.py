@@ -27,6 +27,7 @@ DEMO = "demo"
 CELLS_BY_GENES, GENES_BY_CELLS = ORIENTATIONS = ("cells-by-genes", "genes-by-cells")
 #: Values of text or of a loom file that are in memory as a dense block: 128 MB as float32.
 BLOCK_VALUES = 2**25
+GENES_AND_CELLS = ("genes", "cells")
 TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
 MATRIX = "matrix.mtx"
 
@@ -160,7 +161,7 @@ def _read_10x_h5(path: Path, genome: str | None) -> AnnData:
         genomes = _genomes(file) if "matrix" not in file else []
     if genomes:
         genome = _chosen_genome(genomes, genome, path)
-    return sc.read_10x_h5(path, genome=genome)
+    return _gene_expression(sc.read_10x_h5(path, genome=genome, gex_only=False))
 
 
 def _chosen_genome(genomes: list[str], genome: str | None, path: Path) -> str:
@@ -238,12 +239,25 @@ def _described(features: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gene_expression(adata: AnnData) -> AnnData:
-    """Leave antibodies, guides and other features out, as scanpy does."""
+    """Leave antibodies, guides and other features out, as scanpy does.
+
+    Raises
+    ------
+    ReadingError
+        If there are no others.
+    """
     if "feature_types" not in adata.var:
         return adata
-    is_gene = (adata.var["feature_types"] == "Gene Expression").to_numpy()
-    if is_gene.all() or not is_gene.any():
+    types = adata.var["feature_types"].astype(str)
+    is_gene = (types == "Gene Expression").to_numpy()
+    if is_gene.all():
         return adata
+    if not is_gene.any():
+        raise ReadingError(
+            f"The features must be genes, of the type 'Gene Expression'; found {adata.n_vars:,} of the type "
+            f"{listed(types.unique())} alone. Take the matrix of gene expression, or, if these are to be modelled, "
+            "convert the file to h5ad with scanpy (gex_only=False)."
+        )
     inform("Left out %s features that are not of the type 'Gene Expression'.", f"{(~is_gene).sum():,}")
     return adata[:, is_gene].copy()
 
@@ -292,10 +306,12 @@ def _read_text(path: Path, *, is_transposed: bool) -> AnnData:
     """Table with names in its first row and column, whole rows at a time, so that it is never dense in memory."""
     separator = TEXT[Path(path.name.removesuffix(".gz")).suffix]
     columns = _names_of_columns(path, separator)
+    _check_names(columns, "row", GENES_AND_CELLS[is_transposed], path)
     rows, blocks = [], []
     for chunk in _chunks(path, separator, len(columns)):
         rows.extend(chunk[0])
         blocks.append(sparse.csr_matrix(chunk.iloc[:, 1:].to_numpy(dtype=np.float32)))
+    _check_names(rows, "column", GENES_AND_CELLS[not is_transposed], path)
     counts = sparse.vstack(blocks)
     rows, columns = (pd.DataFrame(index=pd.Index(names, dtype=str)) for names in (rows, columns))
     return AnnData(counts.T.tocsr(), columns, rows) if is_transposed else AnnData(counts.tocsr(), rows, columns)
@@ -338,6 +354,18 @@ def _names_of_columns(path: Path, separator: str) -> list[str]:
             "where they meet. Add names of the cells and the genes."
         )
     return header[len(header) - len(first) + 1 :]
+
+
+def _check_names(names: list[str], line: str, axis: str, path: Path) -> None:
+    """Refuse counts in place of names; names that are numbers, such as 0, 1, ... of pandas, do not repeat."""
+    repeated = pd.Index(names)[pd.Index(names).duplicated()].unique()
+    if len(repeated) == 0 or not all(map(_is_number, names)):
+        return
+    option = "header" if line == "row" else "index"
+    raise ReadingError(
+        f"{path.name!r}: the first {line} must hold the names of the {axis}; found numbers that repeat, "
+        f"{listed(repeated)}, as counts do. Write the table with its names (with pandas, to_csv(..., {option}=True))."
+    )
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,95 @@
+"""Every p(x | z): one declaration per likelihood, and the table that names them.
+
+A likelihood declares the heads that the decoder must emit and, in terms of them, log p(0), log p(x) for x > 0, mean,
+variance and a sampler. Everything else (decoder, bound, model, plots, tests, documentation) reads the declaration, so
+a new likelihood is a class in this folder, a row in `LIKELIHOODS`, a row in its test's table and a line in
+``docs/likelihoods.md``. Derivatives come from autograd; a likelihood may declare them beside its formula, which saves
+a third of the time that the sum over genes takes, and is then tested against autograd. The class goes into
+``_counts.py`` or, if it is a density, into ``_densities.py``; what fits around others has a file of its own.
+
+All parameters live in log space: ``log_rate`` is log λ with the size factor included, ``log_r`` the log of the inverse
+dispersion r, ``gate`` the logit of the probability of an excess zero. No formula contains an ``eps``.
+
+Most are probabilities of counts. What else a likelihood is of, it declares as ``measures``: whether a count is above 0,
+or, as a density, a number on the real line. Bounds of different kinds cannot be compared.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+from scvae_tools.likelihoods._base import RATE, Head, Likelihood
+from scvae_tools.likelihoods._base import Params as Params
+from scvae_tools.likelihoods._base import differentiate as differentiate
+from scvae_tools.likelihoods._counts import Bernoulli, ConstrainedPoisson, NegativeBinomial, Poisson, ZeroInflated
+from scvae_tools.likelihoods._densities import Gaussian, LogNormal, Lomax
+from scvae_tools.likelihoods._distribution import CountDistribution
+from scvae_tools.likelihoods._piecewise import PiecewiseCategorical
+from scvae_tools.likelihoods._rising import differentiate_log_rising_ratio as differentiate_log_rising_ratio
+from scvae_tools.likelihoods._rising import log_rising_ratio
+
+__all__ = [
+    "LIKELIHOODS",
+    "RATE",
+    "Bernoulli",
+    "ConstrainedPoisson",
+    "CountDistribution",
+    "Gaussian",
+    "Head",
+    "Likelihood",
+    "LogNormal",
+    "Lomax",
+    "NegativeBinomial",
+    "PiecewiseCategorical",
+    "Poisson",
+    "ZeroInflated",
+    "get_likelihood",
+    "log_rising_ratio",
+]
+
+#: Every likelihood by the name that ``likelihood=`` takes.
+LIKELIHOODS: dict[str, Likelihood] = {
+    "poisson": Poisson(),
+    "nb": NegativeBinomial(),
+    "zip": ZeroInflated(Poisson()),
+    "zinb": ZeroInflated(NegativeBinomial()),
+    "constrained_poisson": ConstrainedPoisson(),
+    "bernoulli": Bernoulli(),
+    "gaussian": Gaussian(),
+    "log_normal": LogNormal(),
+    "lomax": Lomax(),
+}
+
+
+def get_likelihood(name: str, k_max: int = 0) -> Likelihood:
+    """Look a likelihood up by its name: the only place where the string is read.
+
+    Parameters
+    ----------
+    name
+        Key of `LIKELIHOODS`.
+    k_max
+        Number of counts, from 0 on, that get a probability of their own (`PiecewiseCategorical`); 0 for none.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name, ``k_max`` is not a whole number of at least 0, or the likelihood is not one of
+        counts.
+    """
+    if name not in LIKELIHOODS:
+        known = ", ".join(map(repr, LIKELIHOODS))
+        raise ValueError(f"`likelihood` must be one of {known}; found {name!r}. See docs/likelihoods.md for a choice.")
+    if not isinstance(k_max, Integral) or isinstance(k_max, bool) or k_max < 0:
+        raise ValueError(f"`k_max` must be a whole number of at least 0; found {k_max!r}. Pass 0 for no categories.")
+    likelihood = LIKELIHOODS[name]
+    if k_max == 0:
+        return likelihood
+    if likelihood.measures != "counts":
+        reason = "a density on the real line" if likelihood.is_density else "of x > 0 alone, whatever the count"
+        known = ", ".join(repr(each) for each, other in LIKELIHOODS.items() if other.measures == "counts")
+        raise ValueError(
+            f"`k_max` needs a likelihood of counts, to go on above {int(k_max)}; found {name!r}, which is {reason}. "
+            f"Pass one of {known}, or k_max=0."
+        )
+    return PiecewiseCategorical(likelihood, int(k_max))
