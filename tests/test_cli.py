@@ -722,9 +722,8 @@ def test_options_that_the_page_names_exist():
 
 
 def test_arguments_that_the_page_sets_exist():
-    ours = parameters_of(
-        tl.scvae, svt.SCVAE.__init__, svt.SCVAE.train, *(getattr(svt.pl, name) for name in svt.pl.__all__)
-    )
+    plots = [getattr(svt.pl, name) for name in svt.pl.__all__]
+    ours = parameters_of(tl.scvae, svt.SCVAE.__init__, svt.SCVAE.train, tl.evaluate, *plots)
     named = {_options.setting(text)[0] for text in re.findall(r"--set '?(\w+=[^ `']+)", PAGE)}
     assert len(named) > 10
     assert named <= set(ours)

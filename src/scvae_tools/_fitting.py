@@ -88,8 +88,8 @@ class FittingMixin:
         max_epochs
             Of all stages together; None for about 4,000 steps of 128 cells.
         lr, weight_decay
-            Of Adam. The decay acts on all that is trained, biases and log r included: it pulls λ over the size factor,
-            and r, towards 1.
+            Of Adam; dispersions that cells share learn at ten times the rate. The decay acts on all that is trained,
+            biases and log r included: it pulls λ over the size factor, and r, towards 1.
         n_warm_up_epochs
             Epochs at the beginning over which the weight of the KL terms rises from 0; None for a quarter of the
             VAE's.

@@ -32,7 +32,7 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
     _versions: Mapping[str, Version] = MappingProxyType({})
     _version: str | None = None
     #: Digest of the names of the cells that `train_indices` and the like count, of a model that was loaded.
-    cells_: str | None = None
+    _cells: str | None = None
 
     @property
     def versions(self) -> pd.DataFrame:
@@ -148,7 +148,7 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             raise ValueError(f"{str(dir_path)!r} exists already. Pass another directory, or overwrite=True.")
         directory.mkdir(parents=True, exist_ok=True)
         attributes = {n: v for n, v in self._get_user_attributes() if n.endswith("_") and not n.startswith("_")}
-        attributes["cells_"] = self.cells_ if self.adata is None else digest_of_names(self.adata.obs_names)
+        attributes["cells_"] = self._cells if self.adata is None else digest_of_names(self.adata.obs_names)
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         kept = {name: each for name, each in self._versions.items() if versions or name == self.version}
         path = directory / f"{prefix or ''}{MODEL_FILE}"
@@ -207,8 +207,10 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
             raise ValueError(f"{str(path)!r} holds a model of class {registry['model_name']!r}, not {cls.__name__!r}.")
         if adata:
             cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+        cells = attributes.pop("cells_", None)
         model = _initialize_model(cls, adata, registry, attributes, None)
-        if adata and model.cells_ not in (None, digest_of_names(adata.obs_names)):
+        model._cells = cells
+        if adata and model._cells not in (None, digest_of_names(adata.obs_names)):
             model._forget_split()
         model.module.load_state_dict(state)
         model._versions, model._version = unpacked(versions)

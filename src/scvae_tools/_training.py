@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 #: Terms of the bound, in the order of the accumulators; their names in the history and in messages.
 TERMS = ("log_likelihood", "kl_z", "kl_y")
 LEARNING_RATE_CUT = 0.1
+#: Learning rate of the dispersions that cells share, as a multiple of that of the networks. Adam moves a parameter by
+#: about the learning rate a step: at the same rate log r would hardly leave its start, and where r should be large a
+#: negative binomial would end below the Poisson that it contains (docs/report.md).
+DISPERSION_RATE = 10.0
 
 
 class NonFiniteError(ArithmeticError):
@@ -189,8 +193,16 @@ class TrainingPlan(lightning.LightningModule):
         self.row: dict = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        return torch.optim.Adam(trained, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        shared = {id(parameter) for parameter in self.module.decoder.shared.parameters()}
+        groups = [
+            {"params": [], "lr": self.lr},
+            {"params": [], "lr": self.lr * DISPERSION_RATE},
+        ]
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) in shared]["params"].append(parameter)
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=True)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
