@@ -96,7 +96,7 @@ def accuracy(
 
 
 def ari(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> float:
-    """Adjusted Rand index of clusters and labels [Hubert85]_.
+    """Adjusted Rand index of clusters and labels [HubertArabie85]_.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def ari(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Has
 
     References
     ----------
-    .. [Hubert85] Hubert, Arabie (1985) Comparing partitions. Journal of Classification 2:193.
+    .. [HubertArabie85] Hubert, Arabie (1985) Comparing partitions. Journal of Classification 2:193.
     """
     from sklearn.metrics import adjusted_rand_score
 
