@@ -447,7 +447,7 @@ def test_versions_hold_the_weights_of_their_epochs(early_stopping):
     epochs = {"end": len(rows) - 1, "best": int(elbo.argmax()), "early_stop": best}
     expected = pd.DataFrame(
         {"epoch": [rows["epoch"][i] for i in epochs.values()], "elbo_validation": elbo[[*epochs.values()]]},
-        index=pd.Index(list(epochs), name="version"),
+        index=pd.Index(list(epochs), name="version", dtype=object),
     )
     pd.testing.assert_frame_equal(model.versions, expected, check_exact=True)
     assert (stopped == len(rows) - 1) == early_stopping
