@@ -21,6 +21,18 @@ def require_model(model: object) -> None:
         )
 
 
+def require_encoder_of_counts(model: object, caller: str) -> None:
+    """Raise a ValueError if ``model`` is not trained, or has no counts to encode, for the function named ``caller``."""
+    require_model(model)
+    if not model.is_trained_:
+        raise ValueError(f"`model` must be trained for {caller}; found one that is not. Call train().")
+    if model.minified_data_type is not None:
+        raise ValueError(
+            f"`model` must encode the counts that it is compared with; found one of minified data. Call {caller} "
+            "before `minify_adata`, or with the model as it was saved before."
+        )
+
+
 def require_writable(adata: AnnData, *, copy: bool = False) -> None:
     """Raise a ValueError if ``adata`` cannot hold results."""
     if adata.isbacked and adata.is_view and not copy:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from scvae_tools import metrics
 from scvae_tools._adata import write_uns
-from scvae_tools._arguments import check_at_least, require_model, require_writable
+from scvae_tools._arguments import check_at_least, require_encoder_of_counts, require_writable
 from scvae_tools._messages import said_before, warn
 from scvae_tools._ppc import _data_for, _shown
 
@@ -152,7 +152,7 @@ def evaluate(
     from scvae_tools._random import as_seed
 
     require_anndata(adata)
-    check_model(model)
+    require_encoder_of_counts(model, "svt.tl.evaluate")
     require_writable(adata)
     for name, value, least in (("n_samples", n_samples, 1), ("n_importance_samples", n_importance_samples, 0)):
         check_at_least(name, value, least)
@@ -180,17 +180,6 @@ def evaluate(
     }
     _write_result(adata, key_added, table, params, names)
     return table.copy()
-
-
-def check_model(model: SCVAE) -> None:
-    require_model(model)
-    if not model.is_trained_:
-        raise ValueError("`model` must be trained, to be evaluated; found one that is not. Call model.train().")
-    if model.minified_data_type is not None:
-        raise ValueError(
-            "`model` must encode the counts that it is evaluated on; found one of minified data, which hold none. "
-            "Evaluate it before `minify_adata`, or take the model as it was saved before."
-        )
 
 
 def check_batch_size(batch_size: int | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._adata import write_uns
-from scvae_tools._arguments import check_at_least, require_model, require_writable
+from scvae_tools._arguments import check_at_least, require_encoder_of_counts, require_writable
 from scvae_tools._keys import Keys
 from scvae_tools._messages import said_before
 
@@ -130,7 +130,7 @@ def ppc(
     from scvae_tools._random import as_seed, seeded
 
     require_anndata(adata)
-    _check_model(model)
+    require_encoder_of_counts(model, "svt.tl.ppc")
     require_writable(adata)
     check_at_least("n_samples", n_samples, 2)
     genes = _check_genes(model, genes)
@@ -377,17 +377,6 @@ def _columns(model: SCVAE, adata: AnnData) -> pd.DataFrame:
     check_obs(adata, **keys)
     names = [batch, *(name for value in keys.values() for name in ([value] if isinstance(value, str) else value or ()))]
     return adata.obs[list(dict.fromkeys(name for name in names if name is not None))]
-
-
-def _check_model(model: SCVAE) -> None:
-    require_model(model)
-    if not model.is_trained_:
-        raise ValueError("`model` must be trained, to draw counts like the data; found one that is not. Call train().")
-    if model.minified_data_type is not None:
-        raise ValueError(
-            "`model` must encode the counts that it is compared with; found one of minified data. Call svt.tl.ppc "
-            "before `minify_adata`, or with the model as it was saved before."
-        )
 
 
 def _check_genes(model: SCVAE, genes: str | Sequence[str] | None) -> dict[str, int]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._arguments import check_at_least
-from scvae_tools._evaluate import check_batch_size, check_model, without_labels
+from scvae_tools._arguments import check_at_least, require_encoder_of_counts
+from scvae_tools._evaluate import check_batch_size, without_labels
 from scvae_tools._ppc import Totals, _check_cells, _data_for, _observed, _shown
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def summarize_reconstruction(
     from scvae_tools._random import as_seed, seeded
 
     require_anndata(adata)
-    check_model(model)
+    require_encoder_of_counts(model, "svt.tl.summarize_reconstruction")
     check_at_least("n_samples", n_samples, 1)
     check_batch_size(batch_size)
     cells, seed = _check_cells(indices, adata.n_obs), as_seed(random_state, None)
