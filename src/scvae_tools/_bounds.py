@@ -137,13 +137,18 @@ class Decoded:
 class StandardNormal(nn.Module):
     """p(z) = N(0, I), as a mixture of one component."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # On the device of the module, as all that a prior returns; not part of what is saved.
+        self.register_buffer("zero", torch.zeros(1), persistent=False)
+
     def log_weights(self) -> Tensor:
         """Log p(y), (1,)."""
-        return torch.zeros(1)
+        return self.zero
 
     def entropy_of_y(self) -> Tensor:
         """H[p(y)], which is 0."""
-        return torch.zeros(())
+        return self.zero[0]
 
     def kl(self, mean: Tensor, log_var: Tensor) -> Tensor:
         """KL(q(z|x,y) ‖ p(z|y)) of mean and log variance (k, n, d), (k, n)."""
@@ -151,7 +156,7 @@ class StandardNormal(nn.Module):
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of each dimension, each (1, 1)."""
-        return torch.zeros(1, 1), torch.ones(1, 1)
+        return self.zero[None], self.zero[None] + 1
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log p(z) of z (..., d), (...)."""

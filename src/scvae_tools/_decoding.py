@@ -80,7 +80,7 @@ class DecodingMixin(RNASeqMixin):
         cells had the same size.
         """
         outputs = self.module.inference(**self.module._get_inference_input(tensors), n_samples=n_samples)
-        covariates = self.module._covariates(tensors)
+        covariates = self.module.covariates(tensors)
         if batch is not None:
             covariates = covariates._replace(batch=torch.full_like(covariates.batch, batch))
         if at_typical_size:

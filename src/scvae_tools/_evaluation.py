@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from scvi import settings
 from scvi.model.base import VAEMixin
 
 from scvae_tools import _keys
@@ -15,7 +16,7 @@ from scvae_tools._bounds import kl_of_marginals
 from scvae_tools._counts import cell_positions
 from scvae_tools._expression import ExpressionMixin
 from scvae_tools._gmvae import MixtureVAE
-from scvae_tools._random import seeded, with_random_state
+from scvae_tools._random import seeded
 from scvae_tools._sampling import SamplingMixin
 
 if TYPE_CHECKING:
@@ -284,4 +285,47 @@ class EvaluationMixin(ExpressionMixin, SamplingMixin, VAEMixin):
         columns = [str(dimension) for dimension in range(decoder.n_latent)]
         return pd.DataFrame(loadings.cpu().numpy().copy(), index=self.var_names, columns=columns)
 
-    get_latent_representation = with_random_state(VAEMixin.get_latent_representation)
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,  # noqa: FBT001, FBT002
+        mc_samples: int = 5_000,
+        batch_size: int | None = None,
+        return_dist: bool = False,  # noqa: FBT001, FBT002
+        dataloader: Iterable[dict[str, torch.Tensor]] | None = None,
+        *,
+        random_state: int = 0,
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Latent codes: the mean of q(z|x); for a mixture the mean over q(y|x).
+
+        Parameters
+        ----------
+        adata, indices
+            As in `get_elbo_terms`.
+        give_mean
+            Whether to return the mean, or one draw of z per cell.
+        mc_samples
+            Ignored: scvi-tools needs it for posteriors without a mean in closed form.
+        batch_size
+            Cells encoded at a time, ``scvi.settings.batch_size`` (128) for None.
+        return_dist
+            Whether to return the variance of q(z|x) too.
+        dataloader
+            Batches, in place of ``adata``.
+        random_state
+            Seed of the draws.
+        **data_loader_kwargs
+            Further arguments of the loader that is made of ``adata``.
+
+        Returns
+        -------
+        Means (or draws), (n_cells, n_latent) float32; with ``return_dist`` means and variances, each of that shape.
+        """
+        size = batch_size or settings.batch_size
+        batches = self._batches(adata, indices, size, dataloader, **data_loader_kwargs)
+        with seeded(random_state):
+            return super().get_latent_representation(
+                give_mean=give_mean, mc_samples=mc_samples, return_dist=return_dist, dataloader=batches
+            )

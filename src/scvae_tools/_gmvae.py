@@ -216,7 +216,7 @@ class MixtureVAE(VAE):
     def label(self, tensors: dict[str, Counts | Tensor]) -> Tensor | None:
         if self.component_of_label is None or self.y_term != "cross-entropy" or not self.is_mixture:
             return None
-        code = tensors[REGISTRY_KEYS.LABELS_KEY][:, 0].long()
+        code = self.moved(tensors)[REGISTRY_KEYS.LABELS_KEY][:, 0].long()
         component = torch.as_tensor(self.component_of_label, device=code.device)
         return torch.where(code < len(component), component[code.clamp(max=len(component) - 1)], -1)
 

@@ -235,20 +235,28 @@ class TrainingPlan(lightning.LightningModule):
         self._add(bound)
         return loss
 
+    def close_training(self) -> None:
+        """Put the means of the training terms into the row, once an epoch.
+
+        Lightning validates before its end of the epoch, which callbacks see before the plan does; an epoch may be cut
+        short, and there may be no validation cells. So whoever comes first calls this.
+        """
+        if "elbo_train" not in self.row:
+            self._close("train")
+
     def on_validation_epoch_start(self) -> None:
-        # Lightning validates at the end of the training epoch, before its end hook.
-        self._close("train")
+        self.close_training()
         self._reset("validation")
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._add(self.module.bound(*self.module.data(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        self._close("validation")
+        self.log_dict(self._close("validation"), batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        if "elbo_train" not in self.row:
-            self._close("train")
+        self.close_training()
+        self.log_dict({name: self.row[name] for name in self._names("train")}, batch_size=1)
         self.history.append(self.row)
 
     def _reset(self, subset: str) -> None:
@@ -265,15 +273,21 @@ class TrainingPlan(lightning.LightningModule):
             self._sums += sums
             self._n_cells += len(bound.kl_z)
 
-    def _close(self, subset: str) -> None:
+    def _close(self, subset: str) -> dict[str, float]:
+        """Put the means of the terms into the row; return them by their names there."""
         if self._first_bad.any():
             term = TERMS[int(self._first_bad.int().argmax())]
             raise NonFiniteError(term, self.stage.name, self.row["epoch"])
-        means = dict(zip(TERMS, (self._sums / self._n_cells).tolist(), strict=True))
-        means["elbo"] = means["log_likelihood"] - means["kl_z"] - means["kl_y"]
-        named = {f"{name}_{subset}": value for name, value in means.items()}
+        *terms, elbo = self._names(subset)
+        log_likelihood, kl_z, kl_y = means = (self._sums / self._n_cells).tolist()
+        named = dict(zip(terms, means, strict=True)) | {elbo: log_likelihood - kl_z - kl_y}
         self.row |= named
-        self.log_dict(named, batch_size=1)
+        return named
+
+    @staticmethod
+    def _names(subset: str) -> list[str]:
+        """Columns of the history with the terms of a subset of the cells, and last with their bound."""
+        return [f"{name}_{subset}" for name in (*TERMS, "elbo")]
 
 
 class Progress(Callback):
@@ -289,6 +303,7 @@ class Progress(Callback):
             return
         if self.bar is None:
             self.bar = _progress_bar(self.total)
+        pl_module.close_training()
         row = pl_module.row
         elbo = row.get("elbo_validation", row["elbo_train"])
         self.bar.set_postfix(stage=row["stage"], ELBO=f"{elbo:.1f}", refresh=False)

@@ -475,19 +475,33 @@ class VAE(BaseMinifiedModeModuleClass):
 
     # -- the interface of scvi-tools -------------------------------------------------------------------------------
 
-    def _covariates(self, tensors: dict[str, Tensor]) -> Covariates:
+    def moved(self, tensors: dict[str, Counts | Tensor]) -> dict[str, Counts | Tensor]:
+        """Everything that a batch holds, on the device of the module: the one door through which batches enter.
+
+        ``auto_move_data`` of scvi-tools moves tensors alone and leaves `Counts` where they are.
+        """
+        device = self.z_mean.weight.device
+        return {name: value if value.device == device else value.to(device) for name, value in tensors.items()}
+
+    def _covariates(self, tensors: dict[str, Counts | Tensor]) -> Covariates:
+        """Covariates of a batch that `moved` has returned."""
         return Covariates(
             tensors[REGISTRY_KEYS.BATCH_KEY].long(),
             tensors.get(REGISTRY_KEYS.CAT_COVS_KEY),
             tensors.get(REGISTRY_KEYS.CONT_COVS_KEY),
         )
 
+    def covariates(self, tensors: dict[str, Counts | Tensor]) -> Covariates:
+        """Batch and covariates of the cells of a batch, wherever it is."""
+        return self._covariates(self.moved(tensors))
+
     def label(self, tensors: dict[str, Counts | Tensor]) -> Tensor | None:
         """Component that the label of each cell stands for, −1 where it is not known; None if labels play no part."""
         return None
 
     def data(self, tensors: dict[str, Counts | Tensor]) -> tuple[Counts, Tensor, Covariates]:
-        """Counts (n, g), size factors (n, 1) and covariates of a batch."""
+        """Counts (n, g), size factors (n, 1) and covariates of a batch, wherever it is."""
+        tensors = self.moved(tensors)
         x = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
         size = tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY)
         if size is None:
@@ -531,6 +545,7 @@ class VAE(BaseMinifiedModeModuleClass):
 
     def _get_inference_input(self, tensors: dict[str, Tensor], full_forward_pass: bool = False) -> dict:  # noqa: FBT001, FBT002
         if self.minified_data_type is not None and not full_forward_pass:
+            tensors = self.moved(tensors)
             return {
                 "qzm": tensors[REGISTRY_KEYS.LATENT_QZM_KEY],
                 "qzv": tensors[REGISTRY_KEYS.LATENT_QZV_KEY],
@@ -550,7 +565,7 @@ class VAE(BaseMinifiedModeModuleClass):
         return {"qz": qz, "z": drop_single(qz.sample((n_samples,))), "size": size}
 
     def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict) -> dict:
-        return {"z": inference_outputs["z"], "size": inference_outputs["size"], "covariates": self._covariates(tensors)}
+        return {"z": inference_outputs["z"], "size": inference_outputs["size"], "covariates": self.covariates(tensors)}
 
     @auto_move_data
     def generative(
