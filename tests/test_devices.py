@@ -72,7 +72,6 @@ def trained(request):
     return model
 
 
-
 #: Every public method that reads cells.
 READS_CELLS = {
     "differential_abundance": lambda m: m.differential_abundance(sample_key="donor", num_cells_posterior=5),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import pickle
 import stat
 import threading
 import time
@@ -217,3 +219,110 @@ def test_data_of_an_earlier_model_are_not_left_beside_the_next(model, tmp_path):
     model.save(tmp_path, overwrite=True)
     assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "b_model.pt", "b_adata.h5ad"}
     assert svt.SCVAE.load(tmp_path).adata is None
+
+
+# -- folders of models: no method runs code that is in them -------------------------------------------------------------
+
+#: Arguments that a path goes into, and how to call each public method that has one.
+PATHS = {"dir_path", "reference_model", "directory", "path", "checkpoint", "output_dir_path", "filename"}
+READS_A_FOLDER = {
+    "load": lambda folder, adata: svt.SCVAE.load(folder, adata),
+    "load_query_data": lambda folder, adata: svt.SCVAE.load_query_data(adata, folder),
+    "load_registry": lambda folder, adata: svt.SCVAE.load_registry(folder),
+    "prepare_query_anndata": lambda folder, adata: svt.SCVAE.prepare_query_anndata(adata, folder),
+    "view_setup_args": lambda folder, adata: svt.SCVAE.view_setup_args(folder),
+    "convert_legacy_save": lambda folder, adata: svt.SCVAE.convert_legacy_save(folder, f"{folder}-new"),
+    "prepare_query_mudata": lambda folder, adata: svt.SCVAE.prepare_query_mudata(adata, folder),
+    "train": lambda folder, adata: trained_on(adata, checkpoint=folder),
+}
+
+
+def trained_on(adata, **training):
+    svt.SCVAE.setup_anndata(adata)
+    model = svt.SCVAE(adata, n_components=2, n_latent=2, n_hidden=4)
+    model.train(2, progress=False, **training)
+    return model
+
+
+class Attack:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_every_public_method_that_takes_a_path_is_tested():
+    def takes_a_path(function):
+        return bool(PATHS & set(inspect.signature(function).parameters))
+
+    methods = inspect.getmembers(svt.SCVAE, lambda value: inspect.isfunction(value) or inspect.ismethod(value))
+    found = {name for name, function in methods if not name.startswith("_") and takes_a_path(function)}
+    assert found - {"save"} <= set(READS_A_FOLDER)
+    assert {"load", "load_registry", "prepare_query_anndata"} <= found
+
+
+@pytest.mark.parametrize("name", READS_A_FOLDER)
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_no_code_in_the_folder_of_a_model_runs(name, form, tmp_path):
+    marker, folder = tmp_path / "marker", tmp_path / "model"
+    folder.mkdir()
+    for file in ("model.pt", "checkpoint.pt", "model_params.pt", "attr.pkl"):
+        if form == "torch":
+            torch.save({"attributes": Attack(marker), "attr_dict": Attack(marker)}, folder / file)
+        else:
+            (folder / file).write_bytes(pickle.dumps(Attack(marker)))
+    (folder / "var_names.csv").write_text("gene0\n")
+    with pytest.raises((ValueError, NotImplementedError, pickle.UnpicklingError)):
+        READS_A_FOLDER[name](str(folder), named("new"))
+    assert not marker.exists()
+
+
+def test_the_registry_of_a_saved_model_can_be_read(tmp_path, capsys):
+    model = trained_on(named("cell"))
+    model.save(tmp_path / "model")
+    model.save(tmp_path / "other", prefix="a_")
+    for registry in (
+        svt.SCVAE.load_registry(tmp_path / "model"),
+        svt.SCVAE.load_registry(str(tmp_path / "other"), prefix="a_"),
+    ):
+        assert registry["setup_args"] == model.registry["setup_args"]
+        assert set(registry["field_registries"]) == set(model.registry["field_registries"])
+    svt.SCVAE.view_setup_args(str(tmp_path / "model"))
+    assert "'batch_key': None" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="No saved model at"):
+        svt.SCVAE.load_registry(tmp_path)
+
+
+@pytest.mark.parametrize("of_folder", [True, False])
+def test_new_data_are_given_the_genes_of_a_saved_model(of_folder, tmp_path):
+    adata = named("cell")
+    model = trained_on(adata)
+    model.save(tmp_path / "model")
+    reference = str(tmp_path / "model") if of_folder else model
+    new = named("new")[:, list(reversed(range(2, adata.n_vars)))].copy()
+    counts = new.to_df()
+    found = svt.SCVAE.prepare_query_anndata(new, reference, inplace=False)
+    assert list(found.var_names) == list(adata.var_names)
+    pd.testing.assert_frame_equal(found.to_df()[counts.columns], counts, check_dtype=False)
+    assert (found.to_df()[list(adata.var_names[:2])] == 0).all(axis=None)
+    assert list(svt.SCVAE.prepare_query_anndata(new, reference, return_reference_var_names=True)) == list(
+        adata.var_names
+    )
+    svt.SCVAE.prepare_query_anndata(new, reference)
+    assert list(new.var_names) == list(adata.var_names)
+    assert svt.SCVAE.load_query_data(new, reference).adata.n_obs == new.n_obs
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: svt.SCVAE.convert_legacy_save("old", "new"), "'old' cannot be converted.*SCVAE.load reads"),
+        (lambda: svt.SCVAE.prepare_query_mudata(None, "model"), "one modality. Pass the AnnData"),
+    ],
+)
+def test_what_is_refused_says_what_to_do(call, message):
+    with pytest.raises(NotImplementedError, match=message):
+        call()

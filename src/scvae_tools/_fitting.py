@@ -193,6 +193,7 @@ class FittingMixin:
         )
         with seeded(random_state), quiet(), self._former_split_on_error():
             self._split(train_size, validation_indices)
+            self._standardize_covariates()
             loaders = self._loaders(batch_size, pin_memory=device.type == "cuda")
             if record_rates:
                 settings.recorder = RateRecorder(loaders[0].dataset, self.train_indices, random_state)
@@ -211,11 +212,13 @@ class FittingMixin:
     def _former_split_on_error(self) -> Iterator[None]:
         """Put the split back where an exception ends the training before a stage has ended."""
         former, n_epochs = (self.train_indices, self.validation_indices, self.test_indices), self._n_epochs
+        units = {name: value.clone() for name, value in self.module.named_buffers() if name.startswith("continuous_")}
         try:
             yield
         except BaseException:
             if self._n_epochs == n_epochs:
                 self.train_indices, self.validation_indices, self.test_indices = former
+                self.module.load_state_dict(units, strict=False)  # those of the split
             raise
 
     @contextlib.contextmanager
@@ -255,6 +258,24 @@ class FittingMixin:
         self._check_labels_to_train_on(train, validation)
         self.train_indices, self.validation_indices = np.sort(train), np.sort(validation)
         self.test_indices = np.array([], dtype=int)
+
+    def _standardize_covariates(self) -> None:
+        """Standardise continuous covariates by the training cells of the first training, for good."""
+        if self.module.sizes.n_continuous == 0 or self.module.continuous_is_set:
+            return
+        columns = self.adata_manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
+        values = np.asarray(columns, dtype=np.float64)[self.train_indices]  # (n_train, n_continuous)
+        mean, sd = values.mean(0), values.std(0)
+        # Up to rounding: float32, in which the networks see them, holds seven digits.
+        is_constant = sd <= 1e-7 * np.abs(mean)
+        if is_constant.any():
+            names = np.array(self.registry["setup_args"]["continuous_covariate_keys"])[is_constant]
+            warn(
+                f"`continuous_covariate_keys`: {listed(names)} has the same value in all training cells, from which "
+                "nothing can be learnt, and is not used. Leave it out."
+            )
+        sd[is_constant] = np.inf
+        self.module.standardize_continuous(torch.as_tensor(mean), torch.as_tensor(sd))
 
     def _labels_held_out(self, train: np.ndarray, validation: np.ndarray) -> dict[str, int]:
         """Labels of which a component starts and all cells are held out, each with the position of its first cell."""

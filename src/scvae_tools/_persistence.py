@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
+from scvi.data import AnnDataManager
 from scvi.data.fields import ObsmField
 from scvi.model._utils import parse_device_args
 from scvi.model.base import ArchesMixin, BaseMinifiedModeModelClass
+from scvi.model.base._archesmixin import _pad_and_sort_query_anndata
 from scvi.model.base._save_load import _initialize_model
 
 from scvae_tools import _keys
@@ -151,7 +153,7 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         attributes["cells_"] = self._cells if self.adata is None else digest_of_names(self.adata.obs_names)
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         kept = {name: each for name, each in self._versions.items() if versions or name == self.version}
-        path = directory / f"{prefix or ''}{MODEL_FILE}"
+        path = _model_file(directory, prefix)
         write_saved(path, state, attributes, self.var_names, packed(kept, self.version, state))
         data = directory / f"{prefix or ''}{ADATA_FILE}"
         if save_anndata:
@@ -195,7 +197,7 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         ValueError
             If it is of another class, or has no such version.
         """
-        path = Path(dir_path) / f"{prefix or ''}{MODEL_FILE}"
+        path = _model_file(dir_path, prefix)
         state, attributes, _, versions = read_saved(path)
         saved_data = path.with_name(f"{prefix or ''}{ADATA_FILE}")
         if adata is None and saved_data.exists():
@@ -245,6 +247,89 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         query._forget_split()
         return query
 
+    @classmethod
+    def prepare_query_anndata(
+        cls,
+        adata: AnnData,
+        reference_model: str | Path | Self,
+        return_reference_var_names: bool = False,  # noqa: FBT001, FBT002
+        inplace: bool = True,  # noqa: FBT001, FBT002
+    ) -> AnnData | pd.Index | None:
+        """Give new data the genes of a model, in its order; genes that they lack have no counts.
+
+        Parameters
+        ----------
+        adata
+            New data.
+        reference_model
+            Model, or the directory where one is saved.
+        return_reference_var_names
+            Whether to return the names of the model's genes instead.
+        inplace
+            Whether to change ``adata``, or to return new data.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no model in the directory.
+        ValueError
+            If the data have none of the genes.
+        """
+        is_model = isinstance(reference_model, PersistenceMixin)
+        names = reference_model.var_names if is_model else read_saved(_model_file(reference_model)).var_names
+        names = pd.Index(np.asarray(names, dtype=object))
+        return names if return_reference_var_names else _pad_and_sort_query_anndata(adata, names, inplace)
+
+    @classmethod
+    def load_registry(cls, dir_path: str | Path, prefix: str | None = None) -> dict[str, Any]:
+        """Registry of a saved model: what `setup_anndata` was given, and what it found.
+
+        Parameters
+        ----------
+        dir_path, prefix
+            As in `save`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no model.
+        """
+        return read_saved(_model_file(dir_path, prefix)).attributes["registry_"]
+
+    @classmethod
+    def view_setup_args(cls, dir_path: str | Path, prefix: str | None = None) -> None:
+        """Print what `setup_anndata` was given for a saved model.
+
+        Parameters
+        ----------
+        dir_path, prefix
+            As in `save`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no model.
+        """
+        import rich.pretty  # noqa: F401  (scvi-tools uses it without importing it)
+
+        AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, prefix))
+
+    @classmethod
+    def convert_legacy_save(cls, dir_path: str | Path, *_: Any, **__: Any) -> None:
+        """Refused: no model of this class was saved in the former format of scvi-tools, whose files can run code."""
+        raise NotImplementedError(
+            f"{str(dir_path)!r} cannot be converted: models of {cls.__name__} were never saved in the former format of "
+            "scvi-tools, and reading it would run code that the files hold. SCVAE.load reads what SCVAE.save wrote."
+        )
+
+    @classmethod
+    def prepare_query_mudata(cls, *_: Any, **__: Any) -> None:
+        """Refused: a model is of one modality."""
+        raise NotImplementedError(
+            f"{cls.__name__} is a model of one modality. Pass the AnnData with the counts, such as mdata.mod['rna'], to "
+            "SCVAE.prepare_query_anndata."
+        )
+
     def _forget_split(self) -> None:
         """Take no cell for one that was trained on or held out: the positions are those of other data."""
         self.train_indices = self.validation_indices = self.test_indices = None
@@ -264,6 +349,10 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
         is_new = ~labels.isin(self._label_categories)
         if is_new.any():
             raise ValueError(f"{rule}; found {labels[is_new].iloc[0]!r} in {is_new.sum():,} cells. {remedy}")
+
+
+def _model_file(directory: str | Path, prefix: str | None = None) -> Path:
+    return Path(directory) / f"{prefix or ''}{MODEL_FILE}"
 
 
 def _why(name: str) -> str:

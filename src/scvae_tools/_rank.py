@@ -249,8 +249,6 @@ def _covariates(model: SCVAE, n_samples: int) -> Covariates:
     import torch
     from scvi import REGISTRY_KEYS
 
-    from scvae_tools._networks import Covariates
-
     device = model.module.device
     if model.adata is None:
         _, known = model.module.reference(torch.arange(len(model.module.reference_batch), device=device))
@@ -263,7 +261,7 @@ def _covariates(model: SCVAE, n_samples: int) -> Covariates:
             # A copy: pandas hands out arrays that must not be written to, and torch takes none of these.
             return torch.as_tensor(np.array(manager.get_from_registry(key)), dtype=dtype, device=device)
 
-        known = Covariates(
+        known = model.module.covariates_of(
             column(REGISTRY_KEYS.BATCH_KEY, torch.long),
             column(REGISTRY_KEYS.CAT_COVS_KEY, torch.long),
             column(REGISTRY_KEYS.CONT_COVS_KEY, torch.float32),

@@ -52,6 +52,7 @@ class RateRecorder(Callback):
         self.indices = np.sort(np.random.default_rng(seed).choice(indices, n_drawn, replace=False))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
+        pl_module.close_training()  # so that the columns come in one order
         pl_module.row.update(self.record(pl_module.module))
 
     def record(self, module: VAE) -> dict[str, float]:

@@ -192,6 +192,27 @@ class VAE(BaseMinifiedModeModuleClass):
         self.register_buffer("reference_batch", torch.zeros(m, 1, dtype=torch.long))
         self.register_buffer("reference_categorical", torch.zeros(m, len(self.sizes.n_categories), dtype=torch.long))
         self.register_buffer("reference_continuous", torch.zeros(m, self.sizes.n_continuous))
+        if self.sizes.n_continuous > 0:
+            self.register_buffer("continuous_mean", torch.zeros(self.sizes.n_continuous))
+            self.register_buffer("continuous_sd", torch.ones(self.sizes.n_continuous))
+            self.register_buffer("continuous_is_set", torch.zeros((), dtype=torch.bool))
+            self.register_load_state_dict_pre_hook(_keep_units_of_earlier_models)
+
+    @torch.no_grad()
+    def standardize_continuous(self, mean: Tensor, sd: Tensor) -> None:
+        """Set what continuous covariates are standardised by, each (n_continuous,), in their own units.
+
+        The networks see (c − mean) / sd, of all cells from then on: in raw units a column of thousands would drown z.
+        """
+        self.continuous_mean.copy_(mean)
+        self.continuous_sd.copy_(sd)
+        self.continuous_is_set.fill_(True)  # noqa: FBT003
+
+    def covariates_of(self, batch: Tensor, categorical: Tensor | None, continuous: Tensor | None) -> Covariates:
+        """Covariates as the networks see them, of codes (n, 1) and (n, n_categorical) and of numbers in their units."""
+        if continuous is not None:
+            continuous = (continuous - self.continuous_mean) / self.continuous_sd
+        return Covariates(batch, categorical, continuous)
 
     @torch.no_grad()
     def set_reference(
@@ -207,7 +228,7 @@ class VAE(BaseMinifiedModeModuleClass):
             Mean total count over mean size factor: 1 for the default size factor. Brings any size factor to the units
             of a cell's total count, for the encoder.
         size, covariates
-            Those of `N_REFERENCE_CELLS` cells drawn from the data.
+            Those of `N_REFERENCE_CELLS` cells drawn from the data, continuous ones in their own units.
         """
         mean = mean_fraction * size.mean() if self.use_size_factor else mean_fraction  # counts of each gene
         self.decoder.start(self.likelihood.start(mean) | {"log_rate": mean_fraction.log()})
@@ -223,7 +244,7 @@ class VAE(BaseMinifiedModeModuleClass):
         """Size factors (n, 1) and covariates of kept cells."""
         categorical = self.reference_categorical[rows] if self.sizes.n_categories else None
         continuous = self.reference_continuous[rows] if self.sizes.n_continuous else None
-        return self.reference_size[rows, None], Covariates(self.reference_batch[rows], categorical, continuous)
+        return self.reference_size[rows, None], self.covariates_of(self.reference_batch[rows], categorical, continuous)
 
     def with_size(self, covariates: Covariates, size: Tensor) -> Covariates:
         """Covariates with what the decoder is told of the size factor (n, 1), if it is, unless they hold it already.
@@ -485,7 +506,7 @@ class VAE(BaseMinifiedModeModuleClass):
 
     def _covariates(self, tensors: dict[str, Counts | Tensor]) -> Covariates:
         """Covariates of a batch that `moved` has returned."""
-        return Covariates(
+        return self.covariates_of(
             tensors[REGISTRY_KEYS.BATCH_KEY].long(),
             tensors.get(REGISTRY_KEYS.CAT_COVS_KEY),
             tensors.get(REGISTRY_KEYS.CONT_COVS_KEY),
@@ -593,6 +614,15 @@ class VAE(BaseMinifiedModeModuleClass):
     def marginal_ll(self, tensors: dict[str, Tensor], n_mc_samples: int = 100, chunk: int = 32) -> Tensor:
         """Importance-weighted estimate of log p(x), (n,)."""
         return self.importance_weighted_bound(*self.data(tensors), n_samples=n_mc_samples, chunk=chunk).cpu()
+
+
+def _keep_units_of_earlier_models(module: VAE, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let weights from before continuous covariates were standardised have them in their own units, as trained."""
+    if prefix + "z_mean.weight" not in state:  # no weights of a model
+        return
+    former = {"continuous_mean": 0.0, "continuous_sd": 1.0, "continuous_is_set": True}
+    for name, value in former.items():
+        state.setdefault(prefix + name, torch.full_like(getattr(module, name), value))
 
 
 def sum_over_genes(likelihood: Likelihood, x: Tensor, params: Params) -> Tensor:

@@ -331,7 +331,8 @@ class SCVAE(FittingMixin, EvaluationMixin, PersistenceMixin):
         size_factor_key
             Column of ``obs`` with positive size factors; None for each cell's total count.
         categorical_covariate_keys, continuous_covariate_keys
-            Further columns of ``obs`` that the decoder is given.
+            Further columns of ``obs`` that the decoder is given; those with numbers in units of their standard
+            deviation over the training cells, from their mean, which the model keeps for new data.
         allow_non_integer
             Accept estimated counts, with a warning.
         unlabeled_category

@@ -122,7 +122,7 @@ def scvae(
     size_factor_key
         Column of ``obs`` with size factors; None for each cell's total count over the genes used.
     categorical_covariate_keys, continuous_covariate_keys
-        Further columns of ``obs`` that the decoder is given.
+        Further columns of ``obs`` that the decoder is given; those with numbers are standardised by the training cells.
     max_epochs
         Most epochs of all stages together; None for about 4,000 steps of 128 cells.
     batch_size
