@@ -221,7 +221,7 @@ def test_data_of_an_earlier_model_are_not_left_beside_the_next(model, tmp_path):
     assert svt.SCVAE.load(tmp_path).adata is None
 
 
-# -- folders of models: no method runs code that is in them -------------------------------------------------------------
+# -- folders of models: no method runs code that is in them ------------------------------------------------------------
 
 #: Arguments that a path goes into, and how to call each public method that has one.
 PATHS = {"dir_path", "reference_model", "directory", "path", "checkpoint", "output_dir_path", "filename"}

@@ -326,8 +326,8 @@ class PersistenceMixin(ArchesMixin, BaseMinifiedModeModelClass):
     def prepare_query_mudata(cls, *_: Any, **__: Any) -> None:
         """Refused: a model is of one modality."""
         raise NotImplementedError(
-            f"{cls.__name__} is a model of one modality. Pass the AnnData with the counts, such as mdata.mod['rna'], to "
-            "SCVAE.prepare_query_anndata."
+            f"{cls.__name__} is a model of one modality. Pass the AnnData with the counts, such as mdata.mod['rna'], "
+            "to SCVAE.prepare_query_anndata."
         )
 
     def _forget_split(self) -> None:
