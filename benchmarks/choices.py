@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from scvae_tools import _networks
-from scvae_tools._batches import Counts
-from scvae_tools._networks import Covariates, Encoder, Sizes
-from scvae_tools._vae import VAE
+from scvae_tools._data.loader import counts_of_matrix
+from scvae_tools._module import networks as _networks
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.networks import Encoder
+from scvae_tools._module.vae import VAE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from scvae_tools._module.sparse import Counts
 
 DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 LAYER_SHAPES = ((128, 2_000), (128, 15_000), (512, 15_000))
@@ -51,7 +54,7 @@ def batch(n: int, g: int, density: float) -> tuple[Counts, torch.Tensor, Covaria
     """Counts, size factors and covariates of random cells."""
     rng = np.random.default_rng(0)
     x = (1 + rng.poisson(1.0, (n, g))) * (rng.random((n, g)) < density)
-    counts = Counts.of_matrix(sparse.csr_matrix(x, dtype=np.float32))
+    counts = counts_of_matrix(sparse.csr_matrix(x, dtype=np.float32))
     return counts, counts.total() + 1, Covariates(torch.zeros(n, 1, dtype=torch.long))
 
 

@@ -42,7 +42,9 @@ from throughput import (
 )
 from torch.profiler import ProfilerActivity, record_function
 
-from scvae_tools import _batches, _training
+from scvae_tools._data import loader
+from scvae_tools._module import sparse
+from scvae_tools._train import plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,7 +75,7 @@ ENCODER = "encoder"
 #: Methods that are given the name of a part: owner as `owners` names it, attribute, part.
 METHODS = (
     ("dataset", "__getitem__", ROWS),
-    ("counts", "of_matrix", ORDER),
+    ("loader", "counts_of_matrix", ORDER),
     ("counts", "map", FIRST),
     ("counts", "dense", FIRST),
     ("encoder", "forward", ENCODER),
@@ -91,8 +93,8 @@ METHODS = (
 #: Parts of what autograd and torch name themselves.
 BACKWARD = "autograd::engine::evaluate_function: "
 NAMED = {
-    "_SparseProduct": FIRST,
-    BACKWARD + "_SparseProductBackward": BY_FIRST,
+    "SparseProduct": FIRST,
+    BACKWARD + "SparseProductBackward": BY_FIRST,
     BACKWARD + "_LogLikelihoodBackward": OTHER,
 }
 #: The same by how the name begins, of what `NAMED` does not have.
@@ -111,9 +113,10 @@ PREFIX = "part: "
 def owners(module: torch.nn.Module) -> dict[str, object]:
     """Classes, or the one object of a class, whose methods are named."""
     return {
-        "dataset": _batches.CountDataset,
-        "counts": _batches.Counts,
-        "plan": _training.TrainingPlan,
+        "dataset": loader.CountDataset,
+        "loader": loader,
+        "counts": sparse.Counts,
+        "plan": plan.TrainingPlan,
         "module": module,
         "encoder": module.encoder,
         "decoder": module.decoder,
@@ -183,7 +186,7 @@ class ProfiledEpoch(EpochTimer):
     def parts(self) -> Counter:
         """Seconds of each part."""
         events, totals = self.profile.events(), Counter()
-        is_sparse = any(event.name == "_SparseProduct" for event in events)
+        is_sparse = any(event.name == "SparseProduct" for event in events)
         named = NAMED if is_sparse else NAMED | {BACKWARD + "MmBackward0": BY_FIRST}
         add_up((event for event in events if event.cpu_parent is None), REST, named, totals)
         totals[NETWORKS] += totals.pop(ENCODER, 0)

@@ -22,8 +22,8 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 import scvae_tools as svt
-from scvae_tools import _start
-from scvae_tools._training import default_max_epochs
+from scvae_tools._train import start as _start
+from scvae_tools._train.stages import default_max_epochs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from scipy import special, stats
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from scvae_tools._vae import VAE
+    from scvae_tools._module.vae import VAE
 
 N_ERRORS = 5  #: standard errors within which an estimate must lie
 REPEATS = 20  #: independent calls that give the standard error

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.colors import to_hex
 
 from scvae_tools import pl
-from scvae_tools._compare import RESULTS
+from scvae_tools._results.comparison import RESULTS
 
 STAGES = {"warm-up": 5, "vae": 10, "mixture": 25}
 

@@ -18,11 +18,12 @@ from scipy import sparse
 from torch import nn
 
 import scvae_tools as svt
-from scvae_tools import _networks
-from scvae_tools._batches import Counts
-from scvae_tools._gmvae import GMVAE, VaDE
-from scvae_tools._networks import DROPOUT_PARTS, Covariates, Sizes, dropout_rates, hidden_widths
-from scvae_tools._vae import VAE
+from scvae_tools._data.loader import counts_of_matrix
+from scvae_tools._module import networks as _networks
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.mixture_vaes import GMVAE, VaDE
+from scvae_tools._module.networks import DROPOUT_PARTS, dropout_rates, hidden_widths
+from scvae_tools._module.vae import VAE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -351,7 +352,7 @@ def test_dropout_of_the_input_is_that_of_the_dense_input(
         )
     matrix.has_sorted_indices = False
     factors = masks(module.encoder.input_dropout, monkeypatch)
-    counts = Counts.of_matrix(matrix)
+    counts = counts_of_matrix(matrix)
     features = module.encode(counts, size, covariates)
     weighting = normal(*features.shape, seed=7)
     (features * weighting).sum().backward()

@@ -19,8 +19,10 @@ from scipy import sparse
 from scvi import REGISTRY_KEYS
 
 import scvae_tools as svt
-from scvae_tools._batches import Compressed, CountLoader, Counts, rows_of_cells
-from scvae_tools._networks import Covariates, Encoder, Sizes
+from scvae_tools._data.loader import CountLoader, counts_of_matrix
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.networks import Encoder
+from scvae_tools._module.sparse import Compressed, Counts, rows_of_cells
 from scvae_tools.likelihoods import LIKELIHOODS, NegativeBinomial
 
 if TYPE_CHECKING:
@@ -165,7 +167,7 @@ def test_counts_of_a_matrix_are_its_nonzeros(form: type, index: type) -> None:
     x = make_dense(9, empty=True)
     matrix = form(x)
     matrix.indptr, matrix.indices = matrix.indptr.astype(index), matrix.indices.astype(index)
-    counts = Counts.of_matrix(matrix, log_base_measure=np.arange(9, dtype=np.float32))
+    counts = counts_of_matrix(matrix, log_base_measure=np.arange(9, dtype=np.float32))
     assert_counts(counts, x)
     assert counts.by_cell.value.dtype == counts.by_gene.value.dtype == torch.float32
     np.testing.assert_array_equal(counts.log_base_measure, np.arange(9))
@@ -174,7 +176,7 @@ def test_counts_of_a_matrix_are_its_nonzeros(form: type, index: type) -> None:
 def test_the_base_measure_is_unknown_unless_given() -> None:
     counts, x = make_counts()
     assert counts.log_base_measure is None
-    assert Counts.of_matrix(sparse.csr_matrix(x)).log_base_measure is None
+    assert counts_of_matrix(sparse.csr_matrix(x)).log_base_measure is None
 
 
 def test_totals_and_density_are_those_of_the_array() -> None:
@@ -557,7 +559,7 @@ def encoded(encoder: Encoder, x: np.ndarray, covariates: Covariates) -> tuple[np
 
 @pytest.fixture
 def set_path(monkeypatch: pytest.MonkeyPatch) -> object:
-    return lambda path: monkeypatch.setattr("scvae_tools._networks.LARGEST_SPARSE_DENSITY", PATHS[path])
+    return lambda path: monkeypatch.setattr("scvae_tools._module.networks.LARGEST_SPARSE_DENSITY", PATHS[path])
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
@@ -604,7 +606,7 @@ def test_the_gradient_of_many_genes_is_computed_in_parts(
     set_path("sparse")
     x, encoder = make_dense(9, empty=True).astype(np.float64), make_encoder()
     _, expected = encoded(encoder, x, make_covariates(9))
-    monkeypatch.setattr("scvae_tools._networks.GATHERED_ENTRIES", entries, raising=False)
+    monkeypatch.setattr("scvae_tools._module.sparse.GATHERED_ENTRIES", entries, raising=False)
     _, found = encoded(encoder, x, make_covariates(9))
     for name, gradient in found.items():
         np.testing.assert_allclose(gradient, expected[name], **EXACT, err_msg=name)

@@ -20,13 +20,14 @@ from scvi import REGISTRY_KEYS
 from torch.nn.functional import logsigmoid, softplus
 
 import scvae_tools as svt
-from scvae_tools import _blocked
-from scvae_tools._batches import Counts
-from scvae_tools._bounds import Posterior
-from scvae_tools._gmvae import GMVAE, VaDE
-from scvae_tools._memory import Buffers
-from scvae_tools._networks import DISPERSIONS, Covariates, Sizes
-from scvae_tools._vae import VAE
+from scvae_tools._module import gene_sum as _blocked
+from scvae_tools._module.bounds import Posterior
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.memory import Buffers
+from scvae_tools._module.mixture_vaes import GMVAE, VaDE
+from scvae_tools._module.networks import DISPERSIONS
+from scvae_tools._module.sparse import Counts
+from scvae_tools._module.vae import VAE
 from scvae_tools.likelihoods import LIKELIHOODS, RATE, Head, Likelihood, ZeroInflated, get_likelihood
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scvae_tools._calibration import ambiguity_of_components, ambiguous_cells, calibration
+from scvae_tools._results.calibration import calibration
+from scvae_tools._results.components import ambiguity_of_components
+from scvae_tools.tl._ambiguous_cells import ambiguous_cells
 
 PROBS = [[0.5, 0.3, 0.2], [0.95, 0.05, 0.0], [0.1, 0.3, 0.6], [0.0, 0.0, 1.0], [0.4, 0.2, 0.4]]
 

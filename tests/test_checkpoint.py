@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
-from scvae_tools._checkpoint import CHECKPOINT_FILE
-from scvae_tools._training import NonFiniteError, TrainingPlan
+from scvae_tools._train.checkpoint import CHECKPOINT_FILE
+from scvae_tools._train.plan import NonFiniteError, TrainingPlan
 
 N_CELLS, N_GENES = 150, 20
 

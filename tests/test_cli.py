@@ -524,7 +524,7 @@ def test_an_interruption_ends_with_130(here, monkeypatch, capsys):
 
 
 def test_a_training_that_was_interrupted_is_written_and_ends_with_130(here, monkeypatch, capsys):
-    from scvae_tools._training import TrainingPlan
+    from scvae_tools._train.plan import TrainingPlan
 
     step = TrainingPlan.training_step
 

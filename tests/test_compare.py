@@ -21,9 +21,9 @@ from anndata import AnnData
 from scipy.special import comb
 
 import scvae_tools as svt
-from scvae_tools import _training
-from scvae_tools._compare import RESULTS
-from scvae_tools.model import SCVAE
+from scvae_tools._results.comparison import RESULTS
+from scvae_tools._train import plan as _training
+from scvae_tools.model._scvae import SCVAE
 
 N_CELLS, N_GENES = 120, 20
 SMALL = {"n_hidden": 8, "n_latent": 2, "max_epochs": 3, "batch_size": 32, "n_importance_samples": 3, "verbose": False}

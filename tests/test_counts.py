@@ -14,7 +14,8 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
-from scvae_tools._counts import CountsError, check_obs, gene_mean_fraction, read_counts, resolve_mask_var
+from scvae_tools._data.counts import CountsError, gene_mean_fraction, read_counts, resolve_mask_var
+from scvae_tools._data.roles import check_obs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning"),
@@ -154,7 +155,7 @@ def test_a_boolean_matrix_is_read_as_ones():
 
 @pytest.mark.parametrize("block", [1, 8, 12])
 def test_blocks_of_any_size_give_the_same_counts(monkeypatch, block):
-    monkeypatch.setattr("scvae_tools._counts._BLOCK", block)
+    monkeypatch.setattr("scvae_tools._data.counts._BLOCK", block)
     for matrix in (make_dense(), sparse.csr_matrix(make_dense())):
         np.testing.assert_array_equal(read_counts(make_adata(matrix)).toarray(), make_dense())
     with pytest.raises(CountsError, match="found 1 negative value -3 in cell 'cell2', gene 'gene3'"):
@@ -610,7 +611,7 @@ def test_a_string_in_place_of_a_list_of_keys_is_refused(role):
 
 @pytest.mark.parametrize("block", [1, 8, 2**24])
 def test_the_mean_fraction_of_every_gene_is_that_of_the_dense_formula(monkeypatch, block):
-    monkeypatch.setattr("scvae_tools._counts._BLOCK", block)
+    monkeypatch.setattr("scvae_tools._data.counts._BLOCK", block)
     counts = read_counts(make_adata())
     size = np.asarray(counts.sum(axis=1)).ravel()
     found = gene_mean_fraction(counts, size)

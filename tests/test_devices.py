@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import scvae_tools as svt
-from scvae_tools._batches import CountDataset
+from scvae_tools._data.loader import CountDataset
 
 N_CELLS, N_GENES = 60, 12
 

@@ -17,8 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import scvae_tools as svt
-from scvae_tools import _decoding
-from scvae_tools.model import SCVAE
+from scvae_tools._module import memory
+from scvae_tools.model._scvae import SCVAE
 
 N_CELLS, N_GENES = 240, 20
 COLUMNS = ["subset", "clustering", "n_cells", "elbo", "log_likelihood", "kl_z", "kl_y"]
@@ -405,7 +405,7 @@ def test_moments_of_the_predictive_are_those_of_scipy_where_the_decoder_is_const
     adata, likelihood, chunk_bytes, monkeypatch
 ):
     model = with_a_constant_decoder(make_model(adata.copy(), likelihood=likelihood, epochs=1))
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", chunk_bytes)
     at = np.arange(40)
     rate = adata.X.toarray().sum(1, dtype=float)[at, None] * np.exp(bias(model, "log_rate"))
     if likelihood == "poisson":

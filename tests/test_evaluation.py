@@ -19,10 +19,10 @@ from scipy import sparse
 from scvi.model.base import RNASeqMixin
 
 import scvae_tools as svt
-from scvae_tools import _decoding
+from scvae_tools._module import memory
+from scvae_tools._module.vae import VAE
 from scvae_tools._random import seeded
-from scvae_tools._vae import VAE
-from scvae_tools.model import SCVAE
+from scvae_tools.model._scvae import SCVAE
 
 N_CELLS, N_GENES, N_COMPONENTS = 200, 30, 3
 MODELS = [("zinb", "gmvae"), ("nb", "vade"), ("poisson", False)]
@@ -57,13 +57,13 @@ def nb(models):
 
 @pytest.fixture(params=SIZES)
 def chunk_bytes(request, monkeypatch):
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", request.param)
     return request.param
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 20_000)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ each_kind_of_array = pytest.mark.parametrize("kind", ["h5py", "zarr", "memory ma
 
 
 def test_the_memory_is_the_stated_one():
-    assert _decoding.CHUNK_BYTES == 2**28  # "256 MB" in the documentation of five methods
+    assert memory.CHUNK_BYTES == 2**28  # "256 MB" in the documentation of five methods
     for method in ("get_lambda", "get_normalized_expression", "posterior_predictive_sample", "sample"):
         assert "``CHUNK_BYTES``" in getattr(SCVAE, method).__doc__.replace("\n", " ")
 
@@ -166,7 +166,7 @@ def test_between_chunks_gradients_work_as_ever(nb):
 
 def test_many_counts_make_chunks_small(monkeypatch):
     model, sizes = make_model(n_cells=60), []
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 40_000)
     for thinned in (False, True):
         adata = model.adata.copy()
         if thinned:
@@ -176,7 +176,7 @@ def test_many_counts_make_chunks_small(monkeypatch):
             adata.X = sparse.csr_matrix(first)
         sizes.append(len(next(model.iter_lambda(adata, gene_list=["gene3"]))))
     per_cell = model.adata.X.nnz / 60
-    assert sizes[0] == pytest.approx(40_000 / (_decoding.ENCODED_BYTES * per_cell), rel=0.1)
+    assert sizes[0] == pytest.approx(40_000 / (memory.ENCODED_BYTES * per_cell), rel=0.1)
     assert sizes[1] == 60
 
 
@@ -242,7 +242,7 @@ def test_expression_is_decoded_within_the_memory(model, n_samples, gene_list, de
 
 
 def test_where_one_cell_is_too_large_its_genes_are_decoded_a_few_at_a_time(nb, monkeypatch, decoded):
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 4 * 100 * 7 * 6)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 4 * 100 * 7 * 6)
     found = nb.get_normalized_expression(n_samples=100, indices=[4, 8], random_state=3)
     assert {shape[:2] for shape in decoded} == {(100, 1)}
     assert [shape[2] for shape in decoded] == 2 * [7, 7, 7, 7, 2]
@@ -352,7 +352,7 @@ def test_differential_expression_is_the_same_in_parts(nb, mode, monkeypatch):
         return nb.differential_expression(batch_correction=True, **options).sort_index()
 
     at_once = table()
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 5_000)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 5_000)
     in_parts = table()
     monkeypatch.setattr(
         SCVAE, "get_normalized_expression", lambda self, *a, **k: RNASeqMixin.get_normalized_expression(self, *a, **k)
@@ -500,7 +500,7 @@ def test_new_cells_are_drawn_within_the_memory(model, decoded):
 
 def test_new_cells_in_parts_have_the_means_of_those_at_once(nb, monkeypatch):
     at_once = nb.sample(3000, random_state=2)
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 20_000)
     in_parts = nb.sample(3000, random_state=2)
     np.testing.assert_array_equal(in_parts.obsm["X_latent"], at_once.obsm["X_latent"])
     means = [np.asarray(a.X.mean(0)).ravel() for a in (at_once, in_parts)]
@@ -545,7 +545,7 @@ METHODS = {
 @pytest.mark.parametrize("case", METHODS)
 def test_no_second_copy_of_the_result_is_made(wide, case, monkeypatch):
     """NumPy's memory above the result, which tracemalloc sees (and torch's not), is far below the result."""
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 2**20)
     method, options = getattr(wide, case.split()[0]), METHODS[case]
     method(**(options | ({"n_cells": 10} if case == "sample" else {"indices": [0]})))  # imports
     tracemalloc.start()

@@ -17,10 +17,11 @@ from scipy import special, stats
 from sklearn.mixture import GaussianMixture as FittedMixture
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from scvae_tools._bounds import Posterior
-from scvae_tools._gmvae import COVARIANCES, GMVAE, N_PREDICTION_DRAWS, WEIGHTS, GaussianMixture, MixtureVAE, VaDE
-from scvae_tools._networks import Covariates, Sizes
-from scvae_tools._vae import VAE
+from scvae_tools._module.bounds import Posterior
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.gaussian_mixture import COVARIANCES, WEIGHTS, GaussianMixture
+from scvae_tools._module.mixture_vaes import GMVAE, N_PREDICTION_DRAWS, MixtureVAE, VaDE
+from scvae_tools._module.vae import VAE
 from scvae_tools.likelihoods import LIKELIHOODS
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from test_gmvae import KINDS, make_cells, make_mixture_vae
 
 import scvae_tools as svt
-from scvae_tools._bounds import LABEL_WEIGHT
+from scvae_tools._module.bounds import LABEL_WEIGHT
 
 LABEL = torch.tensor([0, 2, -1, 1, -1, 0])
 

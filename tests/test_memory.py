@@ -15,9 +15,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import scvae_tools as svt
-from scvae_tools._memory import SMALLEST, Buffers
-from scvae_tools._networks import Covariates, Sizes
-from scvae_tools._vae import VAE
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.memory import SMALLEST, Buffers
+from scvae_tools._module.vae import VAE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,9 +17,9 @@ from scipy import stats
 
 import scvae_tools as svt
 from scvae_tools._keys import LATENT_MEAN, LATENT_PROBABILITIES, LATENT_VARIANCE
-from scvae_tools._networks import Covariates
+from scvae_tools._module.covariates import Covariates
 from scvae_tools.likelihoods import LIKELIHOODS
-from scvae_tools.model import SCVAE
+from scvae_tools.model._scvae import SCVAE
 
 KINDS = [False, "gmvae", "vade"]
 N_CELLS, N_GENES, N_COMPONENTS, N_LATENT = 120, 30, 3, 4
@@ -454,7 +454,8 @@ def test_history_has_a_row_an_epoch_and_names_the_stages():
 
 @pytest.mark.parametrize(("n_cells", "batch_size"), [(5, 128), (100, 128), (3_000, 128), (1_000_000, 128)])
 def test_the_kl_weight_rises_evenly_to_one_for_any_number_of_cells(n_cells, batch_size):
-    from scvae_tools._training import TrainingPlan, default_max_epochs, plan_stages
+    from scvae_tools._train.plan import TrainingPlan
+    from scvae_tools._train.stages import default_max_epochs, plan_stages
 
     warm_up, after = plan_stages(default_max_epochs(n_cells), mixture=True)[:2]
     n_batches = -(-n_cells // batch_size)

@@ -14,8 +14,9 @@ import torch
 from scipy.special import logsumexp
 from torch import nn
 
-from scvae_tools._batches import Counts
-from scvae_tools._networks import DISPERSIONS, NORMALIZATIONS, Covariates, Decoder, Encoder, Sizes, extend_batches
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.networks import DISPERSIONS, NORMALIZATIONS, Decoder, Encoder, extend_batches
+from scvae_tools._module.sparse import Counts
 from scvae_tools.likelihoods import LIKELIHOODS, get_likelihood
 
 if TYPE_CHECKING:

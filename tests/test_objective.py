@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import scvae_tools as svt
-from scvae_tools._bounds import LABEL_WEIGHT, Bound
-from scvae_tools._gmvae import GaussianMixture
-from scvae_tools._training import Objective, plan_stages
+from scvae_tools._module.bounds import LABEL_WEIGHT, Bound
+from scvae_tools._module.gaussian_mixture import GaussianMixture
+from scvae_tools._train.plan import Objective
+from scvae_tools._train.stages import plan_stages
 
 N_EPOCHS = 20
 

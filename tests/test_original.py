@@ -18,8 +18,8 @@ from scipy import special, stats
 from sklearn.utils import shuffle
 
 import scvae_tools as svt
-from scvae_tools._gmvae import GMVAE
-from scvae_tools._networks import Covariates, Sizes
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools.likelihoods import get_likelihood
 
 ROOT = Path(__file__).parents[1]

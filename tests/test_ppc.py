@@ -14,9 +14,10 @@ from independent import N_ERRORS
 from scipy import sparse
 
 import scvae_tools as svt
-from scvae_tools import _decoding
-from scvae_tools._ppc import STATISTICS, Totals, find_ppc, first_counts, ppc
-from scvae_tools.model import SCVAE
+from scvae_tools._module import memory
+from scvae_tools._results.predictive_check import STATISTICS, find_ppc
+from scvae_tools.model._scvae import SCVAE
+from scvae_tools.tl._ppc import Totals, first_counts, ppc
 
 N_CELLS, N_GENES = 200, 20
 GENES = ["gene3", "gene11"]
@@ -88,7 +89,7 @@ def test_the_data_have_the_moments_of_their_counts(checked):
 
 @pytest.mark.parametrize("chunk_bytes", SIZES)
 def test_the_model_has_the_moments_of_all_draws_at_once(adata, model, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", chunk_bytes)
     options = {"n_samples": 5, "random_state": 3, "indices": np.arange(150 if chunk_bytes > 10_000 else 12)}
     ppc(adata, model, **options)
     assert_is_of_draws(adata.uns["scvae_ppc"]["genes"], drawn_at_once(model, adata, **options))
@@ -154,7 +155,7 @@ def test_sums_are_the_same_however_many_cells_and_draws_come_at_a_time():
 
 def test_counts_of_the_data_are_summed_in_blocks(monkeypatch):
     counts = np.random.default_rng(0).poisson(0.4, (50, 7)).astype(np.float32)
-    monkeypatch.setattr("scvae_tools._ppc._BLOCK", 9)
+    monkeypatch.setattr("scvae_tools.tl._ppc._BLOCK", 9)
     totals = Totals(1, 7)
     totals.add_sparse(sparse.csr_matrix(counts))
     for name, value in moments(counts.astype(np.float64)).items():
@@ -294,7 +295,7 @@ def test_the_memory_does_not_grow_with_cells_and_draws(monkeypatch):
     rng = np.random.default_rng(0)
     adata = anndata.AnnData(sparse.csr_matrix(rng.poisson(0.1, (n_cells, n_genes)).astype(np.float32)))
     model = make_model(adata.copy(), epochs=1)
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 2**22)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 2**22)
     sizes, add = [], Totals.add
     monkeypatch.setattr(Totals, "add", lambda self, first, draws: (sizes.append(draws.nbytes), add(self, first, draws)))
     ppc(adata, model, n_samples=2, indices=[0])  # imports

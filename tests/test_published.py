@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scvae_tools import _published, datasets
+from scvae_tools import datasets
+from scvae_tools.datasets import _published
 
 N_CELLS, N_GENES = 30, 20
 GENE_NAMES = [f"Gene{gene}" for gene in range(N_GENES - 2)] + ["Twin", "Twin"]

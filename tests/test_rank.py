@@ -20,10 +20,12 @@ from scipy import integrate, stats
 from scipy.cluster import hierarchy
 
 import scvae_tools as svt
-from scvae_tools import _decoding, _rank
-from scvae_tools._gmvae import COVARIANCES, GaussianMixture
-from scvae_tools._rank import bhattacharyya, dendrogram, rank_components, s_values
-from scvae_tools.model import SCVAE
+from scvae_tools._module import memory
+from scvae_tools._module.gaussian_mixture import COVARIANCES, GaussianMixture
+from scvae_tools.model._scvae import SCVAE
+from scvae_tools.tl import _rank_components as _rank
+from scvae_tools.tl._dendrogram import bhattacharyya, dendrogram
+from scvae_tools.tl._rank_components import rank_components, s_values
 
 mpl.use("Agg")
 
@@ -184,7 +186,7 @@ def test_s_values_are_the_mean_rate_of_all_genes_that_are_no_worse():
 
 def test_the_result_does_not_depend_on_how_many_genes_are_decoded_at_a_time(adata, model, monkeypatch):
     whole = ranked(adata, model)
-    monkeypatch.setattr(_decoding, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 100_000)
     pd.testing.assert_frame_equal(ranked(adata, model), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import scvae_tools as svt
-from scvae_tools._saving import ABANDONED, digest, read_saved, write_atomically, write_saved
+from scvae_tools._files import ABANDONED, digest, write_atomically
+from scvae_tools.model._saved_file import read_saved, write_saved
 
 VALUES = {
     "number": 1.5,

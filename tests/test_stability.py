@@ -14,12 +14,12 @@ from independent import array, log_pmf
 from scipy import special
 
 import scvae_tools as svt
-from scvae_tools import _stability
-from scvae_tools._batches import CountDataset
-from scvae_tools._stability import RateRecorder
-from scvae_tools._vae import sum_over_genes
+from scvae_tools._data.loader import CountDataset
+from scvae_tools._module.gene_sum import sum_over_genes
+from scvae_tools._train import recorder as _stability
+from scvae_tools._train.recorder import RateRecorder
 from scvae_tools.likelihoods import LIKELIHOODS
-from scvae_tools.model import SCVAE
+from scvae_tools.model._scvae import SCVAE
 
 COLUMNS = ["rate_at_zeros", "max_rate"]
 N_BATCHES = 2

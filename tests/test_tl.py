@@ -29,8 +29,8 @@ from anndata import AnnData
 from scipy import sparse, stats
 
 import scvae_tools as svt
-from scvae_tools._counts import CountsError
-from scvae_tools._training import NonFiniteError
+from scvae_tools._data.counts import CountsError
+from scvae_tools._train.plan import NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -174,7 +174,7 @@ def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         pytest.fail("the training began")
 
-    monkeypatch.setattr("scvae_tools._fitting.run_stage", fail)
+    monkeypatch.setattr("scvae_tools.model._training.run_stage", fail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_of_an_earlier_model_under_the_same_name_nothing_is_left_beside_the_new(
     svt.tl.ppc(adata, model)
     expected = documented_keys(True, linear_decoder=True)
     assert added_keys(make_adata(), adata) == expected | {"uns": {"scvae", "scvae_ppc"}}
-    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 0)
+    monkeypatch.setattr("scvae_tools.tl._lambda_layer._free_memory", lambda: 0)
     with pytest.warns(UserWarning, match="is left out"):
         fit(adata, mixture=False)
     assert added_keys(make_adata(), adata) == documented_keys(False) | {"layers": set()}
@@ -614,13 +614,13 @@ N_BYTES = 4 * N_CELLS * N_GENES
 )
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_lambda_is_written_as_asked_for_or_where_it_fits(monkeypatch, write_lambda, free, is_written):
-    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: free)
+    monkeypatch.setattr("scvae_tools.tl._lambda_layer._free_memory", lambda: free)
     adata = fitted(mixture=False, max_epochs=1, write_lambda=write_lambda)
     assert ("scvae_lambda" in adata.layers) == is_written
 
 
 def test_lambda_larger_than_a_quarter_of_the_memory_is_left_out_with_its_size_and_two_ways_to_get_it(monkeypatch):
-    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 4 * N_BYTES - 1)
+    monkeypatch.setattr("scvae_tools.tl._lambda_layer._free_memory", lambda: 4 * N_BYTES - 1)
     adata = make_adata()
     with pytest.warns(UserWarning, match=r"'scvae_lambda'.* GiB.*write_lambda=True.*model\.get_lambda") as caught:
         fit(adata, max_epochs=2)
@@ -651,7 +651,7 @@ each_array_for_lambda = pytest.mark.parametrize("kind", ["zarr", "h5py", "memory
 @each_array_for_lambda
 @pytest.mark.parametrize("mask_var", [None, "kept"])
 def test_lambda_goes_into_an_array_which_becomes_the_layer(kind, mask_var, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 0)
+    monkeypatch.setattr("scvae_tools.tl._lambda_layer._free_memory", lambda: 0)
     place, adata = array_for_lambda(kind, tmp_path), make_adata()
     fit(adata, write_lambda=place, mask_var=mask_var)
     expected = trained(True).adata if mask_var is None else fitted(mask_var=mask_var, write_lambda=True)
@@ -725,9 +725,9 @@ def test_an_array_that_anndata_does_not_take_is_filled_alone(caplog):
 @pytest.mark.parametrize("mask_var", [None, "kept"])
 def test_lambda_is_written_in_chunks_of_the_stated_memory(mask_var, monkeypatch):
     expected = fitted(mixture=False, mask_var=mask_var).layers["scvae_lambda"]
-    monkeypatch.setattr("scvae_tools._decoding.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
-    monkeypatch.setattr("scvae_tools._decoding.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
-    monkeypatch.setattr("scvae_tools._decoding.DECODED_NUMBERS", -1)  # one number a value
+    monkeypatch.setattr("scvae_tools._module.memory.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
+    monkeypatch.setattr("scvae_tools._module.memory.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
+    monkeypatch.setattr("scvae_tools._module.memory.DECODED_NUMBERS", -1)  # one number a value
     place, in_memory = Rows(), make_adata()
     fit(make_adata(), mixture=False, mask_var=mask_var, write_lambda=place)
     fit(in_memory, mixture=False, mask_var=mask_var)
@@ -811,7 +811,7 @@ def backed(path: Path, form: str = "csr_matrix", mode: str = "r+", **layers: obj
 @pytest.mark.parametrize("form", ["csr_matrix", "csc_matrix", "dense float32"])
 @pytest.mark.parametrize("mask_var", [None, "kept"])
 def test_lambda_of_a_backed_anndata_is_in_its_file_at_once(form, mask_var, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("scvae_tools.tl._free_memory", lambda: 0)
+    monkeypatch.setattr("scvae_tools.tl._lambda_layer._free_memory", lambda: 0)
     path = tmp_path / "a.h5ad"
     adata = backed(path, form, other=np.ones((N_CELLS, N_GENES)))
     fit(adata, write_lambda=True, mask_var=mask_var)
@@ -1012,7 +1012,7 @@ def test_global_random_states_are_left_as_they_were(mixture, n_components):
 
 
 def test_global_random_states_are_left_as_they_were_after_an_error(monkeypatch):
-    monkeypatch.setattr("scvae_tools._vae.VAE.bound", not_finite(lambda call: True))
+    monkeypatch.setattr("scvae_tools._module.vae.VAE.bound", not_finite(lambda call: True))
     before = global_random_states()
     with pytest.warns(UserWarning, match="once more"), pytest.raises(NonFiniteError):
         fit(make_adata())
@@ -1399,7 +1399,7 @@ def test_a_single_gene_works():
 @pytest.mark.parametrize(("early_stopping", "n_epochs"), [(False, 6), (True, 4)])
 def test_a_stage_ends_early_where_the_bound_no_longer_rises(early_stopping, n_epochs, monkeypatch):
     # 2 epochs of warm-up, which are never cut, then 1 with the best bound and 1 of patience.
-    monkeypatch.setattr("scvae_tools._vae.VAE.bound", falling())
+    monkeypatch.setattr("scvae_tools._module.vae.VAE.bound", falling())
     adata = fitted(mixture=False, max_epochs=6, patience=1, early_stopping=early_stopping)
     assert len(adata.uns["scvae"]["history"]) == n_epochs
 
@@ -1449,7 +1449,7 @@ def test_verbose_shows_epochs_and_bound_on_stderr_alone(mixture, capfd):
 
 def interrupt_in(epoch: int) -> Callable:
     """A training step during which the user presses Ctrl-C in the given epoch."""
-    from scvae_tools._training import TrainingPlan
+    from scvae_tools._train.plan import TrainingPlan
 
     step = TrainingPlan.training_step
 
@@ -1463,7 +1463,7 @@ def interrupt_in(epoch: int) -> Callable:
 
 @each_model
 def test_ctrl_c_in_the_first_epoch_leaves_everything_as_it_was(mixture, monkeypatch):
-    monkeypatch.setattr("scvae_tools._training.TrainingPlan.training_step", interrupt_in(1))
+    monkeypatch.setattr("scvae_tools._train.plan.TrainingPlan.training_step", interrupt_in(1))
     adata = make_adata()
     before, handler, stores = fingerprint(adata), signal.getsignal(signal.SIGINT), managers()
     with pytest.raises(KeyboardInterrupt):
@@ -1489,7 +1489,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_everything_as_it_was(mixture, monkeypa
     ],
 )
 def test_ctrl_c_later_writes_all_results_and_says_what_was_kept(mixture, epoch, stage, done, monkeypatch):
-    monkeypatch.setattr("scvae_tools._training.TrainingPlan.training_step", interrupt_in(epoch))
+    monkeypatch.setattr("scvae_tools._train.plan.TrainingPlan.training_step", interrupt_in(epoch))
     adata, handler = make_adata(), signal.getsignal(signal.SIGINT)
     message = rf"interrupted in stage '{stage}' after {done} of its at most \d+ epochs\. Kept: the weights"
     with pytest.warns(UserWarning, match=message) as caught:
@@ -1506,14 +1506,14 @@ def test_ctrl_c_later_writes_all_results_and_says_what_was_kept(mixture, epoch, 
 
 def test_after_ctrl_c_the_next_call_trains_to_the_end(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("scvae_tools._training.TrainingPlan.training_step", interrupt_in(2))
+        patch.setattr("scvae_tools._train.plan.TrainingPlan.training_step", interrupt_in(2))
         with pytest.warns(UserWarning, match="interrupted"):
             fit(make_adata())
     assert differing(results_of(fitted()), results_of(trained(True).adata)) == []
 
 
 def test_ctrl_c_is_quiet_but_for_the_warning(monkeypatch, capfd):
-    monkeypatch.setattr("scvae_tools._training.TrainingPlan.training_step", interrupt_in(3))
+    monkeypatch.setattr("scvae_tools._train.plan.TrainingPlan.training_step", interrupt_in(3))
     with pytest.warns(UserWarning, match="interrupted"):
         fit(make_adata())
     assert capfd.readouterr() == ("", "")
@@ -1526,7 +1526,7 @@ def test_ctrl_c_is_quiet_but_for_the_warning(monkeypatch, capfd):
 
 def not_finite(is_bad: Callable[[int], bool], term: str = "kl_z", value: float = float("nan")) -> Callable:
     """A bound with a term that is not finite in the calls, counted from 0, that ``is_bad`` picks."""
-    from scvae_tools._vae import VAE
+    from scvae_tools._module.vae import VAE
 
     bound, calls = VAE.bound, iter(range(10**6))
 
@@ -1539,7 +1539,7 @@ def not_finite(is_bad: Callable[[int], bool], term: str = "kl_z", value: float =
 
 def falling() -> Callable:
     """A bound that is worse at every call."""
-    from scvae_tools._vae import VAE
+    from scvae_tools._module.vae import VAE
 
     bound, calls = VAE.bound, iter(range(10**6))
 
@@ -1558,7 +1558,7 @@ def falling() -> Callable:
     [(False, 1, 0), (False, 3, 1), (True, 1, 1), (True, 2, 0), ("vade", 2, 1)],
 )
 def test_a_stage_that_broke_down_once_is_tried_again_with_a_lower_learning_rate(mixture, epoch, subset, monkeypatch):
-    monkeypatch.setattr("scvae_tools._vae.VAE.bound", not_finite(lambda call: call == 2 * (epoch - 1) + subset))
+    monkeypatch.setattr("scvae_tools._module.vae.VAE.bound", not_finite(lambda call: call == 2 * (epoch - 1) + subset))
     adata = make_adata()
     message = rf"kl_z became NaN or infinite in epoch {epoch} \(.*; trying this stage once more with lr=0\.0002"
     with pytest.warns(UserWarning, match=message) as caught:
@@ -1575,7 +1575,7 @@ def test_a_stage_that_broke_down_once_is_tried_again_with_a_lower_learning_rate(
     [(False, "kl_z", np.nan), (True, "log_likelihood", np.inf), ("vade", "kl_y", np.nan)],
 )
 def test_training_that_breaks_down_twice_says_where_and_what_to_try(mixture, term, value, monkeypatch):
-    monkeypatch.setattr("scvae_tools._vae.VAE.bound", not_finite(lambda call: call >= 2, term, value))
+    monkeypatch.setattr("scvae_tools._module.vae.VAE.bound", not_finite(lambda call: call >= 2, term, value))
     adata = make_adata()
     before, stores = fingerprint(adata), managers()
     message = rf"{term} became NaN or infinite in epoch 2 \(stage 'vae'\).*Try a lower `lr`"

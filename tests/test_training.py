@@ -14,15 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
-from scvae_tools._training import (
-    Stage,
-    TrainingPlan,
-    default_max_epochs,
-    matmul_precision,
-    plan_stages,
-    quiet,
-    sigint_restored,
-)
+from scvae_tools._train.plan import TrainingPlan
+from scvae_tools._train.run import matmul_precision, sigint_restored
+from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
+from scvae_tools._upstream import quiet
 
 
 @pytest.mark.parametrize(("n_cells", "epochs"), [(10, 400), (700, 400), (4_271, 120), (20_000, 26), (1_000_000, 20)])
@@ -147,7 +142,7 @@ def test_the_handler_of_ctrl_c_is_put_back():
 def test_a_process_that_is_told_to_end_ends():
     code = """
 import os, signal, scvae_tools as svt
-from scvae_tools._training import TrainingPlan
+from scvae_tools._train.plan import TrainingPlan
 step = TrainingPlan.training_step
 def stop(self, batch, index):
     if self.current_epoch == 1:
@@ -166,7 +161,7 @@ def test_ctrl_c_from_the_keyboard_keeps_the_best_weights():
     code = """
 import os, signal, scvae_tools as svt
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from scvae_tools._training import TrainingPlan
+from scvae_tools._train.plan import TrainingPlan
 step = TrainingPlan.training_step
 def stop(self, batch, index):
     if self.current_epoch == 1 and self.stage.name == "vae":

@@ -26,9 +26,10 @@ from independent import (
 from scipy import special, stats
 from torch.distributions import Normal, kl_divergence
 
-from scvae_tools._bounds import Bound, Posterior, StandardNormal, log_softplus
-from scvae_tools._networks import Covariates, Sizes
-from scvae_tools._vae import ENCODER_INPUTS, N_REFERENCE_CELLS, VAE, sum_over_genes
+from scvae_tools._module.bounds import Bound, Posterior, StandardNormal, log_softplus
+from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.gene_sum import sum_over_genes
+from scvae_tools._module.vae import ENCODER_INPUTS, N_REFERENCE_CELLS, VAE
 from scvae_tools.likelihoods import LIKELIHOODS, get_likelihood
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  #: at most a few thousand operations in float64

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from scvae_tools._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from scvae_tools import datasets, likelihoods, metrics, pl, tl
-    from scvae_tools._counts import CountsError
-    from scvae_tools._training import NonFiniteError
-    from scvae_tools.model import SCVAE
+    from scvae_tools._data.counts import CountsError
+    from scvae_tools._train.plan import NonFiniteError
+    from scvae_tools.model._scvae import SCVAE
 
-__version__ = metadata.version("scvae-tools")
 __all__ = ["SCVAE", "CountsError", "NonFiniteError", "datasets", "likelihoods", "metrics", "pl", "tl"]
-_HOMES = {"SCVAE": "model", "CountsError": "_counts", "NonFiniteError": "_training"}
+_HOMES = {"SCVAE": "model", "CountsError": "_data.counts", "NonFiniteError": "_train.plan"}
 
 
 def __getattr__(name: str) -> object:

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger("scvae_tools")
+
+
+class InterruptedTraining(UserWarning):
+    """Ctrl-C ended a training; what it had reached is kept."""
+
 
 _said_before: ContextVar[bool] = ContextVar("said_before", default=False)
 _PACKAGE = str(Path(__file__).parent)
@@ -29,17 +34,23 @@ def said_before() -> Iterator[None]:
         _said_before.reset(token)
 
 
-def warn(message: str) -> None:
-    """Warn, at the first line outside the package."""
+def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
+    """Warn the user, at the first line outside the package."""
     if _said_before.get():
         return
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def inform(message: str, *values: object) -> None:
     """Log at the level INFO."""
     if not _said_before.get():
         logger.info(message, *values)
+
+
+def listed(names: Iterable[object]) -> str:
+    names = list(names)
+    shown = ", ".join(repr(str(name)) for name in names[:20])
+    return (shown + (", ..." if len(names) > 20 else "")) or "(none)"

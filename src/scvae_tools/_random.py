@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from scvae_tools._checks import is_whole
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 _is_seeded: ContextVar[bool] = ContextVar("is_seeded", default=False)
 
@@ -30,7 +32,7 @@ def as_seed(random_state: object, rng: object) -> int:
         return int(random_state.randint(2**31 - 1))
     if random_state is None:
         return int(np.random.default_rng().integers(2**31))
-    if isinstance(random_state, int | np.integer) and random_state >= 0:
+    if is_whole(random_state) and random_state >= 0:
         return int(random_state)
     raise ValueError(
         f"`random_state` must be a whole number of at least 0, a NumPy generator or None; found {random_state!r}."
@@ -67,6 +69,34 @@ def seeded(seed: int) -> Iterator[None]:
         _is_seeded.reset(token)
 
 
+class RandomStream:
+    """Random numbers of one seed for a generator function: they go on at each entry, and are hidden in between.
+
+    A generator function that stayed within `seeded` while it yields would leave the global states seeded for whoever
+    reads it.
+
+    Parameters
+    ----------
+    seed
+        Of the first entry.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._states = seed, None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Let the global generators be those of this stream inside; within `seeded` those are that stream already."""
+        if _is_seeded.get():
+            yield
+            return
+        with seeded(self._seed):
+            if self._states is not None:
+                set_random_states(self._states)
+            yield
+            self._states = random_states()
+
+
 def with_random_state(method: Callable) -> Callable:
     """Give a method of scvi-tools a ``random_state`` in place of its use of the global one."""
 
@@ -81,3 +111,24 @@ def with_random_state(method: Callable) -> Callable:
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     wrapped.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
     return wrapped
+
+
+def random_states() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, as a file can hold them."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put the generators where `random_states` found them."""
+    name, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)

@@ -13,7 +13,7 @@ from pictures import (
 )
 
 from scvae_tools import pl
-from scvae_tools._calibration import calibration
+from scvae_tools._results.calibration import calibration
 from scvae_tools.pl import _calibration as reliability_panel
 
 

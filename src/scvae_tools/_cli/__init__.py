@@ -97,7 +97,7 @@ class _Version(argparse.Action):
     """Look the version up when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from scvae_tools import __version__
+        from scvae_tools._version import __version__
 
         sys.stdout.write(f"{PROGRAM} {__version__}\n")
         parser.exit()

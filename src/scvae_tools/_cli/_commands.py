@@ -9,13 +9,12 @@ import inspect
 import json
 import time
 import tomllib
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from scvae_tools import datasets as data_sets
 from scvae_tools import metrics, pl, tl
@@ -29,17 +28,14 @@ from scvae_tools._cli._writing import (
     write_adata,
     write_table,
 )
-from scvae_tools._counts import listed
-from scvae_tools._evaluate import without_labels
 from scvae_tools._keys import Keys
+from scvae_tools._messages import listed
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-    from anndata import AnnData
-
-    from scvae_tools.model import SCVAE
+    from scvae_tools.model._scvae import SCVAE
 
 #: Arguments that decide what a function returns or shows, which a command relies on.
 SET_HERE = {"adata", "data", "copy", "return_model", "verbose", "show", "save", "ax", "axes"}
@@ -57,32 +53,16 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     adata = _read(given)
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
     start = time.perf_counter()
-    with _interruptions() as interruptions:
-        model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
+    model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
     seconds = time.perf_counter() - start
     if model_folder is not None:
         model.save(model_folder, overwrite=overwrite)
     if output is not None:
         write_adata(adata, output)
     summary = _summary(adata, model, Keys(options.get("key_added", "scvae")), labels)
-    summary |= {"interrupted": True} if interruptions else {}
+    summary |= {"interrupted": True} if model.was_interrupted else {}
     written = {"output": output, "model": model_folder}
     return summary | {"seconds": seconds} | {name: str(path) for name, path in written.items() if path is not None}
-
-
-@contextmanager
-def _interruptions() -> Iterator[list[str]]:
-    """The warnings inside that a training was interrupted: nothing else tells when what it reached has been kept."""
-    found, show = [], warnings.showwarning
-
-    def note(message: Warning | str, *positional: Any, **options: Any) -> None:
-        if str(message).startswith("Training was interrupted"):
-            found.append(str(message))
-        show(message, *positional, **options)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = note
-        yield found
 
 
 def _summary(adata: AnnData, model: SCVAE, keys: Keys, labels: pd.Series | None) -> dict[str, Any]:
@@ -112,12 +92,13 @@ def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     keys = Keys(_get(given, "key_added", default="scvae"))
     model = _load(given)
     adata = _read(given)
-    cells = _cells_of_model(adata, model, given)
-    cells = without_labels(cells, model)
-    params = tl._params_of(model) | {"model": str(given.model)}
-    tl._replace(adata, tl._results_of(model, keys, params, {}, cells), keys)
+    layer, fill = _get(given, "layer"), _get(given, "fill_missing", default=False)
+    _check_genes(adata, model, fill=fill)
+    _check_layer(adata, layer)
+    tl.predict(adata, model, layer=layer, fill_missing=fill, key_added=keys.key_added)
+    adata.uns[keys.uns]["params"]["model"] = str(given.model)
     write_adata(adata, output)
-    summary: dict[str, Any] = {"cells": adata.n_obs, "genes": cells.n_vars}
+    summary: dict[str, Any] = {"cells": adata.n_obs, "genes": len(model.var_names)}
     if model.is_mixture:
         summary |= adata.obs[keys.component].value_counts(sort=False).add_prefix("cells_in_").to_dict()
     return summary | {"output": str(output)}
@@ -292,37 +273,46 @@ def _read(given: Namespace) -> AnnData:
 
 
 def _load(given: Namespace) -> SCVAE:
-    from scvae_tools.model import SCVAE
+    from scvae_tools.model._scvae import SCVAE
 
     return SCVAE.load(given.model, **_given(given, _options.LOAD))
 
 
 def _labels(adata: AnnData, key: str, option: str) -> pd.Series:
-    from scvae_tools._counts import _column_of_obs
+    from scvae_tools._data.roles import column_of_obs
 
-    return _column_of_obs(adata, key, option)
+    return column_of_obs(adata, key, option)
 
 
-def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:
-    """The counts of the model's genes in its order, with all that is known of the cells."""
-    from anndata import AnnData as ModelData
-
-    from scvae_tools._training import quiet
-
+def _check_genes(adata: AnnData, model: SCVAE, *, fill: bool) -> np.ndarray:
+    """Names of the model's genes that the data lack; an error unless they are to be filled."""
     names = model.var_names
-    fill, layer = _get(given, "fill_missing", default=False), _get(given, "layer")
     missing = names[~np.isin(names, adata.var_names.astype(str))]
     if len(missing) and not fill:
         raise ValueError(
             f"The data must have the model's genes; {len(missing):,} of {len(names):,} are missing: {listed(missing)}. "
             "Take data with these genes, or pass --fill-missing to take their counts as 0."
         )
+    return missing
+
+
+def _check_layer(adata: AnnData, layer: str | None) -> None:
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"--layer must name a layer of the data; found {layer!r}, there are {listed(adata.layers)}.")
+
+
+def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:
+    """The counts of the model's genes in its order, with all that is known of the cells."""
+    from scvae_tools._upstream import quiet
+
+    fill, layer = _get(given, "fill_missing", default=False), _get(given, "layer")
+    missing = _check_genes(adata, model, fill=fill)
+    _check_layer(adata, layer)
     counts = adata.X if layer is None else adata.layers[layer]
-    cells = ModelData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))
+    cells = AnnData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))
     with quiet():
-        cells = model.prepare_query_anndata(cells, model, inplace=False) if len(missing) else cells[:, names].copy()
-    if model._layer is not None:
-        cells.layers[model._layer] = cells.X
+        fitted = model.prepare_query_anndata(cells, model, inplace=False) if len(missing) else None
+    cells = cells[:, model.var_names].copy() if fitted is None else fitted
+    if model.layer is not None:
+        cells.layers[model.layer] = cells.X
     return cells

@@ -16,8 +16,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from scvae_tools._counts import listed
-from scvae_tools._messages import inform
+from scvae_tools._messages import inform, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,7 +60,7 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
         If it cannot be read; it says why.
     """
     if str(path) == DEMO:
-        from scvae_tools.datasets import pbmc68k_reduced
+        from scvae_tools.datasets._pbmc import pbmc68k_reduced
 
         return pbmc68k_reduced()
     path = Path(path)

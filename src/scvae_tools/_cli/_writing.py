@@ -1,15 +1,14 @@
-"""Results -> files: looked after before the work begins, written under a temporary name, and renamed."""
+"""Results into files: where they go is checked before the work begins, and no half-written file is left."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from scvae_tools._files import replacing
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from anndata import AnnData
@@ -72,37 +71,6 @@ def _check_folder(folder: Path) -> None:
 
 def _is_zarr(path: Path) -> bool:
     return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Name to write to, in the same folder and with the same ending; on success it is renamed, else it is removed."""
-    temporary = _beside(path, "part")
-    try:
-        yield temporary
-        _rename(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-def _rename(new: Path, path: Path) -> None:
-    if not path.is_dir():
-        new.replace(path)
-        return
-    former = path.rename(_beside(path, "former"))  # a folder with files in it cannot be replaced in one step
-    new.rename(path)
-    _remove(former)
-
-
-def _beside(path: Path, role: str) -> Path:
-    return path.with_name(f".{role}-{os.getpid()}-{path.name}")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_adata(adata: AnnData, path: Path) -> None:

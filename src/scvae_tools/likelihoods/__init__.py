@@ -16,17 +16,18 @@ or, as a density, a number on the real line. Bounds of different kinds cannot be
 
 from __future__ import annotations
 
-from numbers import Integral
-
+from scvae_tools._checks import check_whole
 from scvae_tools.likelihoods._base import RATE, Head, Likelihood
 from scvae_tools.likelihoods._base import Params as Params
 from scvae_tools.likelihoods._base import differentiate as differentiate
-from scvae_tools.likelihoods._counts import Bernoulli, ConstrainedPoisson, NegativeBinomial, Poisson, ZeroInflated
 from scvae_tools.likelihoods._densities import Gaussian, LogNormal, Lomax
 from scvae_tools.likelihoods._distribution import CountDistribution
+from scvae_tools.likelihoods._negative_binomial import NegativeBinomial
 from scvae_tools.likelihoods._piecewise import PiecewiseCategorical
+from scvae_tools.likelihoods._poisson import Bernoulli, ConstrainedPoisson, Poisson
 from scvae_tools.likelihoods._rising import differentiate_log_rising_ratio as differentiate_log_rising_ratio
 from scvae_tools.likelihoods._rising import log_rising_ratio
+from scvae_tools.likelihoods._zero_inflated import ZeroInflated
 
 __all__ = [
     "LIKELIHOODS",
@@ -80,8 +81,7 @@ def get_likelihood(name: str, k_max: int = 0) -> Likelihood:
     if name not in LIKELIHOODS:
         known = ", ".join(map(repr, LIKELIHOODS))
         raise ValueError(f"`likelihood` must be one of {known}; found {name!r}. See docs/likelihoods.md for a choice.")
-    if not isinstance(k_max, Integral) or isinstance(k_max, bool) or k_max < 0:
-        raise ValueError(f"`k_max` must be a whole number of at least 0; found {k_max!r}. Pass 0 for no categories.")
+    k_max = check_whole("k_max", k_max, least=0)
     likelihood = LIKELIHOODS[name]
     if k_max == 0:
         return likelihood
@@ -89,7 +89,7 @@ def get_likelihood(name: str, k_max: int = 0) -> Likelihood:
         reason = "a density on the real line" if likelihood.is_density else "of x > 0 alone, whatever the count"
         known = ", ".join(repr(each) for each, other in LIKELIHOODS.items() if other.measures == "counts")
         raise ValueError(
-            f"`k_max` needs a likelihood of counts, to go on above {int(k_max)}; found {name!r}, which is {reason}. "
+            f"`k_max` needs a likelihood of counts, to go on above {k_max}; found {name!r}, which is {reason}. "
             f"Pass one of {known}, or k_max=0."
         )
-    return PiecewiseCategorical(likelihood, int(k_max))
+    return PiecewiseCategorical(likelihood, k_max)

@@ -13,6 +13,8 @@ from torch.distributions import constraints
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from scipy.sparse import csr_matrix
+
 Params = dict[str, Tensor]
 
 
@@ -62,6 +64,10 @@ class Likelihood(ABC):
     def is_density(self) -> bool:
         """Whether p(x) is a density, which has no upper bound."""
         return self.measures == "density"
+
+    def observed(self, counts: csr_matrix) -> csr_matrix:
+        """What p(x) is of: the counts, or whether they are above 0."""
+        return counts.sign() if self.measures == "detection" else counts
 
     def start(self, mean: Tensor) -> Params:
         """Values at which heads start, (g,) each, where the mean count of each gene is ``mean``, (g,) and positive.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scvae_tools._compare import FINISHED, RESULTS, STATE
+from scvae_tools._results.comparison import FINISHED, RESULTS, STATE
 from scvae_tools.pl._figures import TEXT, finish, given_axes, safe_palette, tidy
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._counts import listed
 from scvae_tools._keys import Keys
+from scvae_tools._messages import listed
 from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, name_latent_axes
 from scvae_tools.pl._figures import finish, given_axes, missing_result, stored_results
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scvae_tools._counts import listed
+from scvae_tools._messages import listed
 from scvae_tools.pl._figures import LINE, TEXT, component_colours, finish, new_axes, size_in_points, width_of
 from scvae_tools.pl._genes import ROWS, gene_positions, layer_of_counts, rate_layer, refuse_genes_left_out
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._ppc import find_ppc
+from scvae_tools._results.predictive_check import find_ppc
 from scvae_tools.pl._figures import LINE, TEXT, finish, given_axes, new_grid, percent
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvae_tools.pl._figures import ACCENT, LINE, TEXT, finish, given_axes, new_grid
-from scvae_tools.pl._training import _FEW_EPOCHS, _frame, _history
+from scvae_tools.pl._training import FEW_EPOCHS, history_of, stage_frame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ def stability(
     ValueError
         If there is no history, if it was not recorded how large λ became, or if there are not two ``axes``.
     """
-    history = _history(data, key, "stability")
+    history = history_of(data, key, "stability")
     _check_recorded(history, data, key)
     axes = new_grid(len(_PANELS)) if axes is None else given_axes(axes, list(_PANELS))
     for ax, name in zip(axes, _PANELS, strict=True):
@@ -90,9 +90,9 @@ def _draw(ax: Axes, history: DataFrame, name: str) -> None:
     title, unit, symbol = _PANELS[name]
     values = history[name].to_numpy(dtype=float)
     values = np.where(values > 0, values, np.nan)  # no place for 0 on a logarithmic axis
-    marker = "o" if np.isfinite(values).sum() <= _FEW_EPOCHS else None
+    marker = "o" if np.isfinite(values).sum() <= FEW_EPOCHS else None
     ax.plot(history["epoch"], values, color=LINE, label=name, lw=1.6, marker=marker, ms=3.5)
-    _frame(ax, history, title=title, ylabel=unit)
+    stage_frame(ax, history, title=title, ylabel=unit)
     ax.set_yscale("log")
     decades = np.log10([_INEXACT_ABOVE, _ZERO_ABOVE, *values[np.isfinite(values)]])
     # Whole decades: their ticks have short names.

@@ -23,7 +23,7 @@ _SPLITS = {"train": "#0072b2", "validation": "#d55e00"}
 _PANELS = {"elbo": "ELBO", "log_likelihood": "Log-likelihood", "kl_z": "KL of z", "kl_y": "KL of y"}
 _POINTS_PER_INCH = 72
 _STAGE_FONT = 8  # points
-_FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point is invisible
+FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point is invisible
 
 
 def training(
@@ -62,7 +62,7 @@ def training(
     ValueError
         If there is no history, or if the number of ``axes`` is not the number of panels.
     """
-    history = _history(data, key)
+    history = history_of(data, key)
     panels = _panels(history)
     axes = new_grid(len(panels)) if axes is None else given_axes(axes, panels)
     for ax, name in zip(axes, panels, strict=True):
@@ -73,7 +73,7 @@ def training(
     return axes
 
 
-def _history(data: AnnData | Any, key: str, plot: str = "training") -> DataFrame:
+def history_of(data: AnnData | Any, key: str, plot: str = "training") -> DataFrame:
     """Return the history of an AnnData or of a model, and check that it is one of ours; errors name the plot."""
     if hasattr(data, "uns"):
         result = data.uns.get(Keys(key).uns)
@@ -125,13 +125,13 @@ def _draw_curves(ax: Axes, history: DataFrame, name: str) -> None:
     for split, values in splits.items():
         # Validation may run only every few epochs: a line must bridge the NaNs between.
         known = np.isfinite(values)
-        marker = "o" if known.sum() <= _FEW_EPOCHS else None
+        marker = "o" if known.sum() <= FEW_EPOCHS else None
         ax.plot(epoch[known], values[known], color=_SPLITS[split], label=split, lw=1.6, marker=marker, ms=3.5)
     _limit_y(ax, splits, keep_highest=name == "elbo")
-    _frame(ax, history, title=_PANELS[name], ylabel="nats per cell")
+    stage_frame(ax, history, title=_PANELS[name], ylabel="nats per cell")
 
 
-def _frame(ax: Axes, history: DataFrame, *, title: str, ylabel: str) -> None:
+def stage_frame(ax: Axes, history: DataFrame, *, title: str, ylabel: str) -> None:
     """Set what all panels by epoch share: labels, limits of the epochs, the stages and above their names the title."""
     epoch = history["epoch"].to_numpy()
     ax.set(xlabel="epoch", ylabel=ylabel, xlim=(epoch[0] - 0.5, epoch[-1] + 0.5))

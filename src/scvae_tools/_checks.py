@@ -1,0 +1,124 @@
+"""Checks of arguments: whole numbers, numbers, choices, positions of cells.
+
+Numbers of NumPy count as numbers, and True and False do not. Each check says the rule and what was found; what is
+returned is of Python's own types, so that it can be saved.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number; NaN and infinity are."""
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
+def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = False) -> int | None:
+    """Whole number of at least ``least``, or None where that means something too.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    if value is None and or_none:
+        return None
+    if not is_whole(value) or value < least:
+        alternative = ", or None" if or_none else ""
+        raise ValueError(f"`{name}` must be a whole number of at least {least}{alternative}; found {value!r}.")
+    return int(value)
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> float:
+    """Finite number in a range: at least ``least``, above ``above``, at most ``most`` and below ``below``.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    is_within = is_number(value) and math.isfinite(value) and least <= value <= most and above < value < below
+    if not is_within:
+        limits = {"at least": least, "above": above, "at most": most, "below": below}
+        rule = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+        raise ValueError(f"`{name}` must be a finite number{f' {rule}' if rule else ''}; found {value!r}.")
+    return float(value)
+
+
+def check_share(name: str, value: object) -> float:
+    """Share above 0 and up to 1.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1]; found {value!r}.")
+    return float(value)
+
+
+def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
+    """Check that a value is one of several.
+
+    Raises
+    ------
+    ValueError
+        If it is none of them; it lists them.
+    """
+    if not any(value is each or (type(value) is type(each) and value == each) for each in known):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; found {value!r}.")
+
+
+def cell_positions(indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices") -> np.ndarray:
+    """Positions of chosen cells, from positions or from one boolean per cell; all cells for ``None``.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many booleans as cells, or a position is not that of a cell.
+    """
+    if indices is None:
+        return np.arange(n_cells)
+    chosen = np.asarray(indices)
+    if chosen.dtype == bool:
+        if chosen.shape != (n_cells,):
+            raise ValueError(
+                f"`{name}` must have one boolean per cell, shape ({n_cells},); found shape {chosen.shape}. Make it "
+                "from this AnnData, or pass positions."
+            )
+        return np.flatnonzero(chosen)
+    if chosen.size == 0:
+        return chosen.astype(int)
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+        raise ValueError(
+            f"`{name}` must list positions of cells or booleans; found {chosen.dtype} of shape {chosen.shape}. For "
+            "names of cells, pass adata.obs_names.get_indexer(names)."
+        )
+    outside = (chosen < -n_cells) | (chosen >= n_cells)
+    if outside.any():
+        raise ValueError(
+            f"`{name}` must be positions among {n_cells} cells; found {chosen[outside][0]}. Positions count from 0."
+        )
+    return np.where(chosen < 0, chosen + n_cells, chosen)

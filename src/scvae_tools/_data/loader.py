@@ -1,0 +1,137 @@
+"""Batches of cells: from the rows of a CSR matrix and the columns of obs to what the module reads."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from scvi import REGISTRY_KEYS
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from scvae_tools._data.counts import load_counts
+from scvae_tools._data.roles import ROLES
+from scvae_tools._module.sparse import Compressed, Counts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from scvi.data import AnnDataManager
+
+    from scvae_tools.likelihoods import Likelihood
+
+#: Cells at a time where no gradient is needed.
+EVALUATION_BATCH_SIZE = 512
+#: Registered data that are codes of categories; all others are numbers.
+CODES = {role.registry_key for role in ROLES.values() if role.is_categorical}
+
+
+def counts_of_matrix(matrix: sparse.csr_matrix, log_base_measure: np.ndarray | None = None) -> Counts:
+    """Counts of a CSR matrix (n, g) without duplicates and explicit zeros, with the base measure of each cell, (n,)."""
+    base = None if log_base_measure is None else torch.from_numpy(log_base_measure)
+    return Counts(_compressed(matrix), _compressed(matrix.tocsc()), base)
+
+
+def _compressed(matrix: sparse.csr_matrix | sparse.csc_matrix) -> Compressed:
+    positions = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
+    return Compressed(*positions, torch.from_numpy(matrix.data))
+
+
+class CountDataset(Dataset):
+    """Registered data of an AnnData; ``dataset[positions]`` is a batch.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    likelihood
+        Whose base measure goes with the counts.
+    """
+
+    def __init__(self, manager: AnnDataManager, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        keys = [key for key in manager.data_registry if key not in (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.MINIFY_TYPE_KEY)]
+        self.columns = {
+            key: np.asarray(manager.get_from_registry(key)).astype(np.int64 if key in CODES else np.float32)
+            for key in keys
+        }
+        self.counts = load_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+        if REGISTRY_KEYS.OBSERVED_LIB_SIZE not in self.columns:
+            total = np.asarray(self.counts.sum(1))  # in float32: in float64 scipy would copy the matrix
+            self.columns[REGISTRY_KEYS.OBSERVED_LIB_SIZE] = total
+        # Filled as cells are first seen: every epoch sees them again.
+        self.log_base_measure = np.full(self.counts.shape[0], np.nan, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    def __getitem__(self, positions: Sequence[int]) -> dict[str, Counts | Tensor]:
+        positions = np.asarray(positions)
+        counts = self.counts[positions]
+        batch = {key: torch.from_numpy(values[positions]) for key, values in self.columns.items()}
+        return batch | {REGISTRY_KEYS.X_KEY: counts_of_matrix(counts, self._base_measure(counts, positions))}
+
+    def _base_measure(self, counts: sparse.csr_matrix, positions: np.ndarray) -> np.ndarray:
+        if np.isnan(self.log_base_measure[positions]).any():
+            each = self.likelihood.log_base_measure(torch.from_numpy(counts.data)).numpy()
+            parts = sparse.csr_matrix((each, counts.indices, counts.indptr), shape=counts.shape)
+            self.log_base_measure[positions] = np.asarray(parts.sum(1)).ravel()
+        return self.log_base_measure[positions]
+
+
+class CountLoader(DataLoader):
+    """Batches of cells, what `SCVAE` makes in place of the loader of scvi-tools.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    likelihood
+        That of the model.
+    indices
+        Positions of the cells.
+    batch_size, shuffle, drop_last
+        Cells at a time, whether in a new order each time (drawn from torch's generator), and whether to leave out a
+        smaller last batch.
+    dataset
+        That of another loader of the same cells, so that a matrix which is not CSR is converted once; None to make it.
+    **options
+        Of ``torch.utils.data.DataLoader``, such as ``num_workers`` and ``pin_memory``.
+    """
+
+    def __init__(
+        self,
+        manager: AnnDataManager,
+        *,
+        likelihood: Likelihood,
+        indices: np.ndarray,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        dataset: CountDataset | None = None,
+        **options: Any,
+    ) -> None:
+        self.indices = indices
+        # A sampler of whole batches, and no collation: one row access of the CSR matrix makes the batch.
+        batches = _Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last)
+        dataset = CountDataset(manager, likelihood) if dataset is None else dataset
+        super().__init__(dataset, batch_size=None, sampler=batches, **options)
+
+
+class _Batches:
+    """Positions of the cells of each batch."""
+
+    def __init__(self, indices: np.ndarray, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
+        self.indices, self.batch_size, self.shuffle = indices, batch_size, shuffle
+        self.n_used = len(indices) - len(indices) % batch_size if drop_last else len(indices)
+
+    def __len__(self) -> int:
+        return math.ceil(self.n_used / self.batch_size)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = self.indices[torch.randperm(len(self.indices)).numpy()] if self.shuffle else self.indices
+        for start in range(0, self.n_used, self.batch_size):
+            yield order[start : start + self.batch_size]

@@ -1,0 +1,209 @@
+"""Roles of the columns of obs: batch, labels, size factor and covariates, and what each column must hold.
+
+`ROLES` is the one table of them. The set-up of a model, the tools and the command line read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scvi import REGISTRY_KEYS
+
+from scvae_tools._data.counts import first_cells, require_anndata
+from scvae_tools._messages import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from anndata import AnnData
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column of ``obs``, or several, can be to a model.
+
+    Parameters
+    ----------
+    registry_key
+        Under which scvi-tools registers it.
+    check
+        Of a column: takes the AnnData, the name of the column and that of the argument.
+    is_categorical
+        Whether it holds categories, or else numbers.
+    takes_several
+        Whether the argument is a list of columns.
+    is_input
+        Whether the networks are given it, or else it tells what is known of the cells.
+    """
+
+    registry_key: str
+    check: Callable[[AnnData, str, str], object]
+    is_categorical: bool = True
+    takes_several: bool = False
+    is_input: bool = True
+
+    def keys(self, value: object, argument: str) -> list[str]:
+        """Names of the columns that an argument gives."""
+        if value is None:
+            return []
+        if not self.takes_several:
+            return [value]
+        if isinstance(value, str):
+            raise TypeError(f"`{argument}` must be a list of names; found the string {value!r}. Pass [{value!r}].")
+        return list(value)
+
+
+def as_list(value: Iterable[str] | str | None) -> list[str] | None:
+    """Names of columns as a list, of one too; None for None."""
+    return None if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def obs_keys_of(arguments: Mapping[str, Any], *, inputs_only: bool = False) -> dict[str, Any]:
+    """Columns of ``obs`` by their roles, and what unlabelled cells have, out of the arguments of a tool."""
+    roles = {name: role for name, role in ROLES.items() if role.is_input or not inputs_only}
+    keys = {name: as_list(arguments[name]) if role.takes_several else arguments[name] for name, role in roles.items()}
+    return keys if inputs_only else keys | {"unlabeled_category": arguments["unlabeled_category"]}
+
+
+def columns_in(obs_keys: Mapping[str, Any]) -> list[str]:
+    """Names of all columns that have a role, each once."""
+    names = [name for argument, role in ROLES.items() for name in role.keys(obs_keys.get(argument), argument)]
+    return list(dict.fromkeys(names))
+
+
+def check_obs(adata: AnnData, *, unlabeled_category: str | None = None, is_new: bool = False, **obs_keys: Any) -> None:
+    """Check the columns of ``adata.obs`` that a model is to use.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    unlabeled_category
+        What the labels are of cells without one.
+    is_new
+        Whether the cells are shown to a model that is trained, so that a batch may have a single cell.
+    **obs_keys
+        Columns by their roles in `ROLES`; those that are left out have none.
+
+    Raises
+    ------
+    TypeError
+        If ``adata`` is not an AnnData, or a list of keys is a string.
+    ValueError
+        If a column does not exist, or holds what its role forbids: missing categories, a batch of a single cell,
+        covariates that are not finite numbers, size factors that are not positive.
+    """
+    require_anndata(adata)
+    if obs_keys.get("labels_key") is None and unlabeled_category is not None:
+        raise ValueError(f"`unlabeled_category` needs `labels_key`; found {unlabeled_category!r} without one.")
+    for argument, role in ROLES.items():
+        check = check_categories if is_new and role.check is _check_batch else role.check
+        for key in role.keys(obs_keys.get(argument), argument):
+            check(adata, key, argument)
+    if unlabeled_category is not None:
+        _check_labels(adata.obs[obs_keys["labels_key"]], obs_keys["labels_key"], unlabeled_category)
+
+
+def column_of_obs(adata: AnnData, key: str, argument: str) -> pd.Series:
+    columns = [str(name) for name in adata.obs.columns]
+    if key in adata.obs.columns:
+        return adata.obs[key]
+    close = get_close_matches(str(key), columns)
+    remedy = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Pass one of {listed(columns)}."
+    raise ValueError(f"`{argument}` must name a column of adata.obs; found {key!r}, which there is not. {remedy}")
+
+
+def check_categories(adata: AnnData, key: str, argument: str) -> pd.Series:
+    column = column_of_obs(adata, key, argument)
+    missing = np.flatnonzero(column.isna())
+    if len(missing):
+        raise ValueError(
+            f"adata.obs[{key!r}] (`{argument}`) must have a category for every cell; found none for {len(missing):,} "
+            f"of {adata.n_obs:,} cells: {first_cells(adata, missing)}. Give them a category of their own (of labels "
+            f"the `unlabeled_category`), or remove them: adata = adata[adata.obs[{key!r}].notna()].copy()."
+        )
+    return column
+
+
+def _check_labels(column: pd.Series, key: str, unlabeled_category: str) -> None:
+    is_unlabeled = column.astype(str) == str(unlabeled_category)
+    if not is_unlabeled.any():
+        raise ValueError(
+            f"`unlabeled_category` must be what adata.obs[{key!r}] holds for cells without a label; found "
+            f"{unlabeled_category!r}, which it does not hold. Pass one of {listed(column.unique())}, or None."
+        )
+    if is_unlabeled.all():
+        raise ValueError(
+            f"adata.obs[{key!r}] (`labels_key`) must hold a label for some cells; found {unlabeled_category!r} in all "
+            f"{len(column):,}. Leave `labels_key` out."
+        )
+
+
+def _check_batch(adata: AnnData, key: str, argument: str) -> None:
+    column = check_categories(adata, key, argument)
+    sizes = column.value_counts(sort=False)
+    single = sizes.index[sizes == 1]  # unused categories have size 0 and do no harm
+    if len(single) == 0:
+        return
+    cell = adata.obs_names[np.flatnonzero(column == single[0])[0]]
+    raise ValueError(
+        f"adata.obs[{key!r}] (`{argument}`) must have at least two cells in every batch; found one cell, {cell!r}, in "
+        f"batch {single[0]!r} ({len(single):,} such of {len(sizes):,} batches). Merge the batch with another, or "
+        f"remove it: adata = adata[adata.obs[{key!r}] != {single[0]!r}].copy()."
+    )
+
+
+def _check_finite(adata: AnnData, key: str, argument: str) -> np.ndarray:
+    """Check a numeric column, and return it as (n_cells,) float64."""
+    column = column_of_obs(adata, key, argument)
+    if not pd.api.types.is_numeric_dtype(column) or column.dtype.kind == "c":
+        raise ValueError(
+            f"adata.obs[{key!r}] (`{argument}`) must be numeric; found {column.dtype}. "
+            "Convert it with pandas.to_numeric, or pass it as categorical."
+        )
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    _refuse_cells(adata, ~np.isfinite(values), values, f"adata.obs[{key!r}] (`{argument}`) must be finite")
+    return values
+
+
+def _check_size_factor(adata: AnnData, key: str, argument: str) -> None:
+    values = _check_finite(adata, key, argument)
+    _refuse_cells(adata, values <= 0, values, f"adata.obs[{key!r}] (`{argument}`) must be above 0")
+
+
+def _refuse_cells(adata: AnnData, bad: np.ndarray, values: np.ndarray, rule: str) -> None:
+    if not bad.any():
+        return
+    first = int(np.argmax(bad))
+    raise ValueError(
+        f"{rule}; found {values[first]:.8g} in cell {adata.obs_names[first]!r} ({bad.sum():,} such of "
+        f"{adata.n_obs:,} cells). Correct the values or remove the cells."
+    )
+
+
+def labels_to_score_by(adata: AnnData, labels_key: str | None) -> pd.Series | None:
+    """Labels of the cells that clusters are scored by, some of which may be missing; None for None."""
+    if labels_key is None:
+        return None
+    labels = column_of_obs(adata, labels_key, "labels_key")
+    if labels.isna().all():
+        raise ValueError(
+            f"adata.obs[{labels_key!r}] (`labels_key`) must hold labels to score by; found none. Leave it out."
+        )
+    return labels
+
+
+#: Every role by the argument that names its column, in `SCVAE.setup_anndata` and the tools.
+ROLES = {
+    "batch_key": Role(REGISTRY_KEYS.BATCH_KEY, _check_batch),
+    "labels_key": Role(REGISTRY_KEYS.LABELS_KEY, check_categories, is_input=False),
+    "size_factor_key": Role(REGISTRY_KEYS.SIZE_FACTOR_KEY, _check_size_factor, is_categorical=False),
+    "categorical_covariate_keys": Role(REGISTRY_KEYS.CAT_COVS_KEY, check_categories, takes_several=True),
+    "continuous_covariate_keys": Role(
+        REGISTRY_KEYS.CONT_COVS_KEY, _check_finite, is_categorical=False, takes_several=True
+    ),
+}

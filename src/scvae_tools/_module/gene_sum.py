@@ -1,0 +1,375 @@
+"""log p(x | h) of a batch, summed over the genes block by block: value and gradient in one pass.
+
+The matrix of parameters, rows x genes, never exists. For each block of genes the heads are evaluated, log p(0) is taken
+everywhere and log p(x) at the non-zeros, and the gradient goes on at once to weights, biases and features, while the
+block is in cache: three matrix products a head, the number that any implementation needs. Which likelihood it is, this
+module does not know; see `Likelihood.differentiate_zero` and `Likelihood.differentiate_kernel`.
+
+Where the rates of a row add up to its size factor, `log_sum_exp` gives what they are divided by, in the same blocks. It
+goes into the log of the size factor of the row, which is why the sum is differentiable by that.
+
+Symbols: p rows (cells, or pairs of cell and component, or samples of them), g genes, h features of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from scvae_tools._module.memory import Buffers, keep_freed_memory
+from scvae_tools._module.sparse import Compressed, rows_of_cells
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scvae_tools.likelihoods import Likelihood, Params
+
+#: Entries of a block, rows x genes, by kind of device. On a processor a few such matrices fit into its cache, and the
+#: cost of starting an operation stays small beside it; on others the bound is memory.
+BLOCK_ENTRIES = {"cpu": 2**19}
+BLOCK_ENTRIES_ELSEWHERE = 2**26
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the p rows besides their features.
+
+    Parameters
+    ----------
+    by_gene
+        Non-zeros of the n cells, by gene.
+    log_size
+        What is added to the log rates of each row, (p,): the log of its size factor; less, where its rates add up to
+        that, the log of their sum.
+    batch, n_batch
+        Code of the batch of each cell, (n,), and the number of batches.
+    cell
+        Cell of each row, (p,); None where the rows are the cells.
+    """
+
+    by_gene: Compressed
+    log_size: Tensor
+    batch: Tensor
+    n_batch: int
+    cell: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What turns features into parameters, by the name of the head.
+
+    Parameters
+    ----------
+    decoded
+        Weight (g, n_hidden) and bias (g,) of each head that differs between rows.
+    shared
+        Value of each head that all rows share, (g,), or all rows of a batch, (g, n_batch).
+    """
+
+    decoded: dict[str, tuple[Tensor, Tensor]]
+    shared: dict[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that `like` knows."""
+        return [tensor for pair in self.decoded.values() for tensor in pair] + list(self.shared.values())
+
+    def like(self, tensors: tuple[Tensor, ...]) -> Heads:
+        """The same heads with other tensors."""
+        each = iter(tensors)
+        return Heads(
+            {name: (next(each), next(each)) for name in self.decoded}, {name: next(each) for name in self.shared}
+        )
+
+
+def log_likelihood(
+    likelihood: Likelihood,
+    rows: Rows,
+    heads: Heads,
+    features: Tensor,
+    promise: Tensor | None = None,
+    *,
+    block_entries: int | None = None,
+    buffers: Buffers | None = None,
+) -> Tensor:
+    """Σ_g log p(x_g | h) − log b(x_g) of each row, (p,), differentiable by features, heads and ``rows.log_size``.
+
+    Parameters
+    ----------
+    likelihood
+        The declaration.
+    rows, heads
+        Data and parameters.
+    features
+        h, (p, n_hidden).
+    promise
+        What the gradient of the loss by each value will be, up to one common factor, (p,). Then the gradient is
+        computed on the way, and `backward` only hands it out. None if it is not known beforehand: `backward` then
+        evaluates everything once more.
+    block_entries
+        Rows x genes of a block; None for what suits the device.
+    buffers
+        Where the memory of the gradients comes from.
+
+    Raises
+    ------
+    RuntimeError
+        In `backward`, if the promise was not kept.
+    """
+    n_genes = _n_genes_of_a_block(features, block_entries)
+    sweep = _Sweep(likelihood, rows, heads, n_genes, buffers or Buffers())
+    promise = promise if torch.is_grad_enabled() else None
+    return _LogLikelihood.apply(sweep, promise, rows.log_size, features, *heads.tensors())
+
+
+def _n_genes_of_a_block(features: Tensor, block_entries: int | None) -> int:
+    """Number of genes of a block for features (p, h), at least 1."""
+    if features.device.type == "cpu":
+        keep_freed_memory()
+    if block_entries is None:
+        block_entries = BLOCK_ENTRIES.get(features.device.type, BLOCK_ENTRIES_ELSEWHERE)
+    return max(1, block_entries // max(1, len(features)))
+
+
+class _LogLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sweep: _Sweep, promise: Tensor | None, log_size: Tensor, features: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        sweep.needs_log_size = ctx.needs_input_grad[2]
+        ctx.sweep = sweep
+        if promise is None or not any(ctx.needs_input_grad):
+            ctx.save_for_backward(features, *tensors)
+            ctx.is_done = False
+            return sweep.values(features)
+        values, *gradients = sweep.values_and_gradients(features, promise)
+        ctx.save_for_backward(promise, *gradients)
+        ctx.is_done = True
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        if not ctx.is_done:
+            features, *_ = ctx.saved_tensors
+            _, *gradients = ctx.sweep.values_and_gradients(features, gradient)
+            return None, None, *gradients
+        promise, *gradients = ctx.saved_tensors
+        factor = _common_factor(gradient, promise)
+        if factor is not None:
+            gradients = [None if each is None else factor * each for each in gradients]
+        return None, None, *gradients
+
+
+def _common_factor(gradient: Tensor, promise: Tensor) -> Tensor | None:
+    """The number that the promise is short of the gradient; None for 1."""
+    if promise.device.type == "cpu" and torch.allclose(gradient, promise, rtol=1e-5, atol=0):
+        return None
+    square = promise.square().sum()
+    factor = torch.where(square > 0, (gradient * promise).sum() / square, 0.0)
+    # A loss that is NaN breaks no promise; the training finds it by itself.
+    is_kept = torch.isclose(gradient, factor * promise, rtol=1e-4, atol=0).all() | gradient.isnan().any()
+    torch._assert_async(is_kept, "The gradient of the loss by the log-likelihoods must be as promised; it is not.")
+    return factor
+
+
+class _Sweep:
+    """One pass over the blocks of genes."""
+
+    needs_log_size = False  #: whether the gradient by the log of the size factors is asked for
+
+    @torch.no_grad()
+    def __init__(self, likelihood: Likelihood, rows: Rows, heads: Heads, block_genes: int, buffers: Buffers) -> None:
+        self.likelihood, self.heads, self.block_genes, self.buffers = likelihood, heads, block_genes, buffers
+        self.log_size, self.batch, self.n_batch = rows.log_size.detach(), rows.batch, rows.n_batch
+        self.by_gene = rows.by_gene._replace(value=rows.by_gene.value.to(heads.tensors()[0].dtype))
+        gene = self.by_gene.row()
+        constants = self._constants(rows, gene)
+        if rows.cell is not None:
+            self.batch = rows.batch[rows.cell]
+            self.by_gene, source = rows_of_cells(self.by_gene, rows.cell, len(rows.batch))
+            gene = gene.index_select(0, source)
+            constants = {name: value.index_select(0, source) for name, value in constants.items()}
+        self.constants = constants  # of each non-zero
+        self.position = gene.mul_(len(self.log_size)).add_(self.by_gene.column)  # of each, in a (g, p) matrix
+
+    def _constants(self, rows: Rows, gene: Tensor) -> Params:
+        """What the likelihood can say of the non-zeros of the cells, (nnz,) of each gene, without the decoder."""
+        if not self.heads.shared:
+            return {}
+        shared = {
+            name: value[gene, rows.batch[self.by_gene.column]] if value.ndim == 2 else value.index_select(0, gene)
+            for name, value in self.heads.shared.items()
+        }
+        return self.likelihood.kernel_constants(self.by_gene.value, shared)
+
+    @torch.no_grad()
+    def values(self, features: Tensor) -> Tensor:
+        """Log-likelihood of each row, (p,)."""
+        total = features.new_zeros(len(features))
+        for block in self._blocks(features):
+            log_prob = self.likelihood.log_prob_zero(block.params).expand(block.shape).contiguous()
+            block.put(log_prob, self.likelihood.log_kernel(block.x, block.at_nonzeros()))
+            total += log_prob.sum(0)
+        return total
+
+    @torch.no_grad()
+    def values_and_gradients(self, features: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """Log-likelihood of each row, (p,), and the gradients of its weighted sum.
+
+        These are by the log of the size factors (None unless needed), the features, and the tensors of the heads.
+        """
+        total, by_features = features.new_zeros(len(features)), torch.zeros_like(features)
+        by_log_size = torch.zeros_like(total) if self.needs_log_size else None
+        gradients = self.heads.like(tuple(map(self.buffers.empty_like, self.heads.tensors())))
+        weighted = weight[:, None] * features
+        for block in self._blocks(features):
+            log_prob, by_head = self.likelihood.differentiate_zero(block.params)
+            log_kernel, by_head_at = self.likelihood.differentiate_kernel(block.x, block.at_nonzeros())
+            block.put(log_prob, log_kernel)
+            total += log_prob.sum(0)
+            for name, by_value in by_head.items():
+                block.put(by_value, by_head_at[name])
+                if name == "log_rate" and by_log_size is not None:
+                    by_log_size += by_value.sum(0)
+                if name in self.heads.shared:
+                    self._reduce(by_value, weight, out=gradients.shared[name][block.genes])
+                    continue
+                by_weight, by_bias = gradients.decoded[name]
+                torch.mm(by_value, weighted, out=by_weight[block.genes])
+                torch.mv(by_value, weight, out=by_bias[block.genes])
+                by_features.addmm_(by_value.T, self.heads.decoded[name][0][block.genes])
+        if by_log_size is not None:
+            by_log_size *= weight
+        return total, by_log_size, by_features.mul_(weight[:, None]), *gradients.tensors()
+
+    def _reduce(self, by_value: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Weighted sum over the rows, or over those of each batch."""
+        if out.ndim == 1:
+            torch.mv(by_value, weight, out=out)
+        else:
+            torch.mm(by_value, weight[:, None] * one_hot(self.batch, self.n_batch).to(weight), out=out)
+
+    def _blocks(self, features: Tensor) -> Iterator[_Block]:
+        n_rows, start = len(features), self.by_gene.start
+        n_genes = len(start) - 1
+        step = max(1, min(n_genes, self.block_genes))
+        first = range(0, n_genes, step)
+        bounds = start[::step].tolist() if step < n_genes else [0]
+        for low, begin, end in zip(first, bounds, [*bounds[1:], len(self.position)], strict=False):
+            genes, at = slice(low, min(low + step, n_genes)), slice(begin, end)
+            position = self.position[at] - low * n_rows if low else self.position[at]
+            constants = {name: value[at] for name, value in self.constants.items()}
+            yield _Block(genes, self._params(features, genes), position, self.by_gene.value[at], constants, n_rows)
+
+    def _params(self, features: Tensor, genes: slice) -> Params:
+        """Parameters of the genes of a block, (b, p), or (b, 1) where all rows share them."""
+        params = {}
+        for name, (weight, bias) in self.heads.decoded.items():
+            offset = bias[genes, None]
+            if name == "log_rate":
+                params[name] = (offset + self.log_size).addmm_(weight[genes], features.T)
+            else:
+                params[name] = torch.addmm(offset, weight[genes], features.T)
+        for name, value in self.heads.shared.items():
+            params[name] = value[genes][:, self.batch] if value.ndim == 2 else value[genes, None]
+        return params
+
+
+@dataclass(frozen=True)
+class _Block:
+    genes: slice
+    params: Params
+    position: Tensor  # of the non-zeros in a (b, p) matrix, (nnz,)
+    x: Tensor  # (nnz,)
+    constants: Params  # (nnz,) each
+    n_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.genes.stop - self.genes.start, self.n_rows
+
+    def at_nonzeros(self) -> Params:
+        """Parameters and constants of the non-zeros, (nnz,) each."""
+        gene = torch.div(self.position, self.n_rows, rounding_mode="floor")
+        at = {
+            name: value[:, 0].index_select(0, gene)
+            if value.shape[1] == 1
+            else value.reshape(-1).index_select(0, self.position)
+            for name, value in self.params.items()
+        }
+        return at | self.constants
+
+    def put(self, matrix: Tensor, values: Tensor) -> None:
+        """Overwrite a (b, p) matrix at the non-zeros."""
+        matrix.view(-1).scatter_(0, self.position, values)
+
+
+# -- the sum of the rates ----------------------------------------------------------------------------------------------
+
+
+def log_sum_exp(features: Tensor, weight: Tensor, bias: Tensor, *, block_entries: int | None = None) -> Tensor:
+    """Log Σ_g exp(w_g · h + b_g) of features h (..., h), (...), differentiable by all three.
+
+    Parameters
+    ----------
+    features
+        h, (..., h).
+    weight, bias
+        (g, h) and (g,).
+    block_entries
+        As in `log_likelihood`.
+    """
+    flat = features.flatten(0, -2)
+    total = _LogSumExp.apply(flat, weight, bias, _n_genes_of_a_block(flat, block_entries))
+    return total.reshape(features.shape[:-1])
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Its gradient by an exponent is the share of that in the sum, which is evaluated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, block_genes: int) -> Tensor:
+        total = features.new_full((len(features),), -torch.inf)
+        for w, b in zip(weight.split(block_genes), bias.split(block_genes), strict=True):
+            total = torch.logaddexp(total, torch.addmm(b[:, None], w, features.T).logsumexp(0))
+        ctx.save_for_backward(features, weight, bias, total)
+        ctx.block_genes = block_genes
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        features, weight, bias, total = ctx.saved_tensors
+        by_features, by_weight, by_bias = torch.zeros_like(features), torch.empty_like(weight), torch.empty_like(bias)
+        weighted = gradient[:, None] * features
+        parts = (tensor.split(ctx.block_genes) for tensor in (weight, bias, by_weight, by_bias))
+        for w, b, into_weight, into_bias in zip(*parts, strict=True):
+            share = torch.addmm(b[:, None] - total, w, features.T).exp_()  # (b, p)
+            torch.mm(share, weighted, out=into_weight)
+            torch.mv(share, gradient, out=into_bias)
+            by_features.addmm_(share.T, w)
+        return by_features.mul_(gradient[:, None]), by_weight, by_bias, None
+
+
+def sum_over_genes(likelihood: Likelihood, x: Tensor, params: Params) -> Tensor:
+    """Σ_g log p(x_g), (..., n), of counts x (n, g) and parameters that broadcast to (..., n, g).
+
+    Counts are mostly zeros, so log p(0) is summed over all genes and corrected where x > 0 (docs/likelihoods.md): the
+    expensive terms are evaluated at the non-zeros alone.
+    """
+    cell, gene = torch.nonzero(x, as_tuple=True)
+    at = {name: _take(value, cell, gene) for name, value in params.items()}  # (..., nnz)
+    excess = likelihood.log_prob_positive(x[cell, gene], at) - likelihood.log_prob_zero(at)
+    total = likelihood.log_prob_zero(params).sum(-1)  # (..., n)
+    return total.index_add(-1, cell, excess.expand(*total.shape[:-1], -1))
+
+
+def _take(value: Tensor, cell: Tensor, gene: Tensor) -> Tensor:
+    """Entries at (cell, gene) of a (..., n, g) tensor, or at gene of a (g,) one."""
+    if value.ndim == 1:
+        return value[gene]
+    return value.flatten(-2).index_select(-1, cell * value.shape[-1] + gene)

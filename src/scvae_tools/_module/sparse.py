@@ -1,0 +1,221 @@
+"""Counts of a batch by their non-zeros, by cell and by gene, and products with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from scvae_tools._module.memory import Buffers
+
+
+class Compressed(NamedTuple):
+    """Non-zeros of a matrix, row after row: those of row i are at ``start[i]:start[i + 1]``."""
+
+    start: Tensor  # (n_rows + 1,)
+    column: Tensor  # (nnz,)
+    value: Tensor  # (nnz,)
+
+    def row(self) -> Tensor:
+        """Row of each non-zero, (nnz,)."""
+        rows = torch.arange(len(self.start) - 1, device=self.start.device)
+        return torch.repeat_interleave(rows, self.start.diff(), output_size=len(self.column))
+
+    def blocks(self, n_rows: int) -> Iterator[tuple[slice, Compressed]]:
+        """Parts of so many rows, each with the rows that it holds."""
+        n = len(self.start) - 1
+        if n_rows >= n:
+            yield slice(0, n), self
+            return
+        bounds = [*self.start[:-1:n_rows].tolist(), len(self.column)]
+        for low, begin, end in zip(range(0, n, n_rows), bounds[:-1], bounds[1:], strict=True):
+            rows, at = slice(low, min(low + n_rows, n)), slice(begin, end)
+            start = self.start[rows.start : rows.stop + 1] - begin
+            yield rows, Compressed(start, self.column[at], self.value[at])
+
+
+class Counts:
+    """Counts of a batch of cells, (n, g); only the non-zeros are held, by cell and by gene.
+
+    Parameters
+    ----------
+    by_cell
+        Rows are the cells, columns the genes.
+    by_gene
+        Rows are the genes, columns the cells.
+    log_base_measure
+        Σ log b(x) of each cell, (n,), of the likelihood in use (see `Likelihood.log_base_measure`); None where it is
+        not known beforehand.
+    """
+
+    # No dataclass: Lightning would take it apart, to convert what is in it, and put it together again.
+    def __init__(self, by_cell: Compressed, by_gene: Compressed, log_base_measure: Tensor | None = None) -> None:
+        self.by_cell, self.by_gene, self.log_base_measure = by_cell, by_gene, log_base_measure
+
+    @classmethod
+    def of(cls, x: Counts | Tensor) -> Counts:
+        """Counts of a dense or sparse tensor (n, g); counts stay as they are."""
+        if isinstance(x, Counts):
+            return x
+        if x.layout is not torch.strided:
+            return cls.of_coordinates(*_coordinates(x), x.shape)
+        cell, gene = torch.nonzero(x, as_tuple=True)
+        return cls.of_coordinates(cell, gene, x[cell, gene], x.shape)
+
+    @classmethod
+    def of_coordinates(cls, cell: Tensor, gene: Tensor, value: Tensor, shape: tuple[int, int]) -> Counts:
+        """Counts of the non-zeros in order of the cells, (nnz,) each."""
+        by_gene = torch.argsort(gene, stable=True)
+        return cls(
+            Compressed(_starts(cell, shape[0]), gene, value),
+            Compressed(_starts(gene, shape[1]), cell[by_gene], value[by_gene]),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, g)."""
+        return len(self.by_cell.start) - 1, len(self.by_gene.start) - 1
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the counts that are not zero."""
+        n, g = self.shape
+        return len(self.by_cell.value) / max(1, n * g)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self.by_cell.value.device
+
+    def total(self) -> Tensor:
+        """Sum of the counts of each cell, (n, 1)."""
+        zero = self.by_cell.value.new_zeros(len(self))
+        return zero.index_add_(0, self.by_cell.row(), self.by_cell.value)[:, None]
+
+    def dense(self) -> Tensor:
+        """All counts, (n, g)."""
+        zero = self.by_cell.value.new_zeros(self.shape)
+        return zero.index_put_((self.by_cell.row(), self.by_cell.column), self.by_cell.value)
+
+    def map(self, function: Callable[[Tensor, Tensor], Tensor]) -> Counts:
+        """With each non-zero x of cell i replaced by function(x, i)."""
+        by_cell = self.by_cell._replace(value=function(self.by_cell.value, self.by_cell.row()))
+        by_gene = self.by_gene._replace(value=function(self.by_gene.value, self.by_gene.column))
+        return Counts(by_cell, by_gene)
+
+    def times(self, factor: Tensor) -> Counts:
+        """With each non-zero multiplied by a factor, (nnz,), in the order by cell."""
+        # Within a gene both orders have the cells in the same order.
+        by_gene = factor[torch.argsort(self.by_cell.column, stable=True)]
+        return Counts(
+            self.by_cell._replace(value=self.by_cell.value * factor),
+            self.by_gene._replace(value=self.by_gene.value * by_gene),
+        )
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+        """On another device; what Lightning and scvi-tools call.
+
+        A copy to a GPU does not wait: pinned memory is copied while the GPU computes, other memory is copied at once.
+        """
+        options = {"non_blocking": torch.device(device).type == "cuda"} | kwargs
+        return self._each(lambda tensor: tensor.to(device, **options))
+
+    def pin_memory(self, *args: Any) -> Self:
+        """In memory from which a GPU copies while it computes; what a ``DataLoader`` calls."""
+        return self._each(lambda tensor: tensor.pin_memory(*args))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        base = self.log_base_measure
+        return Counts(
+            Compressed(*map(function, self.by_cell)),
+            Compressed(*map(function, self.by_gene)),
+            None if base is None else function(base),
+        )
+
+
+def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> tuple[Compressed, Tensor]:
+    """Counts by gene of rows that each repeat one cell, for example one row per component of a mixture.
+
+    Parameters
+    ----------
+    by_gene
+        Counts of the cells; its columns are cells.
+    cell
+        Cell of each row, (p,), in any order.
+    n_cells
+        n.
+
+    Returns
+    -------
+    The same with rows for columns, (g, p); and which of the non-zeros each of its non-zeros repeats.
+    """
+    n_rows = torch.bincount(cell, minlength=n_cells)  # of each cell
+    first = torch.cumsum(n_rows, 0) - n_rows
+    rows = torch.argsort(cell, stable=True)  # those of the first cell, of the second, ...
+    repeats = n_rows[by_gene.column]  # (nnz,)
+    ends = torch.cumsum(repeats, 0)
+    total = int(ends[-1]) if len(ends) else 0
+    source = torch.repeat_interleave(repeats, output_size=total)  # non-zero that each new one repeats
+    # The nth repeat of a non-zero is in the nth row of its cell.
+    shift = first[by_gene.column] - (ends - repeats)
+    row = rows.index_select(0, shift.index_select(0, source).add_(torch.arange(total, device=cell.device)))
+    start = torch.nn.functional.pad(ends, (1, 0))[by_gene.start]
+    return Compressed(start, row, by_gene.value.index_select(0, source)), source
+
+
+def _coordinates(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell, gene and value of the non-zeros of a sparse tensor, duplicates added up."""
+    listed = x.to_sparse_coo()  # torch takes that of a compressed tensor for free of duplicates without looking
+    listed = torch.sparse_coo_tensor(listed._indices(), listed._values(), x.shape, is_coalesced=False).coalesce()
+    (cell, gene), value = listed.indices(), listed.values()
+    kept = value != 0
+    return cell[kept], gene[kept], value[kept]
+
+
+def _starts(row: Tensor, n_rows: int) -> Tensor:
+    return torch.nn.functional.pad(torch.cumsum(torch.bincount(row, minlength=n_rows), 0), (1, 0))
+
+
+#: Entries of its gradient that are computed at a time, before they are put in their place.
+GATHERED_ENTRIES = 2**19
+
+
+class SparseProduct(torch.autograd.Function):
+    """x W of sparse x (n, g) and W (g, h), (n, h): sums of the rows of W at the non-zeros of each cell.
+
+    Its gradient by W sums the rows of the incoming gradient at the non-zeros of each gene, which is the same operation
+    in the other order. x is data and has none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, by_cell: Compressed, by_gene: Compressed, buffers: Buffers) -> Tensor:
+        ctx.by_gene, ctx.buffers = by_gene, buffers
+        ctx.save_for_backward(weight)
+        return _sums_of_rows(by_cell, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        (weight,) = ctx.saved_tensors
+        by_weight = ctx.buffers.empty_like(weight)
+        is_host = weight.device.type == "cpu"  # elsewhere the bounds of blocks would have to be waited for
+        n_rows = max(1, GATHERED_ENTRIES // weight.shape[1]) if is_host else len(weight)
+        for rows, part in ctx.by_gene.blocks(n_rows):
+            by_weight[rows] = _sums_of_rows(part, gradient.contiguous())
+        return by_weight, None, None, None
+
+
+def _sums_of_rows(factor: Compressed, table: Tensor) -> Tensor:
+    """Product of a compressed matrix with a dense one."""
+    value = factor.value.to(table.dtype)
+    return embedding_bag(
+        factor.column, table, factor.start, mode="sum", per_sample_weights=value, include_last_offset=True
+    )

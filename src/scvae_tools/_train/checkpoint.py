@@ -1,0 +1,339 @@
+"""The file from which a killed training goes on.
+
+Lightning writes and restores what is its own: weights, optimiser, counters of epochs and steps, callbacks. Added here
+is what it does not know: the random states, earlier stages, and what the training began with.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from scvi import REGISTRY_KEYS
+
+from scvae_tools._files import digest_of_names, replacing, short_digest, to_plain
+from scvae_tools._messages import inform
+from scvae_tools._random import random_states, set_random_states
+from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
+from scvae_tools._version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import lightning.pytorch as lightning
+
+    from scvae_tools._data.loader import CountDataset
+    from scvae_tools._module.vae import VAE
+    from scvae_tools._train.plan import TrainingPlan
+    from scvae_tools._train.state import TrainingState
+
+CHECKPOINT_FILE = "checkpoint.pt"
+
+
+FORMAT = 1
+
+
+#: Where a checkpoint of Lightning holds ours.
+KEY = "scvae_tools"
+
+
+#: Arguments of `SCVAE.train` that say where and how visibly to compute, not what.
+WITHOUT_EFFECT = ("self", "checkpoint", "progress", "accelerator", "devices", "trainer_options")
+
+
+#: What `fingerprint` calls the weights.
+WEIGHTS = "weights at the beginning of this training"
+
+
+class _Resumed:
+    """A loader whose first order of the cells is drawn from given random states.
+
+    Lightning may ask a loader for an iterator as often as it likes before it fetches a batch: nothing is drawn until
+    then.
+    """
+
+    def __init__(self, loader: Iterable, states: Mapping[str, Any]) -> None:
+        self.loader, self.states = loader, states
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        self.catch_up()
+        yield from self.loader
+
+    def catch_up(self) -> None:
+        """Set the random states, once."""
+        if self.states is not None:
+            set_random_states(self.states)
+            self.states = None
+
+
+def fingerprint(
+    dataset: CountDataset,
+    module: VAE,
+    state: TrainingState,
+    *,
+    registry: Mapping[str, Any],
+    var_names: np.ndarray,
+    held_out: np.ndarray,
+    of_model: Mapping[str, Any],
+    of_training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What must be the same for a training to go on from a checkpoint: data, model, arguments of the training.
+
+    Parameters
+    ----------
+    dataset
+        Counts and covariates of all cells.
+    module, state
+        As they are before the training.
+    registry
+        Of scvi-tools.
+    var_names
+        Names of the genes.
+    held_out
+        Positions of the validation cells.
+    of_model, of_training
+        Arguments of `SCVAE` and of `SCVAE.train`, by name.
+    """
+    fields = {"batches": REGISTRY_KEYS.BATCH_KEY, "labels": REGISTRY_KEYS.LABELS_KEY}
+    categories = {
+        name: registry["field_registries"][key]["state_registry"]["categorical_mapping"] for name, key in fields.items()
+    }
+    options = of_training.get("trainer_options", {})
+    described = {
+        "version of scvae-tools": __version__,
+        "epochs before this training": state.n_epochs,
+        "n_cells": len(dataset),
+        "n_genes": len(var_names),
+        "names of the genes": digest_of_names(var_names),
+        **{f"names of the {name}": digest_of_names(names) for name, names in categories.items()},
+        "held-out cells": short_digest(held_out.astype(np.int64)),
+        "counts": _digest_of_counts(dataset),
+        **{f"data in {name!r}": short_digest(values) for name, values in sorted(dataset.columns.items())},
+        **{f"setup_anndata({name})": _described(value) for name, value in registry["setup_args"].items()},
+        **{name: _described(value) for name, value in of_model.items()},
+        **{f"train({name})": _described(v) for name, v in of_training.items() if name not in WITHOUT_EFFECT},
+        **{f"train({name})": v for name, v in options.items() if isinstance(v, bool | int | float | str)},
+        # Those of a new model follow from the rest; to the last bit, they also depend on the processor.
+        WEIGHTS: None if state.history is None else _digest_of_weights(module),
+    }
+    described.pop("train(validation_indices)", None)  # said by the held-out cells
+    return json.loads(json.dumps(described))
+
+
+def _digest_of_counts(dataset: CountDataset) -> str:
+    counts = dataset.counts  # scipy takes the width of its integers as it likes
+    return short_digest(counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False), counts.data)
+
+
+def _digest_of_weights(module: VAE) -> str:
+    parts = ((name.encode(), value.numpy()) for name, value in copied(module).items())
+    return short_digest(*(part for pair in parts for part in pair))
+
+
+def _described(value: object) -> object:
+    """Value as JSON holds it; of what it cannot hold, the type."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_described(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _described(each) for key, each in value.items()}
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    missing = object()
+    names = [name for name in {**saved, **now} if saved.get(name, missing) != now.get(name, missing)]
+    if len(names) > 1 and WEIGHTS in names:  # what else differs says why
+        names.remove(WEIGHTS)
+    return [_difference(name, saved.get(name), now.get(name)) for name in names]
+
+
+def _difference(name: str, saved: object, now: object) -> str:
+    is_digest = any(isinstance(value, str) and value.startswith("#") for value in (saved, now))
+    return f"{name} (others)" if is_digest else f"{name} ({saved!r} there, {now!r} here)"
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Files of Lightning that are complete whenever they exist, and that cannot execute code when they are read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Checkpointer(Checkpoint):
+    """Write, at the end of every epoch, all that the training needs to go on; and take it up again.
+
+    A `Checkpoint` of Lightning: it is called last, when early stopping has decided and the history has its row.
+
+    Parameters
+    ----------
+    directory
+        Where the file is, or will be.
+    identity
+        `fingerprint` of the training.
+    dataset
+        Counts and covariates of all cells.
+
+    Raises
+    ------
+    ValueError
+        If there is a checkpoint of another training, or one that cannot be read.
+    """
+
+    def __init__(self, directory: str | Path, identity: dict[str, Any], dataset: CountDataset) -> None:
+        self.directory, self.identity, self.dataset = Path(directory), identity, dataset
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"`checkpoint` must be a directory; found the file {str(directory)!r}. Pass another path.")
+        self.path = self.directory / CHECKPOINT_FILE
+        self.stage, self.is_second_attempt, self.attributes = 0, False, "null"
+        self.before: State = {}  #: weights at the beginning of the stage
+        #: Of the file that was found, until it has been taken up.
+        self.found = self._read() if self.path.exists() else None
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the file holds the result of the whole training."""
+        return self.found is not None and self.found[KEY]["is_finished"]
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            ours = found[KEY]
+        except Exception as error:  # the ways in which a file can be something else are many
+            raise ValueError(
+                f"{str(self.path)!r} must be a checkpoint of `SCVAE.train`; it cannot be read. Pass another directory "
+                "as `checkpoint`, or delete the file to train from the beginning."
+            ) from error
+        saved = json.loads(ours["identity"])
+        differences = _differences(saved, self.identity)
+        if differences:
+            further = (
+                " To train a finished model further, call `train` on it again, with another directory or none."
+                if ours["is_finished"]
+                else " A model that was trained since, or interrupted, has to be built anew."
+                if saved["epochs before this training"] != self.identity["epochs before this training"]
+                else ""
+            )
+            raise ValueError(
+                f"The checkpoint in {str(self.directory)!r} must be of the same data, model and arguments of `train`; "
+                f"found other ones: {', '.join(differences)}. Pass another directory as `checkpoint`, or the same data "
+                f"and arguments.{further}"
+            )
+        return found
+
+    # -- the model's side ----------------------------------------------------------------------------------------------
+
+    def resume(self, module: VAE, state: TrainingState) -> int:
+        """Go to the beginning of the stage in which the file was written; return which stage that is."""
+        if self.found is None:
+            return 0
+        ours = self.found[KEY]
+        _take_over(module, state, ours, "before")
+        self.dataset.log_base_measure[:] = ours["log_base_measure"].numpy()
+        n_epochs = len(json.loads(ours["rows"]))
+        inform("Going on from %s, after epoch %d of stage %d.", self.path, n_epochs, ours["stage"] + 1)
+        return ours["stage"]
+
+    def begin_stage(self, stage: int, module: VAE, state: TrainingState) -> None:
+        """Note what the next stage starts from."""
+        self.stage, self.attributes = stage, state.to_json(module.n_components)
+        self.is_second_attempt = self.found is not None and self.found[KEY]["is_second_attempt"]
+
+    def trainer_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that Lightning's trainer needs for this, beside those given by the user."""
+        plugins = given.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
+        return {"enable_checkpointing": True, "plugins": [*plugins, AtomicIO()]}
+
+    def fit_on(
+        self, trainer: lightning.Trainer, plan: TrainingPlan, train: Iterable, validation: Iterable | None
+    ) -> None:
+        """Fit from where the file was written; the file that was found is done with then."""
+        resumed, self.found = _Resumed(train, self.found[KEY]["random_states"]), None
+        trainer.fit(plan, resumed, validation, ckpt_path=str(self.path))
+        resumed.catch_up()  # where the stage had been at its end
+
+    def how_to_go_on(self) -> str:
+        """What an interrupted user may do."""
+        if not self.path.exists():
+            return f"No epoch had ended, so that {str(self.directory)!r} holds nothing to go on from."
+        return (
+            f"To go on after the last epoch that had ended, build the model anew and train it with the same arguments "
+            f"and checkpoint={str(self.directory)!r}."
+        )
+
+    def n_epochs_done(self) -> int:
+        """Number of finished epochs of the stage, in the file that was found."""
+        return 0 if self.found is None else len(json.loads(self.found[KEY]["rows"]))
+
+    def finish(self, module: VAE, state: TrainingState) -> None:
+        """Write the result in place of what is needed to go on."""
+        weights = on_cpu(module.state_dict())
+        ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
+        ours |= {"attributes": state.to_json(module.n_components), "state": weights}
+        ours |= {"versions": packed(state.versions, state.version, weights)}
+        _write({KEY: ours}, self.path)
+
+    def restore_result(self, module: VAE, state: TrainingState) -> None:
+        """Take over the result of the finished training."""
+        ours = self.found[KEY]
+        _take_over(module, state, ours, "state")
+        state.versions, state.version = unpacked(ours["versions"])
+        inform("The training of %s is finished; its result was loaded.", self.path)
+
+    # -- Lightning's side ----------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[KEY] = {
+            "format": FORMAT,
+            "identity": json.dumps(self.identity),
+            "is_finished": False,
+            "stage": self.stage,
+            "is_second_attempt": self.is_second_attempt,
+            "should_stop": trainer.should_stop,
+            "attributes": self.attributes,
+            "rows": json.dumps(to_plain(pl_module.history, "history")),
+            "before": self.before,
+            "random_states": random_states(),
+            # It depends in the last bit on which cells were together in the first epoch.
+            "log_base_measure": torch.from_numpy(self.dataset.log_base_measure),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]
+    ) -> None:
+        ours = checkpoint[KEY]
+        pl_module.history = json.loads(ours["rows"])
+        trainer.should_stop = ours["should_stop"]
+
+
+def _take_over(module: VAE, state: TrainingState, saved: Mapping[str, Any], weights: str) -> None:
+    """Give a module and the state of its training what a file holds of them."""
+    n_components = state.update_from_json(saved["attributes"])
+    if module.n_components != n_components:  # as many as were found
+        module.build_mixture(n_components)
+    module.load_state_dict(saved[weights])
+
+
+def _write(saved: dict[str, Any], path: Path) -> None:
+    with replacing(path) as temporary:
+        torch.save(saved, temporary)

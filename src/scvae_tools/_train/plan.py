@@ -1,0 +1,203 @@
+"""The training plan for Lightning: objective, optimiser, warm-up, history, and the guard against non-finite numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scvae_tools._module.bounds import Bound
+    from scvae_tools._module.vae import VAE
+    from scvae_tools._train.stages import Stage
+
+#: Terms of the bound, in the order of the accumulators; their names in the history and in messages.
+TERMS = ("log_likelihood", "kl_z", "kl_y")
+
+
+#: Learning rate of the dispersions that cells share, as a multiple of that of the networks. Adam moves a parameter by
+#: about the learning rate a step: at the same rate log r would hardly leave its start, and where r should be large a
+#: negative binomial would end below the Poisson that it contains (docs/report.md).
+DISPERSION_RATE = 10.0
+
+
+class NonFiniteError(ArithmeticError):
+    """A term of the bound became NaN or infinite."""
+
+    def __init__(self, term: str, stage: str, epoch: int) -> None:
+        super().__init__(f"{term} became NaN or infinite in epoch {epoch} (stage {stage!r})")
+        self.term, self.stage, self.epoch = term, stage, epoch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is maximised: the bound, unless one of these is changed.
+
+    Parameters
+    ----------
+    kl_weight
+        Of both KL terms, once they have warmed up.
+    free_nats_y
+        Part of the entropy H[p(y)] up to which the KL of y costs nothing.
+    free_nats_z
+        Nats per cell up to which the KL of z costs nothing.
+    n_samples
+        Draws of z per cell and component, whose bounds are averaged.
+    n_importance_samples
+        Draws that make one importance-weighted bound instead; 1 for none.
+    """
+
+    kl_weight: float = 1.0
+    free_nats_y: float = 0.0
+    free_nats_z: float = 0.0
+    n_samples: int = 1
+    n_importance_samples: int = 1
+
+    def loss(self, module: VAE, batch: dict[str, Tensor], warmth: float) -> tuple[Bound, Tensor]:
+        """Bound of the cells of a batch and what is minimised, the KL terms warmed up so far."""
+        weight, tightens = warmth * self.kl_weight, self.n_importance_samples > 1
+        bound = module.bound(
+            *module.data(batch),
+            n_samples=self.n_importance_samples if tightens else self.n_samples,
+            is_averaged=True,
+            label=module.label(batch),
+            importance_kl_weight=weight if tightens else None,
+        )
+        free_nats_y = self.free_nats_y * module.prior.entropy_of_y() if self.free_nats_y else 0.0
+        loss = bound.loss(weight, y_term=module.y_term, free_nats_z=self.free_nats_z, free_nats_y=free_nats_y)
+        return bound, loss
+
+
+class TrainingPlan(lightning.LightningModule):
+    """The optimiser's view of a module: minibatch in, loss out; terms added up on the device, logged once an epoch.
+
+    Parameters
+    ----------
+    module
+        `VAE` or a mixture.
+    stage
+        What to train.
+    first_epoch
+        Number of epochs in the history so far.
+    lr, weight_decay
+        Of Adam.
+    objective
+        What is maximised; None for the bound.
+    """
+
+    def __init__(
+        self,
+        module: VAE,
+        stage: Stage,
+        *,
+        first_epoch: int,
+        lr: float,
+        weight_decay: float,
+        objective: Objective | None = None,
+    ) -> None:
+        super().__init__()
+        self.module, self.stage, self.first_epoch = module, stage, first_epoch
+        self.objective = objective or Objective()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.history: list[dict] = []
+        self.row: dict = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        shared = {id(parameter) for parameter in self.module.decoder.shared.parameters()}
+        groups = [
+            {"params": [], "lr": self.lr},
+            {"params": [], "lr": self.lr * DISPERSION_RATE},
+        ]
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) in shared]["params"].append(parameter)
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=True)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        """Clip by the norm; where that can be asked without waiting for a device, leave shorter gradients untouched."""
+        if gradient_clip_algorithm not in (None, "norm") or gradient_clip_val is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if norm.device.type != "cpu" or norm > gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def warmth(self) -> float:
+        """Share of the KL terms that acts: 1, or the share of the warm-up that has passed."""
+        if not self.stage.warms_up:
+            return 1.0
+        steps = self.trainer.num_training_batches * self.stage.max_epochs
+        return min(1.0, self.trainer.global_step / max(steps, 1))
+
+    def on_train_epoch_start(self) -> None:
+        self.module.train()
+        self.module.drop_out(enable=self.stage.drops_out)
+        self._reset("train")
+        self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
+        self.row["kl_weight"] = self.warmth() * self.objective.kl_weight
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        bound, loss = self.objective.loss(self.module, batch, self.warmth())
+        self._add(bound)
+        return loss
+
+    def close_training(self) -> None:
+        """Put the means of the training terms into the row, once an epoch.
+
+        Lightning validates before its end of the epoch, which callbacks see before the plan does; an epoch may be cut
+        short, and there may be no validation cells. So whoever comes first calls this.
+        """
+        if "elbo_train" not in self.row:
+            self._close("train")
+
+    def on_validation_epoch_start(self) -> None:
+        self.close_training()
+        self._reset("validation")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._add(self.module.bound(*self.module.data(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self._close("validation"), batch_size=1)
+
+    def on_train_epoch_end(self) -> None:
+        self.close_training()
+        self.log_dict({name: self.row[name] for name in self._names("train")}, batch_size=1)
+        self.history.append(self.row)
+
+    def _reset(self, subset: str) -> None:
+        self._sums = torch.zeros(len(TERMS), device=self.device)
+        self._n_cells = 0
+        self._first_bad = torch.zeros(len(TERMS), dtype=torch.bool, device=self.device)
+        self._subset = subset
+
+    def _add(self, bound: Bound) -> None:
+        with torch.no_grad():
+            sums = torch.stack([getattr(bound, term).sum() for term in TERMS])
+            # Only the first batch that went wrong tells the term: the weights are lost from then on.
+            self._first_bad = torch.where(self._first_bad.any(), self._first_bad, ~torch.isfinite(sums))
+            self._sums += sums
+            self._n_cells += len(bound.kl_z)
+
+    def _close(self, subset: str) -> dict[str, float]:
+        """Put the means of the terms into the row; return them by their names there."""
+        if self._first_bad.any():
+            term = TERMS[int(self._first_bad.int().argmax())]
+            raise NonFiniteError(term, self.stage.name, self.row["epoch"])
+        *terms, elbo = self._names(subset)
+        log_likelihood, kl_z, kl_y = means = (self._sums / self._n_cells).tolist()
+        named = dict(zip(terms, means, strict=True)) | {elbo: log_likelihood - kl_z - kl_y}
+        self.row |= named
+        return named
+
+    @staticmethod
+    def _names(subset: str) -> list[str]:
+        """Columns of the history with the terms of a subset of the cells, and last with their bound."""
+        return [f"{name}_{subset}" for name in (*TERMS, "elbo")]

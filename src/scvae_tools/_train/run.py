@@ -1,0 +1,201 @@
+"""One stage of a training: a fit by Lightning, tried again at a lower learning rate, interrupted or not."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+
+from scvae_tools._messages import warn
+from scvae_tools._train.plan import NonFiniteError, Objective, TrainingPlan
+from scvae_tools._train.versions import KeepBest, Version, copied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from scvae_tools._module.vae import VAE
+    from scvae_tools._train.checkpoint import Checkpointer
+    from scvae_tools._train.progress import Progress
+    from scvae_tools._train.stages import Stage
+
+LEARNING_RATE_CUT = 0.1
+
+
+@dataclass
+class Settings:
+    """How stages are run; the same for all of a training."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    objective: Objective = field(default_factory=Objective)
+    gradient_clip: float = 100.0
+    early_stopping: bool = True
+    patience: int = 20
+    accelerator: str = "auto"
+    devices: object = "auto"
+    matmul_precision: str | None = None
+    progress: Progress | None = None
+    trainer_options: dict = field(default_factory=dict)
+    recorder: Callback | None = None  #: what adds columns to the history
+    checkpoint: Checkpointer | None = None  #: what writes a file to go on from
+
+
+class Trained(NamedTuple):
+    """What a stage has left beside the weights in the module."""
+
+    rows: list[dict]  #: of the history
+    interrupted: bool  #: whether the user did
+    versions: dict[str, Version]  #: of the weights
+
+
+def run_stage(
+    module: VAE, stage: Stage, loaders: tuple[Iterable, Iterable | None], settings: Settings, first_epoch: int
+) -> Trained:
+    """Train a stage, once more at a tenth of the learning rate if a number became non-finite.
+
+    Returns
+    -------
+    The rows of the history, whether the user interrupted it, and the versions of the weights. The module holds those of
+    the best validation ELBO, or the last ones where there is no validation set or the KL terms were still warming up.
+
+    Raises
+    ------
+    NonFiniteError
+        If the second attempt fails too. The module is as before the stage.
+    """
+    before, lower = deepcopy(module.state_dict()), settings.lr * LEARNING_RATE_CUT
+    checkpoint = settings.checkpoint
+    if checkpoint is not None:
+        checkpoint.before = before
+    if checkpoint is None or not checkpoint.is_second_attempt:
+        try:
+            return _fit(module, stage, loaders, settings, first_epoch, settings.lr)
+        except NonFiniteError as error:
+            module.load_state_dict(before)
+            warn(f"{error}; trying this stage once more with lr={lower:g}.")
+    if checkpoint is not None:
+        checkpoint.is_second_attempt = True
+    try:
+        return _fit(module, stage, loaders, settings, first_epoch, lower)
+    except NonFiniteError as error:
+        module.load_state_dict(before)
+        error.args = (
+            f"Training stopped: {error}, also with a learning rate of {lower:g}. Try a lower `lr`, a smaller "
+            "`gradient_clip`, likelihood='nb' (the most stable), or look for cells with extreme counts.",
+        )
+        raise
+
+
+def _fit(
+    module: VAE,
+    stage: Stage,
+    loaders: tuple[Iterable, Iterable | None],
+    settings: Settings,
+    first_epoch: int,
+    lr: float,
+) -> Trained:
+    options = {"lr": lr, "weight_decay": settings.weight_decay, "objective": settings.objective}
+    plan = TrainingPlan(module, stage, first_epoch=first_epoch, **options)
+    has_validation = loaders[1] is not None and len(loaders[1]) > 0
+    best = KeepBest(settings.patience) if has_validation and not stage.warms_up else None
+    trainer = lightning.Trainer(
+        max_epochs=stage.max_epochs,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        gradient_clip_val=settings.gradient_clip,
+        callbacks=_callbacks(settings, best),
+        num_sanity_val_steps=0,
+        **{
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 10**9,
+        }
+        | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"}
+        | ({} if settings.checkpoint is None else settings.checkpoint.trainer_options(settings.trainer_options)),
+    )
+    with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
+        loaders = loaders[0], loaders[1] if has_validation else None
+        interrupted = _fit_or_interrupt(trainer, plan, loaders, settings.checkpoint)
+    versions = _versions(module, plan, best, interrupted=interrupted)
+    if best is not None:
+        best.restore(module)
+    module.eval()
+    if settings.progress is not None and not interrupted:
+        settings.progress.skip(stage.max_epochs - len(plan.history))
+    return Trained(plan.history, interrupted, versions)
+
+
+def _versions(module: VAE, plan: TrainingPlan, best: KeepBest | None, *, interrupted: bool) -> dict[str, Version]:
+    elbo_of_epoch = {row["epoch"]: row.get("elbo_validation", np.nan) for row in plan.history}
+    last = plan.first_epoch + len(plan.history)
+    # What was interrupted is on the way to the next epoch.
+    end = Version(last, np.nan if interrupted else elbo_of_epoch.get(last, np.nan), copied(module))
+    return {"end": end} | ({} if best is None else best.versions(elbo_of_epoch))
+
+
+def _callbacks(settings: Settings, best: KeepBest | None) -> list[Callback]:
+    callbacks = list(settings.trainer_options.get("callbacks", ()))
+    if settings.progress is not None:
+        callbacks.append(settings.progress)
+    if settings.recorder is not None:
+        callbacks.append(settings.recorder)
+    if best is not None:
+        callbacks.append(best)
+        if settings.early_stopping:
+            callbacks.append(EarlyStopping(KeepBest.monitor, mode="max", patience=settings.patience))
+    return callbacks if settings.checkpoint is None else [*callbacks, settings.checkpoint]
+
+
+def _fit_or_interrupt(
+    trainer: lightning.Trainer,
+    plan: TrainingPlan,
+    loaders: tuple[Iterable, Iterable | None],
+    checkpoint: Checkpointer | None,
+) -> bool:
+    """Fit, from where the checkpoint is; whether Ctrl-C ended it. Lightning turns it into an exit of the process."""
+    train, validation = loaders
+    try:
+        if checkpoint is None or checkpoint.found is None:
+            trainer.fit(plan, train, validation)
+        else:
+            checkpoint.fit_on(trainer, plan, train, validation)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+    if trainer.received_sigterm:  # a scheduler ends the process: it must end, and not look like a success
+        raise SystemExit(128 + signal.SIGTERM)
+    return trainer.interrupted
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """Set the precision of torch's matrix products inside; leave it alone for None."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def sigint_restored() -> Iterator[None]:
+    """Put the handler of Ctrl-C back: Lightning ignores the signal from the first interruption on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,80 @@
+"""Stages of a training: KL warm-up, VAE, mixture; and how many epochs each has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named part of the training.
+
+    Parameters
+    ----------
+    name
+        As the history shows it.
+    max_epochs
+        Upper limit.
+    warms_up
+        Whether the weight of the KL terms rises from 0 to 1 over the stage; such a stage never stops early.
+    is_mixture
+        Whether the mixture's bound is trained.
+    drops_out
+        Whether dropout acts.
+    """
+
+    name: str
+    max_epochs: int
+    warms_up: bool = False
+    is_mixture: bool = False
+    drops_out: bool = False
+
+
+def default_max_epochs(n_cells: int) -> int:
+    """Epochs for about 4,000 steps of 128 cells, at least 20 and at most 400."""
+    return int(np.clip(round(4_000 * 128 / n_cells), 20, 400))
+
+
+def plan_stages(
+    max_epochs: int,
+    *,
+    mixture: bool,
+    resumes_vae: bool = False,
+    resumes_mixture: bool = False,
+    n_warm_up_epochs: int | None = None,
+) -> list[Stage]:
+    """Divide the epochs: KL warm-up (a quarter of the VAE's, unless given), VAE, mixture.
+
+    The mixture starts from a trained VAE, since from random weights all but one or two components die
+    (docs/model.md). Dropout acts in the last stage: it raises the held-out bound, yet a VAE that had it from the start
+    may have a latent space in which the mixture finds worse components (docs/clustering.md). A model that was trained
+    before goes on where it was.
+
+    Raises
+    ------
+    ValueError
+        If the warm-up is longer than the VAE is trained, or given for a mixture that goes on.
+    """
+    if resumes_mixture and n_warm_up_epochs:
+        raise ValueError(
+            "`n_warm_up_epochs` is of the VAE that a mixture starts from; found one that was trained before, and goes "
+            "on. Leave it out."
+        )
+    if resumes_mixture:
+        return [Stage("mixture", max_epochs, is_mixture=True, drops_out=True)]
+    n_mixture = max(1, round(0.3 * max_epochs)) if mixture else 0
+    n_vae = max_epochs - n_mixture
+    n_warm_up = 0 if resumes_vae else round(0.25 * n_vae)
+    if n_warm_up_epochs is not None:
+        n_warm_up = n_warm_up_epochs
+        if n_warm_up > n_vae:
+            raise ValueError(
+                f"`n_warm_up_epochs` must be at most the number of epochs of the VAE, {n_vae} of the {max_epochs} in "
+                f"`max_epochs`{' before those of the mixture' if mixture else ''}; found {n_warm_up}. Pass fewer, or "
+                "more `max_epochs`."
+            )
+    stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up, drops_out=not mixture)]
+    stages.append(Stage("mixture", n_mixture, is_mixture=True, drops_out=True))
+    return [stage for stage in stages if stage.max_epochs > 0]

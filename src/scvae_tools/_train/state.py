@@ -1,0 +1,80 @@
+"""State of a training: what it changes of a model beside the weights, and what files hold of that."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from scvae_tools._files import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from scvae_tools._train.versions import Version
+
+
+@dataclass
+class TrainingState:
+    """What a training changes of a model beside the weights.
+
+    A checkpoint and a saved model hold it, and whoever wants to know whether Ctrl-C ended a training asks it.
+
+    Parameters
+    ----------
+    n_components
+        As the model was given it: a number, a range, or None. What was found, once the mixture has been built.
+    is_trained
+        Whether a stage has ended.
+    history
+        A row per epoch of all trainings so far; None before the first.
+    component_curve
+        Overlap of the components by their number; None unless it was to be found.
+    versions, version
+        Weights to choose from, and the name of those in use; none before a training has ended.
+    is_interrupted
+        Whether Ctrl-C ended the last training.
+    """
+
+    n_components: int | tuple[int, int] | None = None
+    is_trained: bool = False
+    history: pd.DataFrame | None = None
+    component_curve: pd.DataFrame | None = None
+    versions: Mapping[str, Version] = field(default_factory=dict)
+    version: str | None = None
+    is_interrupted: bool = False
+
+    @property
+    def n_epochs(self) -> int:
+        """Number of epochs of all trainings so far."""
+        return 0 if self.history is None else len(self.history)
+
+    def add_epochs(self, rows: list[dict]) -> None:
+        """Append rows to the history."""
+        earlier = [] if self.history is None else [self.history]
+        self.history = pd.concat([*earlier, pd.DataFrame(rows)], ignore_index=True)
+
+    def forget_versions(self) -> None:
+        """Drop the versions: the weights in use are none of an earlier training any more."""
+        self.versions, self.version = {}, None
+
+    def to_json(self, n_built: int | None) -> str:
+        """As text, without the versions; ``n_built`` is the number of components that the module has."""
+        return json.dumps(
+            {
+                "history_": to_plain(self.history, "history"),
+                "component_curve_": to_plain(self.component_curve, "component_curve"),
+                "is_trained_": self.is_trained,
+                "n_components": n_built,
+                "init_n_components": to_plain(self.n_components, "n_components"),
+            }
+        )
+
+    def update_from_json(self, text: str) -> int | None:
+        """Take over what `to_json` wrote; return the number of components that the module had."""
+        saved = {name: from_plain(value) for name, value in json.loads(text).items()}
+        self.history, self.component_curve = saved["history_"], saved["component_curve_"]
+        self.is_trained, self.n_components = saved["is_trained_"], saved["init_n_components"]
+        return saved["n_components"]

@@ -1,0 +1,45 @@
+"""What is private in scvi-tools and Lightning, and silence for both: the one place to look at when they change."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+from scvi.data._constants import _SETUP_ARGS_KEY as SETUP_ARGS
+from scvi.data._utils import _get_adata_minify_type as minified_type
+from scvi.model._utils import parse_device_args
+from scvi.model.base._archesmixin import _pad_and_sort_query_anndata as pad_and_sort_genes
+from scvi.model.base._save_load import _initialize_model as initialize_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["SETUP_ARGS", "initialize_model", "minified_type", "pad_and_sort_genes", "parse_device_args", "quiet"]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning and scvi-tools say about devices, loaders and workers, inside only."""
+    names = (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning",
+        "pytorch_lightning",
+        "scvi",
+        "lightning.pytorch.utilities.rank_zero",
+    )
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"scvi\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

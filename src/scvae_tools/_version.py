@@ -1,0 +1,5 @@
+"""Version of the package."""
+
+from importlib import metadata
+
+__version__ = metadata.version("scvae-tools")

@@ -1,0 +1,19 @@
+"""`SCVAE`, the model class: a wiring of the rooms below to scvi-tools, and all that a trained model can be asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scvae_tools.model._scvae import SCVAE
+
+__all__ = ["SCVAE"]
+
+
+def __getattr__(name: str) -> object:
+    """Load the class when it is first used, after the files of this folder that it is made of (PEP 562)."""
+    if name in __all__:
+        from scvae_tools.model._scvae import SCVAE
+
+        return SCVAE
+    raise AttributeError(f"module 'scvae_tools.model' has no attribute {name!r}")

@@ -1,0 +1,53 @@
+"""Building of a model on a private AnnData, for the tools."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from anndata import AnnData
+
+from scvae_tools._data.roles import check_obs, columns_in
+from scvae_tools._messages import said_before
+from scvae_tools.model._scvae import SCVAE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+
+def build_model(
+    adata: AnnData,
+    counts: csr_matrix,
+    mask: np.ndarray | None,
+    obs_keys: dict,
+    options: dict,
+    *,
+    allow_non_integer: bool,
+) -> SCVAE:
+    """Build a model on an AnnData of its own, so that the user's holds no trace of scvi-tools and is not kept alive.
+
+    Parameters
+    ----------
+    adata
+        The user's.
+    counts
+        Of the genes used, (n_cells, n_genes), as `read_counts` returns them.
+    mask
+        Whether each gene of ``adata`` is used; None for all.
+    obs_keys
+        Columns of ``obs`` by their roles, as `obs_keys_of` returns them.
+    options
+        Arguments of `SCVAE`.
+    allow_non_integer
+        Accept estimated counts.
+    """
+    check_obs(adata, **obs_keys)
+    names = adata.var_names if mask is None else adata.var_names[mask]
+    private = AnnData(counts, obs=adata.obs[columns_in(obs_keys)].copy(), var=pd.DataFrame(index=names))
+    with said_before():
+        SCVAE.setup_anndata(private, **obs_keys, allow_non_integer=allow_non_integer)
+    try:
+        return SCVAE(private, **options)
+    finally:
+        SCVAE._setup_adata_manager_store.pop(private.uns["_scvi_uuid"], None)

@@ -1,0 +1,193 @@
+"""Cells shown to a model: its own in batches, and others, checked, for as long as they are needed."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+
+from scvae_tools._checks import cell_positions
+from scvae_tools._data.counts import read_counts
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountLoader
+from scvae_tools._data.roles import check_obs, columns_in
+from scvae_tools._messages import said_before
+from scvae_tools._random import seeded
+from scvae_tools.model._setup import SetupMixin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from scipy.sparse import csr_matrix
+
+
+class CellsMixin(SetupMixin):
+    """Cells that `SCVAE` reads."""
+
+    _data_loader_cls = CountLoader
+
+    @torch.inference_mode()
+    def _batches(
+        self,
+        adata: AnnData | None,
+        indices: Sequence[int] | None,
+        batch_size: int | None,
+        dataloader: Iterable[dict[str, torch.Tensor]] | None = None,
+        *,
+        needs_counts: str | None = None,
+        **options: Any,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches on the model's device, for a module in evaluation mode; ``options`` are of the loader."""
+        self._check_if_trained(warn=True)
+        if needs_counts is not None and self.minified_data_type is not None:
+            raise ValueError(f"{needs_counts} needs the counts, which minified data no longer hold.")
+        if dataloader is None:
+            adata = self._validate_anndata(adata)
+            size = batch_size or EVALUATION_BATCH_SIZE
+            dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
+        self.module.eval()
+        with seeded(0):
+            batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
+        for tensors in batches:
+            yield self.module.moved(tensors)
+
+    def _make_data_loader(self, adata: AnnData, indices: Sequence[int] | None = None, **options: Any) -> Iterable:
+        """Loader of cells given by position or by one boolean each."""
+        indices = cell_positions(indices, adata.n_obs)
+        return super()._make_data_loader(adata, indices, likelihood=self.module.likelihood, **options)
+
+    def counts_of_model(self) -> csr_matrix:
+        """Counts of the cells of the model, (n_cells, n_genes), as `read_counts` returns them."""
+        with said_before():
+            return read_counts(self.adata, layer=self.layer, allow_non_integer=True)
+
+    def other_cells(
+        self,
+        adata: AnnData,
+        *,
+        indices: Sequence[int] | Sequence[bool] | None = None,
+        layer: str | None = None,
+        any_labels: bool = False,
+        fill_missing: bool = False,
+    ) -> OtherCells:
+        """Check cells that are to be shown to the model, and take what it reads of them; ``adata`` stays as it was.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the model, in any order and among others.
+        indices
+            Positions of the cells, or one boolean per cell; None for all. Each is taken once, in order.
+        layer
+            Layer of the counts; None for that of the model.
+        any_labels
+            Whether labels that the model does not know, or none, do: no bound depends on them, but scvi-tools wants
+            some.
+        fill_missing
+            Whether genes that the cells lack have no counts, or are refused.
+
+        Raises
+        ------
+        CountsError
+            If the counts are not raw counts, with the cell and the gene.
+        ValueError
+            If genes or columns of ``obs`` that the model was trained with are missing or unfit, or no cell is chosen.
+        """
+        cells = np.unique(cell_positions(indices, adata.n_obs))
+        if len(cells) == 0:
+            raise ValueError("`indices` must choose at least one cell; found none. Pass None for all cells.")
+        places = self._places_of_genes(adata, fill_missing=fill_missing)
+        obs = self._obs_to_show(adata, any_labels=any_labels)
+        if len(cells) < adata.n_obs:
+            adata, obs = adata[cells], obs.iloc[cells]
+        mask = None if np.array_equal(places, np.arange(adata.n_vars)) else np.isin(np.arange(adata.n_vars), places)
+        layer = self.layer if layer is None else layer
+        counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=self.allows_non_integer)
+        counts = _in_order_of_model(counts, places)
+        layers = {} if self.layer is None else {self.layer: counts}
+        var = pd.DataFrame(index=self.var_names.astype(object))
+        return OtherCells(counts, AnnData(counts, obs=obs.copy(), var=var, layers=layers), places)
+
+    def _obs_to_show(self, adata: AnnData, *, any_labels: bool) -> pd.DataFrame:
+        """Columns of ``obs`` that the model reads, (n_cells, n_columns), checked."""
+        obs_keys, label = self._obs_keys, self._obs_keys["labels_key"]
+        checked = obs_keys | {"labels_key": None} if any_labels else obs_keys
+        check_obs(adata, is_new=True, **checked)
+        obs = adata.obs[columns_in(checked)]
+        if any_labels and label is not None:
+            obs = obs.assign(**{label: self.label_categories[0]})
+        return obs[columns_in(obs_keys)]
+
+    def _places_of_genes(self, adata: AnnData, *, fill_missing: bool) -> np.ndarray:
+        """Position of each gene of the model among those of the cells, (n_genes,), −1 where they lack it."""
+        wanted, names = self.var_names, pd.Index(adata.var_names.astype(str))
+        if len(wanted) == len(names) and (wanted == names).all():
+            return np.arange(len(names))
+        missing = wanted[~pd.Index(wanted).isin(names)]
+        if len(missing) == len(wanted) or (len(missing) > 0 and not fill_missing):
+            raise ValueError(
+                f"`adata` must have the genes of the model; {len(missing)} of {len(wanted)} are missing, the first "
+                f"{str(missing[0])!r}. Pass the AnnData that the model was trained on, with all genes, or give new "
+                "data its genes with SCVAE.prepare_query_anndata."
+            )
+        repeated = names[names.duplicated() & names.isin(wanted)]
+        if len(repeated) > 0:
+            raise ValueError(
+                f"`adata` must have each gene of the model once; found {repeated[0]!r} more than once. Pass only the "
+                "genes that the model was trained on, in their order, for example adata[:, mask_var]."
+            )
+        place_of = {name: place for place, name in enumerate(names)}  # of names that may repeat among the others
+        return np.array([place_of.get(name, -1) for name in wanted])
+
+    @contextmanager
+    def shown(self, cells: OtherCells) -> Iterator[AnnData]:
+        """Let the model read other cells inside, and forget them: it would keep them alive, or even adopt them.
+
+        Yields
+        ------
+        The AnnData to pass to methods of the model.
+        """
+        own = self._adata, self._adata_manager
+        try:
+            with said_before():  # the counts have been checked
+                self._validate_anndata(cells.adata)
+            yield cells.adata
+        finally:
+            self._adata, self._adata_manager = own
+            for store in (self._setup_adata_manager_store, self._per_instance_manager_store.get(self.id, {})):
+                store.pop(cells.adata.uns.get("_scvi_uuid"), None)
+
+
+@dataclass(frozen=True)
+class OtherCells:
+    """Cells that are not those of a model, with its genes, checked.
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes), as `read_counts` returns them.
+    adata
+        An AnnData of the counts and the columns of ``obs`` that the model reads, of its own.
+    places
+        Position of each gene of the model among those that the cells came with, (n_genes,); −1 where they lacked it.
+    """
+
+    counts: csr_matrix
+    adata: AnnData
+    places: np.ndarray
+
+
+def _in_order_of_model(counts: csr_matrix, places: np.ndarray) -> csr_matrix:
+    """Counts of the genes that have a place, in the order of the places, as counts of all genes of the model."""
+    known = np.flatnonzero(places >= 0)
+    column = known[np.argsort(places[known])]  # of the model, for each column of the counts
+    if np.array_equal(column, np.arange(len(places))):
+        return counts
+    arrays = counts.data, column.astype(counts.indices.dtype)[counts.indices], counts.indptr
+    ordered = type(counts)(arrays, shape=(counts.shape[0], len(places)), copy=True)
+    ordered.sort_indices()
+    return ordered

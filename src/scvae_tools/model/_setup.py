@@ -1,0 +1,230 @@
+"""Set-up of a model: counts and columns of obs that scvi-tools registers, and the same checks for data shown later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+from scvi.data.fields import (
+    CategoricalJointObsField,
+    CategoricalObsField,
+    LayerField,
+    NumericalJointObsField,
+    NumericalObsField,
+)
+from scvi.model.base import BaseMinifiedModeModelClass
+
+from scvae_tools._data.counts import read_counts
+from scvae_tools._data.roles import ROLES, check_obs
+from scvae_tools._messages import listed
+from scvae_tools._upstream import SETUP_ARGS, minified_type, quiet
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scvi.data.fields import BaseAnnDataField
+
+    from scvae_tools._data.roles import Role
+    from scvae_tools._module.vae import VAE
+    from scvae_tools._train.state import TrainingState
+
+
+class SetupMixin(BaseMinifiedModeModelClass):
+    """Set-up of `SCVAE`, and what it was set up with.
+
+    All parts of the model share ``module``, its networks, and ``_state``, what a training changes beside their weights.
+    """
+
+    module: VAE
+    _state: TrainingState
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        allow_non_integer: bool = False,  # noqa: FBT001, FBT002
+        unlabeled_category: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the counts and register them, with what is known of the cells, for `SCVAE`.
+
+        Parameters
+        ----------
+        adata
+            AnnData with raw counts, (n_cells, n_genes), sparse or dense.
+        layer
+            Layer of the counts; None for ``adata.X``.
+        batch_key, labels_key
+            Columns of ``obs`` with the batch, which the decoder is given, and with the labels of the cells that are
+            known: each label then has a component (see ``y_term`` of `SCVAE`).
+        size_factor_key
+            Column of ``obs`` with positive size factors; None for each cell's total count.
+        categorical_covariate_keys, continuous_covariate_keys
+            Further columns of ``obs`` that the decoder is given; those with numbers in units of their standard
+            deviation over the training cells, from their mean, which the model keeps for new data.
+        allow_non_integer
+            Accept estimated counts, with a warning.
+        unlabeled_category
+            What ``labels_key`` holds for cells without a label; None if all have one.
+        **kwargs
+            Passed on by scvi-tools when it transfers a set-up to other data.
+
+        Raises
+        ------
+        CountsError
+            If the counts are not raw counts; it says which cell and gene.
+        ValueError
+            If a column of ``obs`` is missing or unfit.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        obs_keys = {argument: setup_method_args[SETUP_ARGS][argument] for argument in ROLES}
+        minified = minified_type(adata)
+        if minified is None:
+            read_counts(adata, layer=layer, allow_non_integer=allow_non_integer)
+        # Of data that a trained set-up is transferred to, scvi-tools checks the categories itself.
+        is_transferred, checks_labels = "source_registry" in kwargs, not kwargs.get("allow_missing_labels")
+        unchecked = dict.fromkeys((["batch_key"] if is_transferred else []) + ([] if checks_labels else ["labels_key"]))
+        unlabeled = unlabeled_category if checks_labels and not is_transferred else None
+        check_obs(adata, unlabeled_category=unlabeled, **obs_keys | unchecked)
+        fields = [LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)]
+        fields += [_field_of(role, obs_keys[argument]) for argument, role in ROLES.items()]
+        if minified is not None:
+            fields += cls._get_fields_for_adata_minification(minified)
+        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        with quiet():
+            manager.register_fields(adata, **kwargs)
+        cls.register_manager(manager)
+
+    # -- what it was set up with ---------------------------------------------------------------------------------------
+
+    @property
+    def _setup(self) -> dict[str, Any]:
+        """Arguments of `setup_anndata`."""
+        return self.registry["setup_args"]
+
+    @property
+    def _obs_keys(self) -> dict[str, Any]:
+        """Columns of ``obs`` by their roles."""
+        return {argument: self._setup.get(argument) for argument in ROLES}
+
+    @property
+    def layer(self) -> str | None:
+        """Layer of the counts; None for ``adata.X``."""
+        return self._setup.get("layer")
+
+    @property
+    def allows_non_integer(self) -> bool:
+        """Whether estimated counts are accepted."""
+        return self._setup.get("allow_non_integer", False)
+
+    @property
+    def var_names(self) -> np.ndarray:
+        """Names of the genes, (n_genes,)."""
+        names = self.registry["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"]
+        return np.asarray(names).astype(str)
+
+    @property
+    def label_categories(self) -> list[str]:
+        """Names of the codes of the labels."""
+        state = self.registry["field_registries"][REGISTRY_KEYS.LABELS_KEY]["state_registry"]
+        return [str(name) for name in state["categorical_mapping"]]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels in ``labels_key``, without that of unlabelled cells; none if there is no such key."""
+        if self._setup.get("labels_key") is None:
+            return []
+        unlabeled = self._setup.get("unlabeled_category")
+        return [name for name in self.label_categories if unlabeled is None or name != str(unlabeled)]
+
+    # -- data shown later ----------------------------------------------------------------------------------------------
+
+    def _validate_anndata(self, adata: AnnData | None = None, copy_if_view: bool = True) -> AnnData:  # noqa: FBT001, FBT002
+        """Check data that the model has not seen as closely as those it was built on."""
+        if adata is None and self.adata is None:
+            raise ValueError("This model was loaded without data. Pass an AnnData with its genes.")
+        if adata is not None and adata is not self.adata and minified_type(adata) is None:
+            self._check_genes(adata)
+            self._check_columns(adata)
+            if self.get_anndata_manager(adata) is None:
+                read_counts(adata, layer=self.layer, allow_non_integer=self.allows_non_integer)
+        with quiet():
+            return super()._validate_anndata(adata, copy_if_view)
+
+    def _check_genes(self, adata: AnnData) -> None:
+        expected = self.var_names
+        if len(expected) == adata.n_vars and (expected == adata.var_names.astype(str)).all():
+            return
+        missing = [gene for gene in expected.tolist() if gene not in adata.var_names]
+        found = (
+            f"{len(missing)} of the model's {len(expected)} genes are missing, the first {missing[0]!r}. Take data "
+            "with these genes, or fill them with `SCVAE.prepare_query_anndata`."
+            if missing
+            else "all genes are there, but in another order or among others. Pass `adata[:, model.var_names].copy()`."
+        )
+        raise ValueError(f"Data for the model must have its genes in its order: {found}")
+
+    def _check_columns(self, adata: AnnData) -> None:
+        """Check that ``obs`` holds what the model was set up with, of categories that it knows."""
+        obs_keys = self._obs_keys
+        for argument, role in ROLES.items():
+            for key in role.keys(obs_keys[argument], argument):
+                if key not in adata.obs.columns:
+                    raise ValueError(
+                        f"Data for the model must have the column {key!r} in adata.obs, which was its `{argument}`; "
+                        f"found {listed(adata.obs.columns)}. "
+                        + (self._any_label_does() if argument == "labels_key" else "Add it.")
+                    )
+        check_obs(adata, is_new=True, **obs_keys)
+        for key, known in self._known_categories().items():
+            found = adata.obs[key].unique().tolist()
+            if unknown := [each for each in found if each not in known]:
+                raise ValueError(
+                    f"adata.obs[{key!r}] must hold categories that the model knows, {listed(known)}; found "
+                    f"{listed(unknown)}. {self._remedy_for_categories(key, unknown, known)}"
+                )
+
+    def _known_categories(self) -> dict[str, list]:
+        """Categories of the batch, the labels and the covariates, by the column of ``obs``."""
+        fields, known = self.registry["field_registries"], {}
+        for argument, role in ROLES.items():
+            state = fields.get(role.registry_key, {}).get("state_registry") or {}
+            if role.is_categorical and self._obs_keys[argument] is not None:
+                known |= (
+                    state["mappings"]
+                    if role.takes_several
+                    else {self._obs_keys[argument]: state["categorical_mapping"]}
+                )
+        return {key: np.asarray(categories).tolist() for key, categories in known.items()}
+
+    def _remedy_for_categories(self, key: str, unknown: list, known: list) -> str:
+        setup = self._setup
+        if {str(each) for each in unknown} <= {str(each) for each in known}:
+            found, wanted = (type(values[0]).__name__ for values in (unknown, known))
+            return f"Type {found} must be {wanted}: adata.obs[{key!r}] = adata.obs[{key!r}].astype({wanted})."
+        if key == setup.get("batch_key"):
+            return "Train the model on new batches with `SCVAE.load_query_data`, or leave these cells out."
+        if key == setup.get("labels_key"):
+            return self._any_label_does()
+        return "Train a model on cells of these categories too, or leave these cells out."
+
+    def _any_label_does(self) -> str:
+        key = self._setup["labels_key"]
+        return f"No result depends on it: any known label does, adata.obs[{key!r}] = {self.label_categories[0]!r}."
+
+
+def _field_of(role: Role, keys: str | list[str] | None) -> BaseAnnDataField:
+    """How scvi-tools registers the columns of a role."""
+    if role.takes_several:
+        kind = CategoricalJointObsField if role.is_categorical else NumericalJointObsField
+        return kind(role.registry_key, keys)
+    if role.is_categorical:
+        return CategoricalObsField(role.registry_key, keys)
+    return NumericalObsField(role.registry_key, keys, required=False)

@@ -1,0 +1,467 @@
+"""How a model is fitted to its data: split, stages, mixture start, order of the components. Methods of `SCVAE`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from scvi import REGISTRY_KEYS
+
+from scvae_tools._checks import cell_positions, check_choice, check_number, check_share, check_whole
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE
+from scvae_tools._messages import InterruptedTraining, listed, warn
+from scvae_tools._module.mixture_vaes import MixtureVAE
+from scvae_tools._random import seeded
+from scvae_tools._train.checkpoint import Checkpointer, fingerprint
+from scvae_tools._train.plan import Objective
+from scvae_tools._train.progress import Progress
+from scvae_tools._train.recorder import RateRecorder
+from scvae_tools._train.run import Settings, run_stage
+from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
+from scvae_tools._train.start import start_from_labels, start_mixture
+from scvae_tools._train.versions import Version, copied, renumbered
+from scvae_tools._upstream import parse_device_args, quiet
+from scvae_tools.model._inference import InferenceMixin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    import pandas as pd
+
+    from scvae_tools._data.loader import CountDataset
+    from scvae_tools._module.vae import VAE
+
+
+class TrainingMixin(InferenceMixin):
+    """Training of `SCVAE`."""
+
+    @property
+    def history(self) -> pd.DataFrame | None:
+        """A row per epoch of all trainings so far; None before the first.
+
+        Columns: ``epoch``, ``stage`` and ``kl_weight`` (as it was at the start of the epoch); for each of
+        ``train`` and ``validation`` (``elbo_train``, ...) ``elbo``, ``log_likelihood``, ``kl_z`` and ``kl_y``, in nats
+        per cell and not weighted. With ``record_rates=True`` also, of at most 512 training cells, before zero inflation
+        and at the posterior means: ``rate_at_zeros``, the mean over cells of Σ λ over the genes with x = 0, in counts
+        per cell, and ``max_rate``, the largest λ, in counts; NaN in epochs that were trained without.
+        """
+        return self._state.history
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        n_warm_up_epochs: int | None = None,
+        kl_weight: float = 1.0,
+        free_nats_y: float = 0.0,
+        free_nats_z: float = 0.0,
+        n_samples: int = 1,
+        n_importance_samples: int = 1,
+        batch_size: int = 128,
+        train_size: float = 0.9,
+        validation_indices: Sequence[int] | None = None,
+        early_stopping: bool = True,
+        patience: int = 20,
+        gradient_clip: float = 100.0,
+        accelerator: str = "auto",
+        devices: int | str = "auto",
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
+        progress: bool = True,
+        record_rates: bool = False,
+        checkpoint: str | Path | None = None,
+        random_state: int = 0,
+        **trainer_options: Any,
+    ) -> None:
+        """Train by stages: KL warm-up, VAE, and for a mixture the full bound from the VAE's latent space.
+
+        Parameters
+        ----------
+        max_epochs
+            Of all stages together; None for about 4,000 steps of 128 cells.
+        lr, weight_decay
+            Of Adam; dispersions that cells share learn at ten times the rate. The decay acts on all that is trained,
+            biases and log r included: it pulls λ over the size factor, and r, towards 1.
+        n_warm_up_epochs
+            Epochs at the beginning over which the weight of the KL terms rises from 0; None for a quarter of the
+            VAE's.
+        kl_weight
+            Weight of both KL terms after that. The bounds in `history` are never weighted.
+        free_nats_y
+            KL(q(y|x) ‖ p(y)) that costs nothing, as a share of the entropy H[p(y)]: where its mean over the cells of a
+            step is less, it has no gradient.
+        free_nats_z
+            The same for the KL of z, in nats per cell (after Kingma et al. 2016, arXiv:1606.04934).
+        n_samples
+            Draws of z per cell and component whose bounds are averaged.
+        n_importance_samples
+            Draws of z per cell and component for the importance-weighted bound (Burda et al. 2016, arXiv:1509.00519),
+            which is then trained in place of the ELBO; y stays summed out. The ELBO in `history` is that of the same
+            draws. 1 for the ELBO.
+        batch_size
+            Cells a step; 128 gave the best bound for the time (docs/performance.md).
+        train_size
+            Share of the cells that are trained on; the others tell when to stop and which weights to keep.
+        validation_indices
+            Positions of the cells to hold out, or one boolean per cell, in place of a random draw. Where labels train
+            the components, some cells of each label must be left to train on; a random draw sees to that itself.
+        early_stopping, patience
+            Whether, and after how many epochs without a better validation ELBO, a stage ends.
+        gradient_clip
+            Largest norm of the gradient.
+        accelerator, devices
+            Of Lightning.
+        matmul_precision
+            Precision of torch's matrix products during training (``torch.set_float32_matmul_precision``): ``"medium"``
+            takes bfloat16 where the processor has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
+            the setting as it is.
+        progress
+            Whether to show a bar with epoch, ELBO and time left.
+        record_rates
+            Whether to put λ of at most 512 training cells into the `history` at the end of each epoch, for
+            `scvae_tools.pl.stability`: ``rate_at_zeros``, the mean over cells of the sum of λ over the genes of which
+            the cell has no count, and ``max_rate``, the largest λ, both in counts. The training is the same.
+        checkpoint
+            Directory in which a file is kept, from which a training that was killed goes on; None for none. See below.
+        random_state
+            Seed of split, order of cells and Monte Carlo samples.
+        **trainer_options
+            Further arguments of ``lightning.pytorch.Trainer``.
+
+        Raises
+        ------
+        NonFiniteError
+            If a term of the bound became NaN or infinite, also at a tenth of the learning rate.
+        ValueError
+            If an argument does not fit, or ``checkpoint`` holds a training of other data, another model or other
+            arguments; it says which.
+
+        Notes
+        -----
+        Ctrl-C ends the training; the best weights so far are kept, and a warning says which. Any other exception
+        leaves the model as it was after the last stage that had ended, or else as it was before.
+
+        All weights that a training leaves, not the best alone, are in `versions`.
+
+        With ``checkpoint``, everything that is needed to go on is written at the end of each epoch, to a file that is
+        whole whenever the process ends. The same model, built anew on the same data, with the same arguments of
+        ``train`` and the same directory, goes on after the last epoch that had ended, and comes out as it would have
+        without a break, to the last bit where processor, number of threads and versions of the packages are the same.
+        After the last epoch the file holds the result: the same call then loads it and trains nothing. The file is
+        about five times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
+        """
+        arguments = dict(locals())
+        self._require_data_to_train()
+        check_training_arguments(max_epochs, batch_size, train_size, lr)
+        objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
+        _check_objective(objective, n_warm_up_epochs, self.module)
+        _check_precision(trainer_options.get("precision"))
+        check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
+        arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
+        accelerator, devices, device = parse_device_args(accelerator, devices, return_device="torch")
+        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
+        bar = Progress(stages, enable=progress)
+        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience)
+        settings.accelerator, settings.devices, settings.matmul_precision = accelerator, devices, matmul_precision
+        settings.progress, settings.trainer_options = bar, trainer_options
+        with seeded(random_state), quiet(), self._former_split_on_error():
+            self._split(train_size, validation_indices)
+            self._standardize_covariates()
+            loaders = self._loaders(batch_size, pin_memory=device.type == "cuda")
+            if record_rates:
+                settings.recorder = RateRecorder(loaders[0].dataset, self.train_indices, random_state)
+            if checkpoint is not None:
+                settings.checkpoint = self._checkpointer(checkpoint, loaders[0].dataset, arguments)
+            self.to_device(device)
+            try:
+                self._run(stages, loaders, settings, random_state)
+            finally:
+                bar.close()
+                self.module.eval()
+            self.to_device(device)
+
+    def _require_data_to_train(self) -> None:
+        if self.minified_data_type is not None:
+            raise ValueError("A model of minified data cannot be trained: the counts are gone. Train before minifying.")
+        if self.adata is None:
+            raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
+
+    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
+        return plan_stages(
+            max_epochs,
+            mixture=isinstance(self.module, MixtureVAE),
+            resumes_vae=self._state.is_trained,
+            resumes_mixture=self.is_mixture,
+            n_warm_up_epochs=n_warm_up_epochs,
+        )
+
+    def _checkpointer(self, directory: str | Path, dataset: CountDataset, arguments: dict[str, Any]) -> Checkpointer:
+        """Keep a file of this training in a directory, and take up that which is there."""
+        identity = fingerprint(
+            dataset,
+            self.module,
+            self._state,
+            registry=self.registry,
+            var_names=self.var_names,
+            held_out=self.validation_indices,
+            of_model=self.init_params_["non_kwargs"],
+            of_training=arguments,
+        )
+        return Checkpointer(directory, identity, dataset)
+
+    @contextlib.contextmanager
+    def _former_split_on_error(self) -> Iterator[None]:
+        """Put the split back where an exception ends the training before a stage has ended."""
+        former, n_epochs = (self.train_indices, self.validation_indices, self.test_indices), self._state.n_epochs
+        units = {name: value.clone() for name, value in self.module.named_buffers() if name.startswith("continuous_")}
+        try:
+            yield
+        except BaseException:
+            if self._state.n_epochs == n_epochs:
+                self.train_indices, self.validation_indices, self.test_indices = former
+                self.module.load_state_dict(units, strict=False)  # those of the split
+            raise
+
+    @contextlib.contextmanager
+    def _former_weights_on_error(self) -> Iterator[None]:
+        """Put the weights back where an exception ends a stage."""
+        before = copied(self.module)
+        try:
+            yield
+        except BaseException:
+            self.module.load_state_dict(before)
+            raise
+
+    def _split(self, train_size: float, validation_indices: Sequence[int] | None) -> None:
+        n = self.adata.n_obs
+        if validation_indices is None:
+            order = torch.randperm(n).numpy()
+            n_train = max(1, round(train_size * n))
+            train, validation = order[:n_train], order[n_train:]
+            # Of each label the component starts from the training cells: chance must not hold out its only ones.
+            kept = np.array([*self._labels_held_out(train, validation).values()], dtype=int)
+            train, validation = np.r_[train, kept], np.setdiff1d(validation, kept)
+        else:
+            validation = np.unique(cell_positions(validation_indices, n, "validation_indices"))
+            train = np.setdiff1d(np.arange(n), validation)
+        if len(train) == 0:
+            raise ValueError(f"`validation_indices` must leave cells to train on; found all {n} held out.")
+        if (self.n_components or 1) > len(train):
+            raise ValueError(
+                f"`n_components` must be at most the number of training cells; found {self.n_components} components "
+                f"for {len(train)} cells. Pass fewer, or a larger `train_size`."
+            )
+        self._check_labels_to_train_on(train, validation)
+        self.train_indices, self.validation_indices = np.sort(train), np.sort(validation)
+        self.test_indices = np.array([], dtype=int)
+
+    def _standardize_covariates(self) -> None:
+        """Standardise continuous covariates by the training cells of the first training, for good."""
+        if self.module.sizes.n_continuous == 0 or self.module.continuous_is_set:
+            return
+        columns = self.adata_manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
+        values = np.asarray(columns, dtype=np.float64)[self.train_indices]  # (n_train, n_continuous)
+        mean, sd = values.mean(0), values.std(0)
+        # Up to rounding: float32, in which the networks see them, holds seven digits.
+        is_constant = sd <= 1e-7 * np.abs(mean)
+        if is_constant.any():
+            names = np.array(self._setup["continuous_covariate_keys"])[is_constant]
+            warn(
+                f"`continuous_covariate_keys`: {listed(names)} has the same value in all training cells, from which "
+                "nothing can be learnt, and is not used. Leave it out."
+            )
+        sd[is_constant] = np.inf
+        self.module.standardize_continuous(torch.as_tensor(mean), torch.as_tensor(sd))
+
+    def _labels_held_out(self, train: np.ndarray, validation: np.ndarray) -> dict[str, int]:
+        """Labels of which a component starts and all cells are held out, each with the position of its first cell."""
+        if not (self.is_supervised or self._takes_weights_of_labels) or self.is_mixture:
+            return {}
+        component = self._components_of_labels()
+        held_out = np.setdiff1d(component[validation], component[train])
+        return {self.labels[each]: validation[component[validation] == each][0] for each in held_out if each >= 0}
+
+    def _check_labels_to_train_on(self, train: np.ndarray, validation: np.ndarray) -> None:
+        held_out = self._labels_held_out(train, validation)
+        if not held_out:
+            return
+        unlabeled = self._setup.get("unlabeled_category")
+        hidden = "`unlabeled_category`" if unlabeled is None else repr(unlabeled)
+        raise ValueError(
+            "`validation_indices` must leave a cell of each label to train on, from which the component of the label "
+            f"starts; found all cells labelled {listed(held_out)} held out. Leave some of them out of "
+            f"`validation_indices`, or give those cells {hidden} as their label."
+        )
+
+    def _loaders(self, batch_size: int, *, pin_memory: bool) -> tuple[Iterable, Iterable | None]:
+        # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
+        drops = self.module.normalization == "batch" and len(self.train_indices) % batch_size == 1
+        options = {"shuffle": True, "drop_last": drops, "batch_size": batch_size, "pin_memory": pin_memory}
+        train = self._make_data_loader(self.adata, self.train_indices, **options)
+        if len(self.validation_indices) == 0:
+            return train, None
+        # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
+        options = {"batch_size": max(batch_size, EVALUATION_BATCH_SIZE), "pin_memory": pin_memory}
+        options["dataset"] = train.dataset
+        return train, self._make_data_loader(self.adata, self.validation_indices, **options)
+
+    def _run(self, stages: list[Stage], loaders: tuple, settings: Settings, random_state: int) -> None:
+        """Run the stages; after an interruption set a mixture all the same, so that every result exists."""
+        checkpoint, state = settings.checkpoint, self._state
+        state.is_interrupted = False
+        if checkpoint is not None and checkpoint.is_finished:
+            checkpoint.restore_result(self.module, state)
+            self._note_n_components()
+            return
+        starts_mixture = isinstance(self.module, MixtureVAE) and not self.is_mixture
+        first = 0 if checkpoint is None else self._resume(stages, settings)
+        for index, stage in enumerate(stages[first:], first):
+            if stage.is_mixture and not self.is_mixture:
+                self._start_mixture(random_state)
+                if state.is_interrupted:
+                    versions = {"end": Version(state.n_epochs, np.nan, copied(self.module))}
+                    break
+            if not state.is_interrupted:
+                versions = self._run_stage(index, stage, loaders, settings)
+        state.versions, state.version = versions, "best" if "best" in versions else "end"
+        if starts_mixture and self.is_mixture:
+            self._sort_components()
+        if checkpoint is not None and not state.is_interrupted:
+            checkpoint.finish(self.module, state)
+
+    def _run_stage(self, index: int, stage: Stage, loaders: tuple, settings: Settings) -> dict[str, Version]:
+        """Run a stage and note what came of it; the versions of the weights that it leaves."""
+        checkpoint, n_before = settings.checkpoint, self._state.n_epochs
+        if checkpoint is not None:
+            checkpoint.begin_stage(index, self.module, self._state)
+        with self._former_weights_on_error():
+            rows, interrupted, versions = run_stage(self.module, stage, loaders, settings, first_epoch=n_before)
+            if interrupted and n_before + len(rows) == 0:
+                raise KeyboardInterrupt
+        self._state.add_epochs(rows)
+        if interrupted:
+            self._report_interruption(stage, len(rows), checkpoint)
+        self._state.is_trained, self._state.is_interrupted = True, interrupted
+        self._state.forget_versions()
+        return versions
+
+    def _resume(self, stages: list[Stage], settings: Settings) -> int:
+        """Go to the beginning of the stage in which the checkpoint was written; which it is."""
+        first = settings.checkpoint.resume(self.module, self._state)
+        self._note_n_components()
+        if first > 0:  # the weights are those of a finished stage, and no version of an earlier training
+            self._state.forget_versions()
+        n_done = sum(stage.max_epochs for stage in stages[:first]) + settings.checkpoint.n_epochs_done()
+        if settings.progress is not None:
+            settings.progress.total -= n_done
+        return first
+
+    def _note_n_components(self) -> None:
+        """Let the arguments of the model say how many components `load` needs to build the same module."""
+        self.init_params_["non_kwargs"]["n_components"] = self._state.n_components
+
+    def _report_interruption(self, stage: Stage, n_epochs: int, checkpoint: Checkpointer | None) -> None:
+        warn(
+            f"Training was interrupted in stage {stage.name!r} after {n_epochs} of its at most {stage.max_epochs} "
+            "epochs. Kept: the weights with the best validation ELBO of that stage, or else the last ones"
+            + ("." if stage.is_mixture else "; the mixture, if any, is fitted to this latent space without training.")
+            + ("" if checkpoint is None else f" {checkpoint.how_to_go_on()}"),
+            InterruptedTraining,
+        )
+
+    def _start_mixture(self, random_state: int) -> None:
+        """Set the mixture from the latent means of the training cells, and from their labels where these are known."""
+        self._state.is_trained = True
+        mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
+        if self.is_supervised:
+            label = self._components_of_labels()[self.train_indices]
+            start = start_from_labels(mean, label, len(self.labels), self.n_components, random_state=random_state)
+        else:
+            wanted = self.n_components or self._state.n_components  # a number, a range, or None
+            start, curve = start_mixture(mean, wanted, random_state=random_state)
+        if self.n_components is None:
+            self._state.component_curve = curve
+            self.module.build_mixture(len(start.weights))
+        self._state.n_components = self.n_components
+        self._note_n_components()
+        if not self.is_supervised:
+            order = np.argsort(-start.weights, kind="stable")  # that of `weights`, if they are given
+            start = start._replace(weights=start.weights[order], means=start.means[order])
+        if self._takes_weights_of_labels:
+            start = start._replace(weights=self._weights_of_labels(start.weights))
+        as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
+        self.module.set_mixture(*map(as_tensor, start), as_tensor(variance.mean(0)))
+
+    @property
+    def _takes_weights_of_labels(self) -> bool:
+        return isinstance(self.module, MixtureVAE) and self.module.weights == "labels"
+
+    def _weights_of_labels(self, start: np.ndarray) -> np.ndarray:
+        """Shares of the labels among the labelled training cells, (k,).
+
+        Components beyond the labels keep the share with which they start. Where labels do not train the components, the
+        largest share goes to the largest component.
+        """
+        label = self._components_of_labels()[self.train_indices]
+        shares = np.bincount(label[label >= 0], minlength=len(self.labels)) / np.sum(label >= 0)
+        if not self.is_supervised:
+            return np.sort(shares)[::-1].copy()
+        others = start[len(shares) :]
+        return np.r_[shares * (1 - others.sum()), others]
+
+    def _components_of_labels(self) -> np.ndarray:
+        codes = self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS_KEY).ravel().astype(int)
+        return np.asarray(self.module.component_of_label)[codes]
+
+    def _sort_components(self) -> None:
+        """Number the components by decreasing size, here and in all results; those of labels stay in place."""
+        sizes = np.bincount(self.predict(soft=True).to_numpy().argmax(1), minlength=self.n_components)
+        n_fixed = len(self.labels) if self.is_supervised else 0
+        order = np.r_[:n_fixed, n_fixed + np.argsort(-sizes[n_fixed:], kind="stable")]
+        order = torch.as_tensor(order, device=self.module.device)
+        self._state.versions = renumbered(self.module, self._state.versions, order)
+        self.module.permute_components(order)
+
+
+def check_training_arguments(max_epochs: int | None, batch_size: int, train_size: float, lr: float) -> None:
+    """Check the arguments of `SCVAE.train` that every training has."""
+    check_whole("max_epochs", max_epochs, or_none=True)
+    check_whole("batch_size", batch_size)
+    check_share("train_size", train_size)
+    check_number("lr", lr, above=0)
+
+
+def _check_objective(objective: Objective, n_warm_up_epochs: int | None, module: VAE) -> None:
+    check_whole("n_samples", objective.n_samples)
+    check_whole("n_importance_samples", objective.n_importance_samples)
+    check_whole("n_warm_up_epochs", n_warm_up_epochs, least=0, or_none=True)
+    weights = {name: getattr(objective, name) for name in ("kl_weight", "free_nats_y", "free_nats_z")}
+    for name, value in weights.items():
+        check_number(name, value, least=0)
+    if objective.free_nats_y and (module.y_term == "none" or not isinstance(module, MixtureVAE)):
+        found = "y_term='none'" if isinstance(module, MixtureVAE) else "mixture=False"
+        raise ValueError(f"`free_nats_y` is of the KL of y, which a model with {found} has not. Leave it out.")
+    if objective.n_importance_samples == 1:
+        return
+    others = {"n_samples": objective.n_samples > 1, "y_term": module.y_term != "kl"}
+    others |= {name: weights[name] > 0 for name in ("free_nats_y", "free_nats_z")}
+    clashing = [name for name, is_set in others.items() if is_set]
+    if clashing:
+        raise ValueError(
+            f"`n_importance_samples` above 1 trains one bound that has no KL terms of its own; found also "
+            f"{listed(clashing)}. Leave one or the other at its default"
+            + (", that is y_term='kl'." if "y_term" in clashing else ".")
+        )
+
+
+def _check_precision(precision: object) -> None:
+    if precision is not None and str(precision) not in ("32", "32-true"):
+        raise ValueError(
+            f"`precision` must be '32-true', in which log-likelihood and KL are tested; found {precision!r}. Pass "
+            "matmul_precision='medium' instead, which takes bfloat16 for the matrix products alone."
+        )

@@ -1,0 +1,166 @@
+"""A comparison of models on the way: its cells, its combinations, and the table of what is finished."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from scvae_tools import metrics
+from scvae_tools._data.roles import columns_in, obs_keys_of
+from scvae_tools._files import digest
+from scvae_tools._messages import InterruptedTraining, inform, said_before, warn
+from scvae_tools._results.comparison import FINISHED, RESULTS, STATE, WHOLE_NUMBERS
+from scvae_tools._train.progress import progress_bar
+from scvae_tools._version import __version__
+from scvae_tools.model._scvae import SCVAE
+from scvae_tools.tl._comparison_cells import Cells, hash_of_columns
+from scvae_tools.tl._grid import as_json, as_text, describe, options_of
+from scvae_tools.tl._results_of_model import ELBO_SAMPLES
+
+if TYPE_CHECKING:
+    from scvae_tools.tl._comparison_store import Store
+
+#: Arguments of `SCVAE` that mean nothing to a plain VAE.
+OF_MIXTURES = {"n_components", "covariance", "weights", "y_term"}
+
+
+def _hash(cells: Cells, combination: dict[str, Any], n_importance_samples: int, digest_of_cells: str) -> str:
+    """Name of everything that the results of a combination depend on."""
+    plain = combination["mixture"] is False
+    params = {name: value for name, value in combination.items() if not (plain and name in OF_MIXTURES)}
+    obs_keys = obs_keys_of(combination, inputs_only=True)
+    params |= obs_keys | {"mixture": "gmvae" if params["mixture"] is True else params["mixture"]}
+    obs = hash_of_columns(cells.obs[columns]).hex() if (columns := columns_in(obs_keys)) else ""
+    named = {"params": params, "cells": digest_of_cells, "obs": digest(obs.encode())}
+    named |= {"n_importance_samples": n_importance_samples, "version": __version__}
+    return digest(as_json(named).encode())
+
+
+@dataclass
+class Comparison:
+    """All combinations, and what is known of them so far."""
+
+    cells: Cells
+    values: dict[str, list]
+    combinations: list[dict[str, Any]]
+    n_importance_samples: int
+    store: Store
+
+    def __post_init__(self) -> None:
+        of_cells = self.cells.digest()
+        self.hashes = [_hash(self.cells, each, self.n_importance_samples, of_cells) for each in self.combinations]
+        #: Results by the place of the combination, or the error that it ended with.
+        self.rows = {i: self.store[name] for i, name in enumerate(self.hashes) if name in self.store}
+
+    def run(self, *, verbose: bool) -> None:
+        """Train what is not finished, one after the other."""
+        if self.rows:
+            inform("%d of %d combinations are finished from a former call.", len(self.rows), len(self.hashes))
+        bar = _progress_bar(len(self.hashes), len(self.rows)) if verbose else None
+        try:
+            for i, (combination, name) in enumerate(zip(self.combinations, self.hashes, strict=True)):
+                if i in self.rows:
+                    continue
+                if bar is not None:
+                    bar.set_postfix_str(describe(combination, self.values))
+                # Without a mixture, another combination may have been the same but for the arguments of mixtures.
+                self.rows[i] = self.store[name] if name in self.store else self._result(combination, name)
+                if bar is not None:
+                    bar.update(1)
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _result(self, combination: dict[str, Any], name: str) -> dict[str, Any]:
+        """Results of a model trained now, or the error that it ended with."""
+        description = describe(combination, self.values)
+        try:
+            result = _train_and_score(self.cells, combination, self.n_importance_samples)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other combinations go on)
+            message = f"{type(error).__name__}: {error}"
+            warn(f"{description} failed, and has no results in the table. {message}")
+            return {STATE: message}
+        self.store.add(name, result, description)
+        return result
+
+    def table(self) -> pd.DataFrame:
+        """Combinations that are done, as a table that anndata can write."""
+        done = sorted(self.rows)
+        rows, index = [self.rows[i] for i in done], [str(i) for i in range(len(done))]
+        table = pd.DataFrame(index=index)
+        for name, given in self.values.items():
+            column = [self.combinations[i][name] for i in done]
+            table[name] = column if _are_alike(given) else pd.array(list(map(as_text, column)), dtype=object)
+        for name in RESULTS:
+            if name != "ari" or self.cells.labels is not None:
+                numbers = pd.Series([row.get(name) for row in rows], index=index, dtype=object).astype(float)
+                table[name] = numbers.astype("Int64") if name in WHOLE_NUMBERS else numbers
+        table[STATE] = pd.array([row[STATE] for row in rows], dtype=object)
+        return table
+
+
+def _progress_bar(total: int, n_done: int) -> Any:
+
+    bar = progress_bar(total)
+    bar.unit = "model"
+    bar.set_description("compare", refresh=False)
+    bar.update(n_done)
+    return bar
+
+
+def _train_and_score(cells: Cells, combination: dict[str, Any], n_importance_samples: int) -> dict[str, Any]:
+    model, seconds = _train(cells, combination)
+    scores = _scores(model, cells, combination, n_importance_samples)
+    return {"epochs": len(model.history), "seconds": seconds, **scores, STATE: FINISHED}
+
+
+def _train(cells: Cells, combination: dict[str, Any]) -> tuple[SCVAE, float]:
+    """Model of a combination, and the seconds that its training took."""
+    model = cells.build(obs_keys_of(combination, inputs_only=True), options_of(SCVAE.__init__, combination))
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InterruptedTraining)
+        model.train(
+            validation_indices=np.searchsorted(cells.seen, cells.validation),
+            progress=False,
+            **options_of(SCVAE.train, combination),
+        )
+    # The training itself goes on from Ctrl-C to a usable model; here it must not count as finished.
+    if model.was_interrupted:
+        raise KeyboardInterrupt
+    return model, time.perf_counter() - start
+
+
+def _scores(model: SCVAE, cells: Cells, combination: dict[str, Any], n_importance_samples: int) -> dict[str, Any]:
+    """Bounds in nats per cell, and what the clusters are like."""
+    test = cells.part(cells.test, obs_keys_of(combination, inputs_only=True))
+    with said_before():
+        parts = {
+            "train": model.get_elbo_terms(indices=model.train_indices, n_samples=ELBO_SAMPLES["train"]),
+            "validation": model.get_elbo_terms(indices=model.validation_indices, n_samples=ELBO_SAMPLES["validation"]),
+            "test": model.get_elbo_terms(test, n_samples=ELBO_SAMPLES["validation"]),
+        }
+        found = {f"elbo_{part}": float(terms["elbo"].mean()) for part, terms in parts.items()}
+        found |= {f"{term}_test": float(parts["test"][term].mean()) for term in ("log_likelihood", "kl_z", "kl_y")}
+        found["importance_weighted_test"] = model.get_marginal_ll(test, n_mc_samples=n_importance_samples)
+        if not model.is_mixture:
+            return found
+        component = np.empty(len(cells.obs), dtype=object)
+        component[cells.seen], component[cells.test] = model.predict(), model.predict(test)
+    found["components_used"] = len(set(component))
+    if cells.labels is not None:
+        known = cells.labels.notna().to_numpy()
+        labels = cells.labels[known].astype(str)
+        found["ari"] = metrics.ari(component[known].astype(str), labels)
+    return found
+
+
+def _are_alike(values: list) -> bool:
+    """Whether a column can hold them as they are."""
+    are_bool = [isinstance(value, bool) for value in values]
+    return all(are_bool) or (all(isinstance(value, int | float) for value in values) and not any(are_bool))

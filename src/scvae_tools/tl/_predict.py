@@ -1,0 +1,103 @@
+"""Write what a trained model says of cells that it has not seen: latent codes, components, λ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scvae_tools._data.counts import require_anndata
+from scvae_tools._keys import Keys
+from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
+from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
+from scvae_tools.tl._models import require_encoder_of_counts
+from scvae_tools.tl._results_of_model import loadings_of, params_of, results_of
+
+if TYPE_CHECKING:
+    import h5py
+    import numpy as np
+    import zarr
+    from anndata import AnnData
+
+    from scvae_tools.model._scvae import SCVAE
+
+
+def predict(
+    adata: AnnData,
+    model: SCVAE,
+    *,
+    layer: str | None = None,
+    fill_missing: bool = False,
+    key_added: str = "scvae",
+    write_lambda: bool | np.ndarray | zarr.Array | h5py.Dataset | None = False,
+    copy: bool = False,
+) -> AnnData | None:
+    """Write the results of a trained model for other cells: their latent codes and components.
+
+    The model stays as it is. New batches need a model that is trained on them: see `SCVAE.load_query_data`.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with raw counts and the genes of the model, in any order and among others; never changed but for
+        the keys below.
+    model
+        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` or ``SCVAE.load`` returns it.
+    layer
+        Layer with the counts; None for that of the model, which is ``adata.X`` unless it was given another.
+    fill_missing
+        Whether genes of the model that ``adata`` lacks count as 0, or are an error.
+    key_added
+        Name of the results.
+    write_lambda
+        Whether to write the layer of λ, or where to; as in `scvae`.
+    copy
+        Whether to return a copy of ``adata`` with the results instead of writing into it.
+
+    Returns
+    -------
+    None, or the copy. Sets the fields of `scvae`:
+
+    ``adata.obsm["X_scvae"]`` : (n_cells, n_latent) float32
+        Mean of q(z|x); for a mixture the mean over q(y|x).
+    ``adata.obs["scvae"]`` : categorical
+        Most probable component by its name in the model: with labels theirs, else "0", "1", ... by decreasing size in
+        the data that the model was trained on. Mixture only.
+    ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
+        Probability of each component, in the order of ``model.components``. Mixture only.
+    ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
+        With ``write_lambda``: λ in counts; NaN for genes that the model does not have.
+    ``adata.varm["scvae_loadings"]`` : (n_genes, n_latent) float32
+        With ``linear_decoder=True``: as in `scvae`.
+    ``adata.uns["scvae"]`` : dict
+        ``params`` and ``history`` of the model; ``kl_by_dimension`` and ``components`` of these cells; ``version``.
+        ``elbo`` is empty: `evaluate` tells how well the model describes new cells.
+
+    Raises
+    ------
+    TypeError
+        If ``adata`` is not an AnnData or ``model`` not an `SCVAE`.
+    CountsError
+        If the counts are not raw counts, with the cell and the gene.
+    ValueError
+        If the model is not trained or holds minified data; ``adata`` has not the genes of the model, or not the columns
+        of ``obs`` that it was trained with.
+
+    Examples
+    --------
+    >>> model = svt.SCVAE.load("model")
+    >>> svt.tl.predict(new, model)
+    >>> svt.pl.probs(new)
+    """
+    require_anndata(adata)
+    require_encoder_of_counts(model, "svt.tl.predict")
+    require_writable(adata, copy=copy)
+    require_place_for_rate(adata, write_lambda, copy=copy)
+    keys = Keys(key_added)
+    cells = model.other_cells(adata, layer=layer, any_labels=True, fill_missing=fill_missing)
+    with model.shown(cells) as shown:
+        params = params_of(model) | {"layer": layer}
+        results = results_of(model, keys, params, {}, shown)
+        results["varm"] = loadings_of(model, keys, cells.places, adata.n_vars)
+        target = copy_in_memory(adata) if copy else adata
+        replace_results(target, results, keys)
+        write_rate(target, model, keys.rate, write_lambda, cells=shown, gene_places=cells.places)
+    return target if copy else None

@@ -1,0 +1,85 @@
+"""Results of a trained model by slot and key, of its own cells or of others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import xlogy
+
+from scvae_tools._version import __version__
+from scvae_tools.tl._lambda_layer import among_all_genes
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scvae_tools._keys import Keys
+    from scvae_tools.model._scvae import SCVAE
+
+
+#: Monte Carlo samples per cell for the ELBO that is stored: a validation set is small, so each cell gets more.
+ELBO_SAMPLES = {"train": 1, "validation": 5}
+
+
+def params_of(model: SCVAE) -> dict[str, Any]:
+    """Arguments of the model, None for those that mean nothing to a plain VAE."""
+    params = model.init_params_["non_kwargs"]
+    return params if params["mixture"] else params | dict.fromkeys(("covariance", "weights", "n_components"))
+
+
+def elbo_of(model: SCVAE) -> dict[str, dict[str, float]]:
+    """Means of the bound and its terms over the cells of the training and the validation, in nats per cell."""
+    return {
+        subset: model.get_elbo_terms(indices=indices, n_samples=ELBO_SAMPLES[subset]).mean().to_dict()
+        for subset, indices in (("train", model.train_indices), ("validation", model.validation_indices))
+        if len(indices) > 0
+    }
+
+
+def results_of(
+    model: SCVAE, keys: Keys, params: dict, elbo: dict, adata: AnnData | None = None
+) -> dict[str, dict[str, Any]]:
+    """Everything to write but λ, of the cells of the model or of others with its genes."""
+    history = model.history.copy()
+    history.index = history.index.astype(str)
+    # A path is none of what the results depend on, and AnnData writes none.
+    params = {key: value for key, value in params.items() if value is not None and key not in ("adata", "checkpoint")}
+    summary = {"params": params, "history": history, "elbo": elbo, "version": __version__}
+    results: dict[str, dict[str, Any]] = {
+        "obs": {},
+        "obsm": {keys.latent: model.get_latent_representation(adata)},
+        "uns": {keys.uns: summary | {"kl_by_dimension": model.get_kl_by_dimension(adata)}},
+    }
+    if model.is_mixture:
+        probabilities = model.predict(adata, soft=True).to_numpy()
+        component = probabilities.argmax(1)
+        names = [model.components[c] for c in np.unique(component)]  # the model numbers them by size
+        results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
+        results["obsm"][keys.probabilities] = probabilities
+        results["uns"][keys.uns]["components"] = _summary_of_components(model, probabilities)
+    return results
+
+
+def loadings_of(model: SCVAE, keys: Keys, gene_places: np.ndarray | None, n_genes: int) -> dict[str, np.ndarray]:
+    """Loadings of all genes by key; none where log λ is not linear in z. Arguments as in `write_rate`."""
+    if not (model.module.decoder.is_linear and model.module.likelihood.rate_is_head):
+        return {}
+    loadings = model.get_loadings().to_numpy()
+    if gene_places is not None:
+        loadings = among_all_genes(loadings.T, gene_places, n_genes).T.copy()
+    return {keys.loadings: loadings}
+
+
+def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str, Any]:
+    """How many components there are, are used, and are worth; how their number was found."""
+    share = probabilities.mean(0, dtype=np.float64)
+    summary = {
+        "n_components": len(share),
+        "n_used": len(np.unique(probabilities.argmax(1))),
+        "n_effective": float(np.exp(-xlogy(share, share).sum())),
+    } | model.get_prior()
+    curve = model.component_curve_
+    if curve is None:
+        return summary
+    return summary | {"curve": curve.set_index(curve.index.astype(str))}  # h5ad wants names
