@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import special, stats
+from likelihood_cases import CASES
+from scipy import special
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,51 +34,31 @@ def array(value: torch.Tensor) -> np.ndarray:
     return value.detach().numpy()
 
 
-#: Those whose heads alone do not tell them from others.
-BY_NAME = {
-    "bernoulli": lambda x, rate, _: np.where(x > 0, stats.poisson.logsf(0, rate), -rate),
-    "gaussian": lambda x, rate, spread: stats.norm.logpdf(x, rate, spread["log_sigma"]),
-    "log_normal": lambda x, rate, spread: stats.lognorm.logpdf(x, spread["log_sigma"], -1, 1 + rate),
-    "lomax": lambda x, rate, spread: stats.lomax.logpdf(x, 1 + spread["log_tail"], 0, spread["log_tail"] * rate),
-}
-
-
 def log_pmf(x: np.ndarray, params: dict[str, torch.Tensor], likelihood: str = "") -> np.ndarray:
-    """Log p(x_g) by SciPy; heads that it does not know fail, so that a new likelihood is written down here."""
+    """Log p(x_g) by SciPy, by the row of the likelihood in `CASES`; without a name, the first with these heads."""
     params = {name: array(value) for name, value in params.items()}
     categories = [params.pop(name) for name in sorted(params) if name.startswith("category_")]
+    likelihood = likelihood or next(name for name, case in CASES.items() if set(case.heads) == set(params))
     if categories:
-        return log_pmf_above(x, params, categories)
-    rate = np.exp(params["log_rate"])
-    if likelihood in BY_NAME:
-        return BY_NAME[likelihood](x, rate, {name: np.exp(value) for name, value in params.items()})
-    assert set(params) <= {"log_rate", "log_r", "gate"}
-    if "log_r" in params:
-        r = np.exp(params["log_r"])
-        base = stats.nbinom.logpmf(x, r, r / (r + rate))
-    else:
-        base = stats.poisson.logpmf(x, rate)
-    if "gate" not in params:
-        return base
-    kept = base + special.log_expit(-params["gate"])
-    return np.where(x == 0, np.logaddexp(special.log_expit(params["gate"]), kept), kept)
+        return log_pmf_above(x, params, categories, likelihood)
+    assert set(params) == set(CASES[likelihood].heads)
+    return CASES[likelihood].log_pmf(x, params)
 
 
 def log_base_measure(x: np.ndarray, likelihood: str, k_max: int = 0) -> np.ndarray:
     """The part of `log_pmf` that no parameter enters and that is left out of the sum over genes, at first."""
-    if likelihood in BY_NAME:
-        return -np.log1p(x) if likelihood == "log_normal" else np.zeros_like(x)
-    return -special.gammaln(np.maximum(x - k_max, 0) + 1)
+    return CASES[likelihood].log_base_measure(np.maximum(x - k_max, 0) if k_max else x)
 
 
-def log_pmf_above(x: np.ndarray, params: dict[str, np.ndarray], logits: list[np.ndarray]) -> np.ndarray:
+def log_pmf_above(
+    x: np.ndarray, params: dict[str, np.ndarray], logits: list[np.ndarray], likelihood: str
+) -> np.ndarray:
     """Log p(x_g) with categories below the counts of another likelihood."""
     k_max = len(logits)
     logits = np.broadcast_arrays(*logits, np.zeros(()), x)[:-1]
     log_weight = special.log_softmax(logits, axis=0)
     log_weight = np.choose(np.minimum(x, k_max).astype(int), log_weight)
-    base = log_pmf(np.maximum(x - k_max, 0), {name: torch.as_tensor(value) for name, value in params.items()})
-    return log_weight + np.where(x >= k_max, base, 0)
+    return log_weight + np.where(x >= k_max, CASES[likelihood].log_pmf(np.maximum(x - k_max, 0), params), 0)
 
 
 def log_likelihood_at(module: VAE, z: np.ndarray, cells: tuple) -> np.ndarray:

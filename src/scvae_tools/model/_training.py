@@ -1,4 +1,4 @@
-"""How a model is fitted to its data: split, stages, mixture start, order of the components. Methods of `SCVAE`."""
+"""Training of a model: stages on a split of the cells, the start of the mixture, the order of the components."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._checks import cell_positions, check_choice, check_number, check_share, check_whole
+from scvae_tools._checks import check_choice, check_number, check_share, check_whole
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE
 from scvae_tools._messages import InterruptedTraining, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
@@ -20,6 +20,7 @@ from scvae_tools._train.plan import Objective
 from scvae_tools._train.progress import Progress
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import Settings, run_stage
+from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
 from scvae_tools._train.start import start_from_labels, start_mixture
 from scvae_tools._train.versions import Version, copied, renumbered
@@ -238,27 +239,33 @@ class TrainingMixin(InferenceMixin):
             raise
 
     def _split(self, train_size: float, validation_indices: Sequence[int] | None) -> None:
-        n = self.adata.n_obs
-        if validation_indices is None:
-            order = torch.randperm(n).numpy()
-            n_train = max(1, round(train_size * n))
-            train, validation = order[:n_train], order[n_train:]
-            # Of each label the component starts from the training cells: chance must not hold out its only ones.
-            kept = np.array([*self._labels_held_out(train, validation).values()], dtype=int)
-            train, validation = np.r_[train, kept], np.setdiff1d(validation, kept)
-        else:
-            validation = np.unique(cell_positions(validation_indices, n, "validation_indices"))
-            train = np.setdiff1d(np.arange(n), validation)
-        if len(train) == 0:
-            raise ValueError(f"`validation_indices` must leave cells to train on; found all {n} held out.")
-        if (self.n_components or 1) > len(train):
+        """Divide the cells, and check that all that starts from the training cells has some."""
+        component = self._components_of_labels() if self._starts_from_labels else None
+        split = split_cells(self.adata.n_obs, train_size, validation_indices, component)
+        if (self.n_components or 1) > len(split.train):
             raise ValueError(
                 f"`n_components` must be at most the number of training cells; found {self.n_components} components "
-                f"for {len(train)} cells. Pass fewer, or a larger `train_size`."
+                f"for {len(split.train)} cells. Pass fewer, or a larger `train_size`."
             )
-        self._check_labels_to_train_on(train, validation)
-        self.train_indices, self.validation_indices = np.sort(train), np.sort(validation)
+        self._refuse_held_out([self.labels[each] for each in split.held_out(component)])
+        self.train_indices, self.validation_indices = split
         self.test_indices = np.array([], dtype=int)
+
+    @property
+    def _starts_from_labels(self) -> bool:
+        """Whether components, or their weights, are still to be started from the labels of training cells."""
+        return (self.is_supervised or self._takes_weights_of_labels) and not self.is_mixture
+
+    def _refuse_held_out(self, labels: list[str]) -> None:
+        if not labels:
+            return
+        unlabeled = self._setup.get("unlabeled_category")
+        hidden = "`unlabeled_category`" if unlabeled is None else repr(unlabeled)
+        raise ValueError(
+            "`validation_indices` must leave a cell of each label to train on, from which the component of the label "
+            f"starts; found all cells labelled {listed(labels)} held out. Leave some of them out of "
+            f"`validation_indices`, or give those cells {hidden} as their label."
+        )
 
     def _standardize_covariates(self) -> None:
         """Standardise continuous covariates by the training cells of the first training, for good."""
@@ -277,26 +284,6 @@ class TrainingMixin(InferenceMixin):
             )
         sd[is_constant] = np.inf
         self.module.standardize_continuous(torch.as_tensor(mean), torch.as_tensor(sd))
-
-    def _labels_held_out(self, train: np.ndarray, validation: np.ndarray) -> dict[str, int]:
-        """Labels of which a component starts and all cells are held out, each with the position of its first cell."""
-        if not (self.is_supervised or self._takes_weights_of_labels) or self.is_mixture:
-            return {}
-        component = self._components_of_labels()
-        held_out = np.setdiff1d(component[validation], component[train])
-        return {self.labels[each]: validation[component[validation] == each][0] for each in held_out if each >= 0}
-
-    def _check_labels_to_train_on(self, train: np.ndarray, validation: np.ndarray) -> None:
-        held_out = self._labels_held_out(train, validation)
-        if not held_out:
-            return
-        unlabeled = self._setup.get("unlabeled_category")
-        hidden = "`unlabeled_category`" if unlabeled is None else repr(unlabeled)
-        raise ValueError(
-            "`validation_indices` must leave a cell of each label to train on, from which the component of the label "
-            f"starts; found all cells labelled {listed(held_out)} held out. Leave some of them out of "
-            f"`validation_indices`, or give those cells {hidden} as their label."
-        )
 
     def _loaders(self, batch_size: int, *, pin_memory: bool) -> tuple[Iterable, Iterable | None]:
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.

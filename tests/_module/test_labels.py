@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from independent import array, seeded
+from mixtures import KINDS, make_cells, make_mixture_vae
 from scipy.special import log_softmax
-from test_gmvae import KINDS, make_cells, make_mixture_vae
 
 import scvae_tools as svt
 from scvae_tools._module.bounds import LABEL_WEIGHT

@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import scvae_tools as svt
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 # Of 16 hidden units none can be spared.
 TOY = {"likelihood": "poisson", "n_latent": 3, "n_hidden": 16, "dropout_rate": 0.0, "random_state": 1, "verbose": False}
 

@@ -25,7 +25,7 @@ from scvae_tools import _cli, tl
 from scvae_tools._cli import _options, build_parsers, main
 from scvae_tools._cli._options import COMMANDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARSER, PARSERS = build_parsers()
 EXAMPLES = [
     (name, example)

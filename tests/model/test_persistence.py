@@ -1,14 +1,10 @@
-"""Saved files: values come back as they were, and reading them runs no code."""
+"""Saved models: their split and data, and no code runs that is in their folder."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 import pickle
-import stat
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,135 +13,6 @@ import pytest
 import torch
 
 import scvae_tools as svt
-from scvae_tools._files import ABANDONED, digest, write_atomically
-from scvae_tools.model._saved_file import read_saved, write_saved
-
-VALUES = {
-    "number": 1.5,
-    "nothing": None,
-    "flag": True,
-    "infinite": float("inf"),
-    "numpy number": np.float32(0.1),
-    "tuple": (1, "a", None),
-    "nested": {"list": [1, {"b": (2,)}]},
-    "integers": np.arange(5),
-    "matrix": np.arange(6.0).reshape(2, 3),
-    "names": np.array(["a", "b"], dtype=object),
-    "mixed": np.array(["a", 1, True], dtype=object),
-    "table": pd.DataFrame({"epoch": [1, 2], "elbo": [-1.5, np.nan], "stage": ["vae", "mixture"]}),
-}
-
-
-@pytest.mark.parametrize("name", VALUES)
-def test_values_come_back_as_they_were(name, tmp_path):
-    path = tmp_path / "model.pt"
-    write_saved(path, {"w": torch.ones(2)}, {"value": VALUES[name]}, ["g1", "g2"])
-    state, attributes, var_names, versions = read_saved(path)
-    assert versions is None
-    found, expected = attributes["value"], VALUES[name]
-    assert torch.equal(state["w"], torch.ones(2))
-    assert var_names == ["g1", "g2"]
-    if isinstance(expected, pd.DataFrame):
-        pd.testing.assert_frame_equal(found, expected)
-    elif isinstance(expected, np.ndarray):
-        assert found.dtype == expected.dtype
-        np.testing.assert_array_equal(found, expected)
-    else:
-        assert found == expected
-
-
-def test_what_is_not_plain_is_refused_by_name(tmp_path):
-    with pytest.raises(TypeError, match=r"attributes\['a'\]\['b'\] is a set"):
-        write_saved(tmp_path / "model.pt", {}, {"a": {"b": {1}}}, [])
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    write_saved(path, {"w": torch.ones(2)}, {}, [])
-
-    def fail(*_args, **_kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_saved(path, {"w": torch.zeros(2)}, {}, [])
-    assert torch.equal(read_saved(path).state["w"], torch.ones(2))
-
-
-def test_nothing_but_the_whole_file_is_left_of_a_write_that_died_midway(tmp_path, monkeypatch):
-    path, save = tmp_path / "model.pt", torch.save
-    write_atomically({"w": torch.ones(2)}, path)
-
-    def die_midway(saved, temporary):
-        save(saved, temporary)
-        os.truncate(temporary, temporary.stat().st_size // 2)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", die_midway)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically({"w": torch.zeros(2)}, path)
-    assert torch.equal(torch.load(path, weights_only=True)["w"], torch.ones(2))
-    assert [each.name for each in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    done, flush, replace = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flushed"), flush(descriptor)))
-    monkeypatch.setattr(Path, "replace", lambda old, new: (done.append(new.name), replace(old, new)))
-    write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
-    assert done[:2] == ["flushed", "model.pt"]
-
-
-def test_writers_of_the_same_file_do_not_meet(tmp_path, monkeypatch):
-    path, save, together = tmp_path / "model.pt", torch.save, threading.Barrier(2, timeout=30)
-
-    def save_together(saved, temporary):
-        save(saved, temporary)
-        together.wait()
-
-    monkeypatch.setattr(torch, "save", save_together)
-    failed = []
-
-    def write(value):
-        try:
-            write_atomically({"w": torch.full((2,), value)}, path)
-        except OSError as error:
-            failed.append(error)
-
-    writers = [threading.Thread(target=write, args=(value,)) for value in (1.0, 2.0)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert failed == []
-    assert [each.name for each in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_a_saved_file_can_be_read_by_whoever_may_read_new_files(tmp_path):
-    (tmp_path / "new").touch()
-    write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "model.pt")]
-    assert modes[0] == modes[1]
-
-
-def test_abandoned_files_are_removed_and_those_in_use_are_not(tmp_path):
-    ages = {"model.pt.a.tmp": ABANDONED + 60, "model.pt.b.tmp": ABANDONED - 60, "other.pt.c.tmp": ABANDONED + 60}
-    for name, age in ages.items():
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
-    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "model.pt.b.tmp", "other.pt.c.tmp"}
-
-
-def test_a_digest_depends_on_every_byte():
-    values = np.arange(12.0)
-    digests = {digest(values.reshape(3, 4)[:, ::-1]), digest(values), digest(values + 1e-12), digest(values, b"a")}
-    assert len(digests) == 4
-    assert digest(values.reshape(3, 4)) == digest(values) == digest(values[:5], values[5:])
-    assert digest(values[:0]) == digest()
-
-
-# -- what a saved model knows of its cells -----------------------------------------------------------------------------
 
 
 def named(prefix, n_cells=60):
@@ -222,10 +89,10 @@ def test_data_of_an_earlier_model_are_not_left_beside_the_next(model, tmp_path):
     assert svt.SCVAE.load(tmp_path).adata is None
 
 
-# -- folders of models: no method runs code that is in them ------------------------------------------------------------
-
 #: Arguments that a path goes into, and how to call each public method that has one.
 PATHS = {"dir_path", "reference_model", "directory", "path", "checkpoint", "output_dir_path", "filename"}
+
+
 READS_A_FOLDER = {
     "load": lambda folder, adata: svt.SCVAE.load(folder, adata),
     "load_query_data": lambda folder, adata: svt.SCVAE.load_query_data(adata, folder),

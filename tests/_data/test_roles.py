@@ -1,0 +1,116 @@
+"""Columns of obs in their roles: good ones pass, and bad ones are refused with the column, the cells and the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pytest
+from adata_forms import N_CELLS, fingerprint, make_adata
+
+from scvae_tools._data.roles import check_obs
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def make_obs() -> AnnData:
+    adata = make_adata()
+    adata.obs["donor"] = pd.Categorical(list("aabbbaa"), categories=["a", "b", "unused"])
+    adata.obs["label"] = pd.Categorical(list("xyyyyyy"))
+    adata.obs["site"] = ["s", "t", "t", "t", "t", "t", "s"]
+    adata.obs["age"] = np.arange(N_CELLS)
+    adata.obs["depth"] = np.linspace(0.5, 2, N_CELLS, dtype=np.float32)
+    return adata
+
+
+def test_good_columns_pass_unchanged_with_every_role():
+    adata = make_obs()
+    before = fingerprint(adata)
+    check_obs(
+        adata,
+        batch_key="donor",
+        labels_key="label",  # 'x' labels a single cell: allowed
+        size_factor_key="depth",
+        categorical_covariate_keys=["site", "label"],
+        continuous_covariate_keys=("age", "depth"),
+    )
+    assert fingerprint(adata) == before
+
+
+def test_no_columns_are_needed():
+    check_obs(make_adata())
+
+
+ROLES = {
+    "batch_key": str,
+    "labels_key": str,
+    "size_factor_key": str,
+    "categorical_covariate_keys": lambda key: [key],
+    "continuous_covariate_keys": lambda key: [key],
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [("doner", r"Did you mean 'donor'\?"), ("qqq", "Pass one of 'donor', 'label', 'site', 'age', 'depth'")],
+)
+def test_a_missing_column_is_refused_in_every_role(role, key, remedy):
+    with pytest.raises(ValueError, match=f"`{role}` must name a column of adata.obs; found '{key}', .*{remedy}"):
+        check_obs(make_obs(), **{role: ROLES[role](key)})
+
+
+@pytest.mark.parametrize("role", ["batch_key", "labels_key", "categorical_covariate_keys"])
+@pytest.mark.parametrize("column", ["donor", "site"])
+def test_missing_categories_are_refused(role, column):
+    adata = make_obs()
+    adata.obs.loc[["cell1", "cell2", "cell4", "cell5"], column] = None
+    message = rf"adata\.obs\['{column}'\] \(`{role}`\).*4 of 7 cells: 'cell1', 'cell2', 'cell4', \.\.\..*notna"
+    with pytest.raises(ValueError, match=message):
+        check_obs(adata, **{role: ROLES[role](column)})
+
+
+@pytest.mark.parametrize("dtype", ["category", "object"])
+def test_a_batch_of_a_single_cell_is_refused(dtype):
+    adata = make_obs()
+    adata.obs["donor"] = pd.Series(list("aacbbaa"), index=adata.obs_names, dtype=dtype)
+    message = r"found one cell, 'cell2', in batch 'c' \(1 such of 3 batches\)\. Merge .* or remove it: .*!= 'c'"
+    with pytest.raises(ValueError, match=message):
+        check_obs(adata, batch_key="donor")
+
+
+NUMERIC = ["size_factor_key", "continuous_covariate_keys"]
+
+
+@pytest.mark.parametrize("role", NUMERIC)
+@pytest.mark.parametrize("column", ["site", "donor"])
+def test_a_column_that_is_not_numeric_is_refused(role, column):
+    with pytest.raises(ValueError, match=rf"adata\.obs\['{column}'\] \(`{role}`\) must be numeric; found .*to_numeric"):
+        check_obs(make_obs(), **{role: ROLES[role](column)})
+
+
+@pytest.mark.parametrize("role", NUMERIC)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, None])
+def test_values_that_are_not_finite_are_refused(role, value):
+    adata = make_obs()
+    adata.obs["depth"] = adata.obs["depth"].astype("Float64" if value is None else "float64")
+    adata.obs.loc[["cell3", "cell6"], "depth"] = value
+    message = rf"adata\.obs\['depth'\] \(`{role}`\) must be finite; found .* in cell 'cell3' \(2 such of 7 cells\)"
+    with pytest.raises(ValueError, match=message):
+        check_obs(adata, **{role: ROLES[role]("depth")})
+
+
+@pytest.mark.parametrize("value", [0, -1.5])
+def test_size_factors_must_be_positive(value):
+    adata = make_obs()
+    adata.obs.loc["cell3", "depth"] = value
+    with pytest.raises(ValueError, match=rf"must be above 0; found {value} in cell 'cell3' \(1 such of 7 cells\)"):
+        check_obs(adata, size_factor_key="depth")
+
+
+@pytest.mark.parametrize("role", ["categorical_covariate_keys", "continuous_covariate_keys"])
+def test_a_string_in_place_of_a_list_of_keys_is_refused(role):
+    with pytest.raises(TypeError, match=rf"`{role}` must be a list of names; found the string 'age'\. Pass \['age'\]"):
+        check_obs(make_obs(), **{role: "age"})
