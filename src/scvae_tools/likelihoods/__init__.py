@@ -2,10 +2,10 @@
 
 A likelihood declares the heads that the decoder must emit and, in terms of them, log p(0), log p(x) for x > 0, mean,
 variance and a sampler. Everything else (decoder, bound, model, plots, tests, documentation) reads the declaration, so
-a new likelihood is a class in this folder, a row in `LIKELIHOODS`, a row in its test's table and a line in
+a new likelihood is a class in this folder, a row in `LIKELIHOODS`, a row in the table of its tests and a line in
 ``docs/likelihoods.md``. Derivatives come from autograd; a likelihood may declare them beside its formula, which saves
-a third of the time that the sum over genes takes, and is then tested against autograd. The class goes into
-``_counts.py`` or, if it is a density, into ``_densities.py``; what fits around others has a file of its own.
+a third of the time that the sum over genes takes, and is then tested against autograd. A class has a file of its own;
+classes that share their formulas share a file.
 
 All parameters live in log space: ``log_rate`` is log λ with the size factor included, ``log_r`` the log of the inverse
 dispersion r, ``gate`` the logit of the probability of an excess zero. No formula contains an ``eps``.
@@ -29,25 +29,6 @@ from scvae_tools.likelihoods._rising import differentiate_log_rising_ratio as di
 from scvae_tools.likelihoods._rising import log_rising_ratio
 from scvae_tools.likelihoods._zero_inflated import ZeroInflated
 
-__all__ = [
-    "LIKELIHOODS",
-    "RATE",
-    "Bernoulli",
-    "ConstrainedPoisson",
-    "CountDistribution",
-    "Gaussian",
-    "Head",
-    "Likelihood",
-    "LogNormal",
-    "Lomax",
-    "NegativeBinomial",
-    "PiecewiseCategorical",
-    "Poisson",
-    "ZeroInflated",
-    "get_likelihood",
-    "log_rising_ratio",
-]
-
 #: Every likelihood by the name that ``likelihood=`` takes.
 LIKELIHOODS: dict[str, Likelihood] = {
     "poisson": Poisson(),
@@ -60,6 +41,19 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "log_normal": LogNormal(),
     "lomax": Lomax(),
 }
+
+
+__all__ = [
+    "LIKELIHOODS",
+    "RATE",
+    "CountDistribution",
+    "Head",
+    "Likelihood",
+    "PiecewiseCategorical",
+    "get_likelihood",
+    "log_rising_ratio",
+]
+__all__ += sorted({type(likelihood).__name__ for likelihood in LIKELIHOODS.values()})
 
 
 def get_likelihood(name: str, k_max: int = 0) -> Likelihood:

@@ -59,8 +59,8 @@ class SCVAE(TrainingMixin, PersistenceMixin):
     registry
         Of a saved model, to build it without data; users call `load`.
     likelihood
-        p(x|z): ``"poisson"``, ``"nb"``, ``"zip"`` or ``"zinb"``; ``"constrained_poisson"``; ``"bernoulli"``, of whether
-        a count is above 0; or a density, ``"gaussian"``, ``"log_normal"`` or ``"lomax"`` (docs/likelihoods.md).
+        p(x|z), a key of ``svt.likelihoods.LIKELIHOODS``, such as ``"poisson"``, ``"nb"``, ``"zip"`` or ``"zinb"``.
+        docs/likelihoods.md has all of them and helps to choose.
     k_max
         Number of counts, from 0 on, that get a probability of their own, above which ``likelihood`` goes on: piecewise
         categorical. 0 for none.

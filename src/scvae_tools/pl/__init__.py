@@ -5,36 +5,20 @@ Every function returns its Axes (an array of them where there may be several pan
 matplotlib and scanpy load on first use. One module per picture.
 """
 
-from scvae_tools.pl._ambiguous import ambiguous
-from scvae_tools.pl._calibration import calibration
-from scvae_tools.pl._clusters import clusters
-from scvae_tools.pl._compare import compare
-from scvae_tools.pl._components import components
-from scvae_tools.pl._confusion import confusion
-from scvae_tools.pl._genes import genes
-from scvae_tools.pl._kl import kl
-from scvae_tools.pl._lambda_bars import lambda_bars
-from scvae_tools.pl._latent import latent
-from scvae_tools.pl._loadings import loadings
-from scvae_tools.pl._ppc import ppc
-from scvae_tools.pl._probs import probs
-from scvae_tools.pl._stability import stability
-from scvae_tools.pl._training import training
+from scvae_tools.pl._ambiguous import ambiguous as ambiguous
+from scvae_tools.pl._calibration import calibration as calibration
+from scvae_tools.pl._clusters import clusters as clusters
+from scvae_tools.pl._compare import compare as compare
+from scvae_tools.pl._components import components as components
+from scvae_tools.pl._confusion import confusion as confusion
+from scvae_tools.pl._genes import genes as genes
+from scvae_tools.pl._kl import kl as kl
+from scvae_tools.pl._lambda_bars import lambda_bars as lambda_bars
+from scvae_tools.pl._latent import latent as latent
+from scvae_tools.pl._loadings import loadings as loadings
+from scvae_tools.pl._ppc import ppc as ppc
+from scvae_tools.pl._probs import probs as probs
+from scvae_tools.pl._stability import stability as stability
+from scvae_tools.pl._training import training as training
 
-__all__ = [
-    "ambiguous",
-    "calibration",
-    "clusters",
-    "compare",
-    "components",
-    "confusion",
-    "genes",
-    "kl",
-    "lambda_bars",
-    "latent",
-    "loadings",
-    "ppc",
-    "probs",
-    "stability",
-    "training",
-]
+__all__ = sorted(name for name in globals() if not name.startswith("_") and name != "annotations")

@@ -33,9 +33,7 @@ OF_TRAINING = ("batch_size", "train_size", "early_stopping")
 def scvae(
     adata: AnnData,
     *,
-    likelihood: Literal[
-        "poisson", "nb", "zip", "zinb", "constrained_poisson", "bernoulli", "gaussian", "log_normal", "lomax"
-    ] = "nb",
+    likelihood: str = "nb",
     mixture: bool | Literal["gmvae", "vade"] = True,
     n_components: int | tuple[int, int] | None = None,
     n_latent: int = 10,
@@ -74,10 +72,9 @@ def scvae(
     adata
         Annotated data, cells x genes, with raw counts; never changed but for the keys below.
     likelihood
-        Distribution of the counts: ``"poisson"``, ``"nb"`` (negative binomial), or their zero-inflated forms ``"zip"``
-        and ``"zinb"``; ``"constrained_poisson"``, whose λ add up to the size factor of the cell; ``"bernoulli"``, of
-        whether a count is above 0; or a density, ``"gaussian"``, ``"log_normal"`` or ``"lomax"``, whose bounds cannot
-        be compared with those of the others (docs/likelihoods.md).
+        Distribution of the counts, a key of ``svt.likelihoods.LIKELIHOODS``, such as ``"poisson"``, ``"nb"`` (negative
+        binomial), and their zero-inflated forms ``"zip"`` and ``"zinb"``. docs/likelihoods.md has all of them and
+        helps to choose.
     mixture
         ``True`` or ``"gmvae"`` for the model of the paper, ``"vade"`` for one that decodes each cell once instead of
         once per likely component, ``False`` for a plain VAE without clusters.
