@@ -2,6 +2,7 @@
 # make docs: the documentation in docs/_build/html (ARGS="-D nb_execution_mode=off": without running the tutorials).
 # make bench: speed and memory of training beside scVI (ARGS="--quick": within 3 minutes).
 # make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
+# make structure: rooms, imports between them, long functions and files, as the sources have them.
 # make profile: where the time of a training step goes (ARGS="--help": on what).
 # PYTHON= chooses another interpreter, with an environment of its own (PYTHON=python3.12 -> .venv-3.12).
 
@@ -14,7 +15,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # Two test processes of one thread each are faster than one of two.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install docs bench bench-clusters profile clean
+.PHONY: demo test lint install docs bench bench-clusters profile structure clean
 
 install: $(VENV)/.installed
 
@@ -53,5 +54,8 @@ bench-clusters: install
 profile: install
 	$(BIN)/python benchmarks/profile_step.py $(ARGS)
 
+structure:
+	$(PYTHON) tests/structure.py $(ARGS)
+
 clean:
-	rm -rf .venv .venv-* demo docs/_build docs/generated docs/tutorials .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* demo docs/_build docs/_reference.md docs/generated docs/tutorials .pytest_cache .ruff_cache

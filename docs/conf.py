@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +33,30 @@ def copy_tutorials() -> None:
 
 copy_tutorials()
 
+# -- lists of names that are read from the code ------------------------------------------------------------------------
+
+
+def with_names(page: str) -> str:
+    """Replace a line such as ``pl.*`` in a list by the public names of that module."""
+
+    def names(line: re.Match) -> str:
+        module = import_module(f"scvae_tools.{line[2]}")
+        return "\n".join(f"{line[1]}{line[2]}.{name}" for name in module.__all__)
+
+    return re.sub(r"^( +)(\w+)\.\*$", names, page, flags=re.MULTILINE)
+
+
+#: What autosummary makes pages of; it reads files, not what this one makes of them.
+REFERENCE = "_reference.md"
+(HERE / REFERENCE).write_text(with_names((HERE / "api.md").read_text(encoding="utf-8")), encoding="utf-8")
+
 project = "scvae-tools"
 author = "The scvae-tools developers"
 copyright = author
 release = metadata.version("scvae-tools")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build", "_templates"]
+exclude_patterns = ["_build", "_templates", REFERENCE]
 templates_path = ["_templates"]
 suppress_warnings = ["config.cache"]  # tables of this file that cannot be pickled only make the next build slower
 
@@ -57,7 +74,7 @@ intersphinx_mapping = {
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
-autosummary_generate = True
+autosummary_generate = [REFERENCE]
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
@@ -107,6 +124,11 @@ def resolve_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, c
     return python.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
+def list_names(app: Sphinx, page: str, source: list[str]) -> None:
+    """Fill the lists of the reference."""
+    source[0] = with_names(source[0])
+
+
 def drop_citations(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Write the citations in what is inherited from scvi-tools, whose list of references is not here, as plain text."""
     lines[:] = [re.sub(r":cite:\w+:`(\w+)`", r"\1", line) for line in lines]
@@ -122,3 +144,4 @@ def setup(app: Sphinx) -> None:
     NumpyDocstring._parse_returns_section = parse_returns
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-process-docstring", drop_citations)
+    app.connect("source-read", list_names)

@@ -33,6 +33,7 @@ SEES = {
 #: Rooms that are imported without torch: what needs it is imported in their functions.
 WITHOUT_TORCH = {"ground", "pl", "datasets", "_cli", "package"}
 LONG_FUNCTION, LONG_FILE = 60, 600
+WITHOUT_A_NOUN = ("Those ", "That ", "The same", "Its ", "Their ")
 
 
 class Import(NamedTuple):
@@ -53,6 +54,11 @@ class File:
     path: Path
     tree: ast.Module = field(repr=False)
     lines: int = 0
+
+    @property
+    def first_line(self) -> str:
+        """First line of its docstring."""
+        return (ast.get_docstring(self.tree) or "").partition("\n")[0]
 
     @property
     def room(self) -> str:
@@ -174,7 +180,7 @@ class Package:
                 if isinstance(node, ast.Attribute)
                 and isinstance(node.value, ast.Name)
                 and _is_private(node.attr)
-                and node.value.id in modules | {"model"}
+                and node.value.id in modules | ({"model"} if file.room != "model" else set())
             ]
         return found
 
@@ -199,6 +205,17 @@ class Package:
             for name, file in self.files.items()
             for node in ast.walk(file.tree)
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+
+    @cached_property
+    def docstrings_without_a_noun(self) -> list[str]:
+        """Docstrings that begin with a pronoun in the place of the thing."""
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        return [
+            f"{name}.{getattr(node, 'name', '')}"
+            for name, file in self.files.items()
+            for node in ast.walk(file.tree)
+            if isinstance(node, documented) and (ast.get_docstring(node) or "").startswith(WITHOUT_A_NOUN)
         ]
 
     @property
@@ -261,6 +278,7 @@ def measures(package: Package) -> dict[str, object]:
         "imports in functions other than for laziness": package.eager_imports_in_functions,
         "functions over 60 lines": package.long_functions,
         "files over 600 lines": package.long_files,
+        "docstrings that begin without a noun": package.docstrings_without_a_noun,
     }
 
 

@@ -1,7 +1,7 @@
 """Checks of arguments: whole numbers, numbers, choices, positions of cells.
 
-Numbers of NumPy count as numbers, and True and False do not. Each check says the rule and what was found; what is
-returned is of Python's own types, so that it can be saved.
+NumPy numbers count as numbers; True and False do not. The error of each check names the rule and the value found.
+Numbers are returned as Python's own types, so that they can be saved.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def is_number(value: object) -> bool:
 
 
 def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = False) -> int | None:
-    """Whole number of at least ``least``, or None where that means something too.
+    """Check a whole number of at least ``least``, or None where None is allowed, and return it.
 
     Raises
     ------
     ValueError
-        If it is none.
+        If the value is no such number.
     """
     if value is None and or_none:
         return None
@@ -51,12 +51,12 @@ def check_number(
     most: float = math.inf,
     below: float = math.inf,
 ) -> float:
-    """Finite number in a range: at least ``least``, above ``above``, at most ``most`` and below ``below``.
+    """Check a finite number, at least ``least``, above ``above``, at most ``most`` and below ``below``, and return it.
 
     Raises
     ------
     ValueError
-        If it is none.
+        If the value is no such number.
     """
     is_within = is_number(value) and math.isfinite(value) and least <= value <= most and above < value < below
     if not is_within:
@@ -67,12 +67,12 @@ def check_number(
 
 
 def check_share(name: str, value: object) -> float:
-    """Share above 0 and up to 1.
+    """Check a share, above 0 and up to 1, and return it.
 
     Raises
     ------
     ValueError
-        If it is none.
+        If the value is no such share.
     """
     if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"`{name}` must be in (0, 1]; found {value!r}.")
@@ -85,7 +85,7 @@ def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
     Raises
     ------
     ValueError
-        If it is none of them; it lists them.
+        If the value is none of ``known``; the message lists these.
     """
     if not any(value is each or (type(value) is type(each) and value == each) for each in known):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; found {value!r}.")
@@ -97,7 +97,7 @@ def cell_positions(indices: Sequence[int] | Sequence[bool] | None, n_cells: int,
     Raises
     ------
     ValueError
-        If there are not as many booleans as cells, or a position is not that of a cell.
+        If the number of booleans is not the number of cells, or a position is outside the cells.
     """
     if indices is None:
         return np.arange(n_cells)

@@ -1,4 +1,4 @@
-"""Files that are whole whenever they exist, digests of what is in them, and plain values as JSON."""
+"""Atomic writing of files, digests of files and values, and plain values as JSON."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-#: Seconds after which nobody writes to a temporary file any more.
+#: Seconds without a change after which a temporary file counts as abandoned.
 ABANDONED = 3600
-#: How a temporary name goes on after that of the file, the ending of which it keeps.
+#: Mark in a temporary name, ``NAME.<random>.tmp.SUFFIX``. The suffix is kept, since some writers go by it.
 TEMPORARY = ".tmp"
 
 
@@ -29,12 +29,12 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Temporary name to write a file or folder to, which takes the place of ``path`` when it is on the disk.
+    """Context that writes a file or folder atomically: to a temporary path, which replaces ``path`` at the end.
 
-    A file of that name is always whole: it stays whole when the process is killed, and what was there before stays when
-    the writing fails. Processes that write the same file do not meet, as each has a temporary name of its own.
+    The file at ``path`` is always whole, also when the process is killed. If the writing fails, the former file stays.
+    Several processes may write the same file, since each has a temporary path of its own.
     """
-    # Not by `tempfile`, whose files nobody else may read.
+    # Not `tempfile`: only the owner may read its files.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}{path.suffix}")
     try:
         yield temporary
@@ -67,7 +67,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed have left of writing a file."""
+    """Remove the temporary files of ``path`` that killed processes left behind."""
     for temporary in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}*"):
         try:
             if time.time() - temporary.stat().st_mtime > ABANDONED:
@@ -88,7 +88,7 @@ def _flush(path: Path, flags: int) -> None:
 
 
 def digest(*parts: bytes | np.ndarray, algorithm: str = "sha256", **options: int) -> str:
-    """Hexadecimal digest that differs where any byte of arrays (of any shape) or strings does."""
+    """Hexadecimal digest of the bytes of strings and of arrays of any shape."""
     hasher = hashlib.new(algorithm, usedforsecurity=False, **options)
     for part in parts:
         hasher.update(part if isinstance(part, bytes) else np.ascontiguousarray(part))
@@ -96,7 +96,7 @@ def digest(*parts: bytes | np.ndarray, algorithm: str = "sha256", **options: int
 
 
 def short_digest(*parts: bytes | np.ndarray) -> str:
-    """`digest` of 16 characters, behind a sign that tells it from a value."""
+    """`digest` of 16 characters after the sign ``#``, which tells it from a plain value."""
     return "#" + digest(*parts, algorithm="blake2b", digest_size=8)
 
 
@@ -115,7 +115,7 @@ def digest_of_file(path: Path, algorithm: str = "sha256") -> str:
 
 
 def to_plain(value: Any, name: str) -> Any:
-    """Turn nested containers, arrays and tables into what JSON holds."""
+    """Turn nested containers, arrays and tables into values that JSON can hold."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, np.generic):
@@ -139,7 +139,7 @@ def _dtype_name(values: np.ndarray) -> str:
 
 
 def from_plain(value: Any) -> Any:
-    """Value that `to_plain` was given."""
+    """Restore the value that `to_plain` was given."""
     if isinstance(value, list):
         return [from_plain(v) for v in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Every AnnData key that we write."""
+"""Keys of the results of `scvae_tools.tl.scvae` and `ppc` in an AnnData, and keys of minified AnnData objects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Keys:
-    """Where `scvae_tools.tl.scvae` puts its results, by ``key_added``."""
+    """Keys of the results of `scvae_tools.tl.scvae` in an AnnData, made from ``key_added``."""
 
     key_added: str = "scvae"
 
@@ -48,7 +48,7 @@ class Keys:
 
     @property
     def by_model(self) -> dict[str, tuple[str, ...]]:
-        """By slot, results that not every model has, or that are made of a model later."""
+        """Keys by slot of the results that not every model has, or that another tool adds later."""
         return {
             "obs": (self.component,),
             "obsm": (self.probabilities,),
@@ -58,7 +58,7 @@ class Keys:
         }
 
 
-#: Of minified AnnData objects, which hold the posterior in place of the counts.
+#: Keys in minified AnnData objects, which hold the posterior in place of the counts.
 LATENT_MEAN = "scvae_latent_qzm"
 LATENT_VARIANCE = "scvae_latent_qzv"
 LATENT_PROBABILITIES = "scvae_latent_probs"

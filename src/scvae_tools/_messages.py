@@ -1,4 +1,4 @@
-"""What is said to the user: once, and about the user's own line."""
+"""Messages to the user: warnings that point at the user's own line of code, and log messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("scvae_tools")
 
 
 class InterruptedTraining(UserWarning):
-    """Ctrl-C ended a training; what it had reached is kept."""
+    """Warning that Ctrl-C ended a training; its result so far is kept."""
 
 
 _said_before: ContextVar[bool] = ContextVar("said_before", default=False)
@@ -26,7 +26,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 @contextmanager
 def said_before() -> Iterator[None]:
-    """Say nothing inside: data are read a second time."""
+    """Context without warnings and log messages, for data that are read a second time."""
     token = _said_before.set(True)
     try:
         yield
@@ -45,7 +45,7 @@ def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
 
 
 def inform(message: str, *values: object) -> None:
-    """Log at the level INFO."""
+    """Log a message at the level INFO."""
     if not _said_before.get():
         logger.info(message, *values)
 

@@ -1,4 +1,4 @@
-"""Randomness as an argument: seeds from what users pass, and global states that come out as they went in."""
+"""Random states: seeds from the arguments of users, and contexts that restore the global generators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _is_seeded: ContextVar[bool] = ContextVar("is_seeded", default=False)
 
 
 def as_seed(random_state: object, rng: object) -> int:
-    """One whole number from what scanpy accepts as ``random_state`` or ``rng``."""
+    """Seed, a whole number, from any value that scanpy accepts as ``random_state`` or ``rng``."""
     if rng is not None:
         if random_state not in (0, None):
             raise ValueError("`random_state` and `rng` say the same; found both. Pass one of them.")
@@ -45,6 +45,7 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices):
+        seed = int(seed)  # numbers of NumPy are none to Python
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
@@ -57,7 +58,7 @@ def isolated_random_state(seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the outermost call; calls inside go on with its stream."""
+    """Context that seeds the outermost call; calls inside it continue its random numbers."""
     if _is_seeded.get():
         yield
         return
@@ -70,15 +71,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class RandomStream:
-    """Random numbers of one seed for a generator function: they go on at each entry, and are hidden in between.
+    """Random numbers of one seed for a generator function, continued each time that it is resumed.
 
-    A generator function that stayed within `seeded` while it yields would leave the global states seeded for whoever
-    reads it.
+    Between the entries the global generators are as they were. A generator function that stayed within `seeded` while
+    it yields would leave them seeded for its caller.
 
     Parameters
     ----------
     seed
-        Of the first entry.
+        Seed of the first entry.
     """
 
     def __init__(self, seed: int) -> None:
@@ -86,7 +87,7 @@ class RandomStream:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Let the global generators be those of this stream inside; within `seeded` those are that stream already."""
+        """Context in which the global generators continue this stream; within `seeded` they are left as they are."""
         if _is_seeded.get():
             yield
             return
@@ -98,7 +99,7 @@ class RandomStream:
 
 
 def with_random_state(method: Callable) -> Callable:
-    """Give a method of scvi-tools a ``random_state`` in place of its use of the global one."""
+    """Add the argument ``random_state``, a seed, to a method of scvi-tools that uses the global generators."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, random_state: int = 0, **kwargs: Any) -> Any:
@@ -114,7 +115,7 @@ def with_random_state(method: Callable) -> Callable:
 
 
 def random_states() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's global generators, as a file can hold them."""
+    """States of Python's, NumPy's and torch's global generators, in types that a file can hold."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -125,7 +126,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put the generators where `random_states` found them."""
+    """Set the global generators to states that `random_states` returned."""
     name, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -1,4 +1,7 @@
-"""What is private in scvi-tools and Lightning, and silence for both: the one place to look at when they change."""
+"""Private functions of scvi-tools that this package uses, and a context that silences scvi-tools and Lightning.
+
+This is the one file to check when they change.
+"""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ def is_scored(labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> np.
     Parameters
     ----------
     labels
-        Labels of the cells, (n_cells,); NaN or None for those without.
+        Labels of the cells, (n_cells,); NaN or None for cells without a label.
     excluded
-        Labels that are not to be scored by.
+        Labels that are not used for scores.
 
     Returns
     -------

@@ -120,15 +120,15 @@ class Problem:
         log_prob = self.likelihood.log_prob(self.x, self.params())
         return (log_prob - self.likelihood.log_base_measure(self.x)).sum(1)
 
-    def rows(self) -> _blocked.Rows:
+    def rows(self) -> _blocked.DecodedRows:
         """Each row a cell of its own."""
-        return _blocked.Rows(Counts.of(self.x).by_gene, self.log_size, self.batch, N_BATCH)
+        return _blocked.DecodedRows(Counts.of(self.x).by_gene, self.log_size, self.batch, N_BATCH)
 
     def blocked(
         self,
-        promise: torch.Tensor | None = None,
+        expected_gradient: torch.Tensor | None = None,
         n_genes: int | None = None,
-        rows: _blocked.Rows | None = None,
+        rows: _blocked.DecodedRows | None = None,
         buffers: Buffers | None = None,
     ) -> torch.Tensor:
         """The same by the engine, with so many genes in a block."""
@@ -137,7 +137,7 @@ class Problem:
             self.rows() if rows is None else rows,
             self.heads,
             self.features,
-            promise,
+            expected_gradient,
             block_entries=None if n_genes is None else n_genes * len(self.features),
             buffers=buffers,
         )
@@ -169,7 +169,7 @@ def make_problem(
     )
 
 
-def make_promises(n_rows: int) -> dict[str, torch.Tensor]:
+def make_expected_gradients(n_rows: int) -> dict[str, torch.Tensor]:
     """Gradients of a loss by the log-likelihoods of its rows."""
     uniform = torch.full((n_rows,), -1 / n_rows, dtype=torch.float64)
     return {"uniform": uniform, "weighted": uniform * torch.softmax(3 * normal(n_rows, seed=4), dim=0)}
@@ -209,19 +209,19 @@ def test_value_is_that_of_scipy_without_the_base_measure(name: str, dispersion: 
     np.testing.assert_allclose(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @every_block
 @every_case
-def test_no_gradient_needed_gives_the_same_values(name: str, dispersion: str, block: str, promised: bool) -> None:
+def test_no_gradient_needed_gives_the_same_values(name: str, dispersion: str, block: str, is_expected: bool) -> None:
     problem = make_problem(name, dispersion)
-    promise = make_promises(len(problem.x))["uniform"] if promised else None
-    expected = problem.blocked(promise, BLOCKS[block])
+    expected_gradient = make_expected_gradients(len(problem.x))["uniform"] if is_expected else None
+    expected = problem.blocked(expected_gradient, BLOCKS[block])
     assert expected.requires_grad
     with torch.no_grad():
-        without = problem.blocked(promise, BLOCKS[block])
+        without = problem.blocked(expected_gradient, BLOCKS[block])
     with torch.inference_mode():
-        inferred = problem.blocked(promise, BLOCKS[block])
-    fixed = problem.of([leaf.detach() for leaf in problem.leaves()]).blocked(promise, BLOCKS[block])
+        inferred = problem.blocked(expected_gradient, BLOCKS[block])
+    fixed = problem.of([leaf.detach() for leaf in problem.leaves()]).blocked(expected_gradient, BLOCKS[block])
     for found in (without, inferred, fixed):
         assert not found.requires_grad
         np.testing.assert_allclose(array(found), array(expected), **EXACT)
@@ -244,60 +244,62 @@ def test_gradients_are_those_of_the_dense_formula(name: str, dispersion: str, pa
 @every_block
 @every_pattern
 @every_case
-def test_promised_gradients_are_those_of_the_dense_formula(
+def test_gradients_of_the_forward_pass_are_those_of_the_dense_formula(
     name: str, dispersion: str, pattern: str, block: str
 ) -> None:
     problem = make_problem(name, dispersion, PATTERNS[pattern])
-    promise = make_promises(len(problem.x))["weighted"]
-    value = problem.blocked(promise, BLOCKS[block])
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    value = problem.blocked(expected_gradient, BLOCKS[block])
     np.testing.assert_allclose(array(value), array(problem.dense()), **EXACT)
-    assert_same(problem, gradients(problem, value, promise), gradients(problem, problem.dense(), promise))
+    assert_same(
+        problem, gradients(problem, value, expected_gradient), gradients(problem, problem.dense(), expected_gradient)
+    )
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @every_pattern
 @every_case
-def test_gradients_are_finite_differences(name: str, dispersion: str, pattern: str, is_promised: bool) -> None:
+def test_gradients_are_finite_differences(name: str, dispersion: str, pattern: str, is_expected: bool) -> None:
     """Tolerance: those of `torch.autograd.gradcheck` in float64, central differences of step 1e-6."""
     problem = make_problem(name, dispersion, PATTERNS[pattern])
-    weights = make_promises(len(problem.x))["weighted"]
+    weights = make_expected_gradients(len(problem.x))["weighted"]
 
     def value(*leaves: torch.Tensor) -> torch.Tensor:
-        if is_promised:
+        if is_expected:
             return (weights * problem.of(list(leaves)).blocked(weights, n_genes=3)).sum()
         return problem.of(list(leaves)).blocked(n_genes=3)
 
     assert torch.autograd.gradcheck(value, problem.leaves(), fast_mode=True)
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
-def test_every_single_gradient_is_a_finite_difference(is_promised: bool) -> None:
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_every_single_gradient_is_a_finite_difference(is_expected: bool) -> None:
     """Entry by entry, for the likelihood with most heads; the others are compared in a random direction."""
     problem = make_problem("zinb", "gene-batch")
-    weights = make_promises(len(problem.x))["weighted"]
+    weights = make_expected_gradients(len(problem.x))["weighted"]
 
     def value(*leaves: torch.Tensor) -> torch.Tensor:
-        each = problem.of(list(leaves)).blocked(weights if is_promised else None, n_genes=3)
+        each = problem.of(list(leaves)).blocked(weights if is_expected else None, n_genes=3)
         return (weights * each).sum()
 
     assert torch.autograd.gradcheck(value, problem.leaves())
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("fixed", ["features", "heads", "shared heads"])
 @every_case
-def test_leaves_that_need_no_gradient_get_none(name: str, dispersion: str, fixed: str, is_promised: bool) -> None:
+def test_leaves_that_need_no_gradient_get_none(name: str, dispersion: str, fixed: str, is_expected: bool) -> None:
     problem = make_problem(name, dispersion)
     groups = {
         "features": [problem.features],
         "heads": problem.heads.tensors(),
         "shared heads": list(problem.heads.shared.values()),
     }
-    expected = gradients(problem, problem.dense(), make_promises(len(problem.x))["weighted"])
+    expected = gradients(problem, problem.dense(), make_expected_gradients(len(problem.x))["weighted"])
     for leaf in groups[fixed]:
         leaf.requires_grad_(False)
-    promise = make_promises(len(problem.x))["weighted"]
-    problem.blocked(promise if is_promised else None, n_genes=3).backward(promise)
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    problem.blocked(expected_gradient if is_expected else None, n_genes=3).backward(expected_gradient)
     for leaf_name, leaf, gradient in zip(problem.names(), problem.leaves(), expected, strict=True):
         if leaf.requires_grad:
             np.testing.assert_allclose(array(leaf.grad), gradient, **EXACT, err_msg=leaf_name)
@@ -305,29 +307,29 @@ def test_leaves_that_need_no_gradient_get_none(name: str, dispersion: str, fixed
             assert leaf.grad is None
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @every_case
-def test_gradients_are_added_up_over_passes(name: str, dispersion: str, is_promised: bool) -> None:
+def test_gradients_are_added_up_over_passes(name: str, dispersion: str, is_expected: bool) -> None:
     """What a pass hands out stays what it was when the next one, or the same one again, adds to it."""
     problem = make_problem(name, dispersion)
-    promise = make_promises(len(problem.x))["weighted"]
-    once = gradients(problem, problem.dense(), promise)
-    value = problem.blocked(promise if is_promised else None, n_genes=3)
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    once = gradients(problem, problem.dense(), expected_gradient)
+    value = problem.blocked(expected_gradient if is_expected else None, n_genes=3)
     for _ in range(3):
-        value.backward(promise, retain_graph=True)
-    problem.blocked(promise if is_promised else None, n_genes=3).backward(promise)
+        value.backward(expected_gradient, retain_graph=True)
+    problem.blocked(expected_gradient if is_expected else None, n_genes=3).backward(expected_gradient)
     assert_same(problem, [array(leaf.grad) for leaf in problem.leaves()], [4 * gradient for gradient in once])
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @every_case
-def test_data_and_parameters_are_left_as_they_were(name: str, dispersion: str, is_promised: bool) -> None:
+def test_data_and_parameters_are_left_as_they_were(name: str, dispersion: str, is_expected: bool) -> None:
     problem = make_problem(name, dispersion)
-    promise = make_promises(len(problem.x))["weighted"]
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
     rows = problem.rows()
-    held = [*problem.leaves(), rows.log_size, rows.batch, promise, *rows.by_gene]
+    held = [*problem.leaves(), rows.log_size, rows.batch, expected_gradient, *rows.by_gene]
     before = [array(value).copy() for value in held]
-    problem.blocked(promise if is_promised else None, n_genes=3, rows=rows).backward(promise)
+    problem.blocked(expected_gradient if is_expected else None, n_genes=3, rows=rows).backward(expected_gradient)
     for value, copy in zip(held, before, strict=True):
         np.testing.assert_array_equal(array(value), copy)
 
@@ -350,31 +352,33 @@ def test_the_engine_chooses_a_block_by_itself() -> None:
     assert_same(problem, gradients(problem, found, by_value), expected, rtol=1e-10, atol=150 * STIRLING)  # one a row
 
 
-# -- promises ----------------------------------------------------------------------------------------------------------
+# -- expected gradients ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [-3.0, 1e-3, 0.0])
-@pytest.mark.parametrize("weights", make_promises(1))
+@pytest.mark.parametrize("weights", make_expected_gradients(1))
 @every_case
-def test_a_promise_may_be_off_by_a_common_factor(name: str, dispersion: str, weights: str, factor: float) -> None:
+def test_an_expected_gradient_may_be_off_by_a_common_factor(
+    name: str, dispersion: str, weights: str, factor: float
+) -> None:
     problem = make_problem(name, dispersion)
-    promise = make_promises(len(problem.x))[weights]
-    found = gradients(problem, problem.blocked(promise, n_genes=3), factor * promise)
-    assert_same(problem, found, gradients(problem, problem.dense(), factor * promise))
+    expected_gradient = make_expected_gradients(len(problem.x))[weights]
+    found = gradients(problem, problem.blocked(expected_gradient, n_genes=3), factor * expected_gradient)
+    assert_same(problem, found, gradients(problem, problem.dense(), factor * expected_gradient))
 
 
-def test_a_promise_may_be_off_by_rounding() -> None:
+def test_an_expected_gradient_may_be_off_by_rounding() -> None:
     """A loss in float32 has its own way to the same weights: a few times 6e-8 of them."""
     problem = make_problem("nb")
-    promise = make_promises(len(problem.x))["weighted"]
-    rounded = promise * (1 + 1e-6 * normal(len(promise), seed=6))
-    found = gradients(problem, problem.blocked(promise, n_genes=3), rounded)
-    assert_same(problem, found, gradients(problem, problem.dense(), promise), rtol=1e-5, atol=1e-6)
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    rounded = expected_gradient * (1 + 1e-6 * normal(len(expected_gradient), seed=6))
+    found = gradients(problem, problem.blocked(expected_gradient, n_genes=3), rounded)
+    assert_same(problem, found, gradients(problem, problem.dense(), expected_gradient), rtol=1e-5, atol=1e-6)
 
 
 def _one_row_is(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def changed(promise: torch.Tensor) -> torch.Tensor:
-        found = promise.clone()
+    def changed(expected_gradient: torch.Tensor) -> torch.Tensor:
+        found = expected_gradient.clone()
         found[1] = change(found[1])
         return found
 
@@ -387,62 +391,62 @@ def _one_row_is(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[tor
         _one_row_is(lambda weight: 1.01 * weight),
         _one_row_is(lambda weight: -weight),
         _one_row_is(torch.zeros_like),
-        lambda promise: promise.flip(0),
+        lambda expected_gradient: expected_gradient.flip(0),
         torch.ones_like,
     ],
     ids=["one row one per cent larger", "one row of the other sign", "one row left out", "another order", "a sum"],
 )
-def test_a_broken_promise_is_an_error(cotangent: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_another_gradient_than_expected_is_an_error(cotangent: Callable[[torch.Tensor], torch.Tensor]) -> None:
     problem = make_problem("nb")
-    promise = make_promises(len(problem.x))["weighted"]
-    value = problem.blocked(promise, n_genes=3)
-    with pytest.raises(RuntimeError, match="as promised"):
-        value.backward(cotangent(promise))
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    value = problem.blocked(expected_gradient, n_genes=3)
+    with pytest.raises(RuntimeError, match="must be the expected gradient"):
+        value.backward(cotangent(expected_gradient))
 
 
-def test_a_row_promised_no_weight_may_get_none() -> None:
+def test_a_row_expected_to_have_no_weight_must_get_none() -> None:
     problem = make_problem("nb")
-    promise = make_promises(len(problem.x))["weighted"]
-    promise[1] = 0
-    broken = promise.clone()
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    expected_gradient[1] = 0
+    broken = expected_gradient.clone()
     broken[1] = 1e-3
-    with pytest.raises(RuntimeError, match="as promised"):
-        problem.blocked(promise, n_genes=3).backward(broken)
+    with pytest.raises(RuntimeError, match="must be the expected gradient"):
+        problem.blocked(expected_gradient, n_genes=3).backward(broken)
 
 
 @every_case
 def test_rows_without_weight_leave_no_trace(name: str, dispersion: str) -> None:
     problem = make_problem(name, dispersion)
     kept = torch.tensor([0, 2, 3])
-    promise = torch.zeros(len(problem.x), dtype=torch.float64)
-    promise[kept] = make_promises(3)["weighted"]
+    expected_gradient = torch.zeros(len(problem.x), dtype=torch.float64)
+    expected_gradient[kept] = make_expected_gradients(3)["weighted"]
     rest = problem.at(kept)
-    expected = gradients(rest, rest.dense(), promise[kept])
-    for value in (problem.blocked(promise, n_genes=3), problem.blocked(n_genes=3)):
-        by_features, *others = gradients(problem, value, promise)
+    expected = gradients(rest, rest.dense(), expected_gradient[kept])
+    for value in (problem.blocked(expected_gradient, n_genes=3), problem.blocked(n_genes=3)):
+        by_features, *others = gradients(problem, value, expected_gradient)
         np.testing.assert_array_equal(by_features[[1, 4]], 0)
         assert_same(problem, [by_features[kept.numpy()], *others], expected)
 
 
-def test_the_weights_of_a_promise_may_add_up_to_nothing() -> None:
+def test_an_expected_gradient_may_add_up_to_nothing() -> None:
     problem = make_problem("nb")
-    promise = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0], dtype=torch.float64)
-    found = gradients(problem, problem.blocked(promise, n_genes=3), 2 * promise)
-    assert_same(problem, found, gradients(problem, problem.dense(), 2 * promise))
+    expected_gradient = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0], dtype=torch.float64)
+    found = gradients(problem, problem.blocked(expected_gradient, n_genes=3), 2 * expected_gradient)
+    assert_same(problem, found, gradients(problem, problem.dense(), 2 * expected_gradient))
 
 
-def test_a_promise_of_no_weight_at_all_is_broken_by_any() -> None:
+def test_an_expected_gradient_of_0_allows_no_other() -> None:
     problem = make_problem("nb")
     value = problem.blocked(torch.zeros(len(problem.x), dtype=torch.float64), n_genes=3)
-    with pytest.raises(RuntimeError, match="as promised"):
+    with pytest.raises(RuntimeError, match="must be the expected gradient"):
         value.sum().backward()
 
 
 def test_a_loss_that_is_not_a_number_passes_on_that_it_is_none() -> None:
     """The training looks for it, and says where it was first."""
     problem = make_problem("nb")
-    promise = make_promises(len(problem.x))["uniform"]
-    for gradient in gradients(problem, problem.blocked(promise, n_genes=3), torch.nan * promise):
+    expected_gradient = make_expected_gradients(len(problem.x))["uniform"]
+    for gradient in gradients(problem, problem.blocked(expected_gradient, n_genes=3), torch.nan * expected_gradient):
         assert np.isnan(gradient).all()
 
 
@@ -465,17 +469,17 @@ class Counting(Likelihood):
     mean = variance = sample = None  # not needed here
 
 
-def test_with_a_promise_the_backward_pass_evaluates_nothing() -> None:
+def test_with_an_expected_gradient_the_backward_pass_evaluates_nothing() -> None:
     problem = make_problem(Counting(LIKELIHOODS["nb"]))
-    promise = make_promises(len(problem.x))["uniform"]
-    value = problem.blocked(promise, n_genes=1)
+    expected_gradient = make_expected_gradients(len(problem.x))["uniform"]
+    value = problem.blocked(expected_gradient, n_genes=1)
     n_calls = problem.likelihood.n_calls
     assert n_calls > 0
-    value.backward(promise)
+    value.backward(expected_gradient)
     assert problem.likelihood.n_calls == n_calls
 
 
-def test_without_a_promise_the_forward_pass_takes_no_derivative() -> None:
+def test_without_an_expected_gradient_the_forward_pass_takes_no_derivative() -> None:
     problem = make_problem(Counting(LIKELIHOODS["nb"]))
     value = problem.blocked(n_genes=1)
     assert problem.likelihood.n_calls == 0
@@ -484,10 +488,10 @@ def test_without_a_promise_the_forward_pass_takes_no_derivative() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_a_need_of_gradients_a_promise_costs_nothing(mode: Callable) -> None:
+def test_without_a_need_of_gradients_an_expected_gradient_costs_nothing(mode: Callable) -> None:
     problem = make_problem(Counting(LIKELIHOODS["nb"]))
     with mode():
-        problem.blocked(make_promises(len(problem.x))["uniform"], n_genes=1)
+        problem.blocked(make_expected_gradients(len(problem.x))["uniform"], n_genes=1)
     assert problem.likelihood.n_calls == 0
 
 
@@ -502,43 +506,45 @@ REPEATS = {
 }
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("repeats", REPEATS)
 @every_block
 @every_case
 def test_rows_that_repeat_cells_equal_a_dense_index(
-    name: str, dispersion: str, block: str, repeats: str, is_promised: bool
+    name: str, dispersion: str, block: str, repeats: str, is_expected: bool
 ) -> None:
     """Each row with features of its own."""
     cells, cell = make_problem(name, dispersion, with_an_empty_cell()), torch.tensor(REPEATS[repeats])
     problem = replace(cells.at(cell), features=normal(len(cell), N_HIDDEN, seed=8).requires_grad_())
     rows = replace(cells.rows(), cell=cell, log_size=problem.log_size)
-    promise = make_promises(len(cell))["weighted"]
-    value = problem.blocked(promise if is_promised else None, BLOCKS[block], rows=rows)
+    expected_gradient = make_expected_gradients(len(cell))["weighted"]
+    value = problem.blocked(expected_gradient if is_expected else None, BLOCKS[block], rows=rows)
     np.testing.assert_allclose(array(value), array(problem.dense()), **EXACT)
     with torch.no_grad():
         np.testing.assert_allclose(array(problem.blocked(None, BLOCKS[block], rows=rows)), array(value), **EXACT)
-    assert_same(problem, gradients(problem, value, promise), gradients(problem, problem.dense(), promise))
+    assert_same(
+        problem, gradients(problem, value, expected_gradient), gradients(problem, problem.dense(), expected_gradient)
+    )
 
 
 # -- the log of the size factors ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("repeats", REPEATS)
 @every_case
 def test_the_gradient_by_the_log_of_the_size_factors_is_that_of_the_dense_formula(
-    name: str, dispersion: str, repeats: str, is_promised: bool
+    name: str, dispersion: str, repeats: str, is_expected: bool
 ) -> None:
     cells, cell = make_problem(name, dispersion, with_an_empty_cell()), torch.tensor(REPEATS[repeats])
     problem = replace(cells.at(cell), features=normal(len(cell), N_HIDDEN, seed=8).requires_grad_())
     problem.log_size.requires_grad_()
     rows = replace(cells.rows(), cell=cell, log_size=problem.log_size)
-    promise = make_promises(len(cell))["weighted"]
-    value = problem.blocked(promise if is_promised else None, 3, rows=rows)
+    expected_gradient = make_expected_gradients(len(cell))["weighted"]
+    value = problem.blocked(expected_gradient if is_expected else None, 3, rows=rows)
     leaves = [problem.log_size, *problem.leaves()]
-    found = torch.autograd.grad(value, leaves, -2 * promise)  # off by a common factor
-    expected = torch.autograd.grad(problem.dense(), leaves, -2 * promise)
+    found = torch.autograd.grad(value, leaves, -2 * expected_gradient)  # off by a common factor
+    expected = torch.autograd.grad(problem.dense(), leaves, -2 * expected_gradient)
     for name_of_leaf, ours, theirs in zip(["log_size", *problem.names()], found, expected, strict=True):
         np.testing.assert_allclose(array(ours), array(theirs), **EXACT, err_msg=name_of_leaf)
 
@@ -571,20 +577,20 @@ def test_the_log_of_the_sum_of_the_rates_is_exact_in_float32_where_the_sum_overf
 # -- float32 -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("share", [0.07, 0.6])
 @every_case
 def test_float32_is_as_close_to_float64_as_required(
-    name: str, dispersion: str, share: float, is_promised: bool
+    name: str, dispersion: str, share: float, is_expected: bool
 ) -> None:
     exact = make_problem(name, dispersion, make_counts(40, 501, share), n_hidden=16)
     problem = exact.to(torch.float32)
-    promise = make_promises(40)["weighted"].float()
-    value = problem.blocked(promise if is_promised else None, n_genes=37)
+    expected_gradient = make_expected_gradients(40)["weighted"].float()
+    value = problem.blocked(expected_gradient if is_expected else None, n_genes=37)
     assert value.dtype == torch.float32
     np.testing.assert_allclose(array(value), array(exact.dense()), rtol=SINGLE)
-    found = torch.autograd.grad(value, problem.leaves(), promise)
-    expected = torch.autograd.grad(exact.dense(), exact.leaves(), promise.double())
+    found = torch.autograd.grad(value, problem.leaves(), expected_gradient)
+    expected = torch.autograd.grad(exact.dense(), exact.leaves(), expected_gradient.double())
     for leaf, ours, theirs in zip(problem.names(), found, expected, strict=True):
         assert ours.dtype == torch.float32
         assert_close(ours, theirs, leaf)
@@ -597,13 +603,15 @@ def test_gradients_in_memory_that_is_used_again_are_right_step_after_step() -> N
     """Each weight is above the size from which memory is kept. Gradients that are held stay what they are."""
     problem = make_problem("nb", "gene-cell", make_counts(6, 3_000, share=0.1), n_hidden=100).to(torch.float32)
     buffers, held = Buffers(), []
-    promise = torch.full((6,), -1 / 6)
+    expected_gradient = torch.full((6,), -1 / 6)
     with buffers.kept():
         for step in range(4):
             with torch.no_grad():
                 problem.features.add_(0.1 * normal(6, 100, seed=30 + step).float())
-            found = torch.autograd.grad(problem.blocked(promise, buffers=buffers), problem.leaves(), promise)
-            expected = torch.autograd.grad(problem.dense(), problem.leaves(), promise)
+            found = torch.autograd.grad(
+                problem.blocked(expected_gradient, buffers=buffers), problem.leaves(), expected_gradient
+            )
+            expected = torch.autograd.grad(problem.dense(), problem.leaves(), expected_gradient)
             for leaf, ours, theirs in zip(problem.names(), found, expected, strict=True):
                 assert_close(ours, theirs, leaf)
             if step % 2:
@@ -667,21 +675,23 @@ class ZeroInflatedGeometric(ZeroInflated):
 OWN = [Geometric(), Hurdle(), ZeroInflatedGeometric()]
 
 
-@pytest.mark.parametrize("is_promised", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("dispersion", DISPERSIONS)
 @pytest.mark.parametrize("likelihood", OWN, ids=lambda likelihood: type(likelihood).__name__)
 @every_pattern
 def test_a_likelihood_without_declared_derivatives_is_summed_with_those_of_autograd(
-    likelihood: Likelihood, dispersion: str, pattern: str, is_promised: bool
+    likelihood: Likelihood, dispersion: str, pattern: str, is_expected: bool
 ) -> None:
     problem = make_problem(likelihood, dispersion, PATTERNS[pattern])
-    promise = make_promises(len(problem.x))["weighted"]
-    value = problem.blocked(promise if is_promised else None, n_genes=3)
+    expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
+    value = problem.blocked(expected_gradient if is_expected else None, n_genes=3)
     params = {name: array(each) for name, each in problem.params().items()}
     np.testing.assert_allclose(array(value), likelihood.log_pmf(problem.x.numpy(), params).sum(1), **EXACT)
     with torch.no_grad():
         np.testing.assert_allclose(array(problem.blocked(n_genes=3)), array(value), **EXACT)
-    assert_same(problem, gradients(problem, value, promise), gradients(problem, problem.dense(), promise))
+    assert_same(
+        problem, gradients(problem, value, expected_gradient), gradients(problem, problem.dense(), expected_gradient)
+    )
 
 
 # -- whole modules -----------------------------------------------------------------------------------------------------
@@ -794,12 +804,12 @@ def test_the_engines_differ_by_nothing_but_rounding(kind: str, name: str, disper
 @pytest.mark.usefixtures("_shared_noise")
 @every_likelihood
 @every_kind
-def test_what_is_promised_of_the_loss_does_not_change_its_gradients(kind: str, name: str) -> None:
-    promised, unknown = (
+def test_an_expected_gradient_does_not_change_the_gradients_of_the_loss(kind: str, name: str) -> None:
+    expected, unknown = (
         bound_and_gradients(make_module(kind, "blocked", likelihood=name), is_averaged=is_averaged)
         for is_averaged in (True, False)
     )
-    assert_same_bounds(promised, unknown)
+    assert_same_bounds(expected, unknown)
 
 
 @pytest.mark.usefixtures("_shared_noise")
@@ -822,9 +832,9 @@ def test_the_loss_of_scvi_tools_may_be_scaled(kind: str) -> None:
             assert_close(ours.grad, 64 * parameter.grad)
 
 
-def test_a_loss_that_is_no_average_is_refused_where_an_average_was_promised() -> None:
+def test_a_loss_that_is_no_average_is_refused_where_an_average_was_expected() -> None:
     bound = make_module("gmvae", "blocked").bound(*make_cells(), is_averaged=True)
-    with pytest.raises(RuntimeError, match="as promised"):
+    with pytest.raises(RuntimeError, match="must be the expected gradient"):
         (bound.log_likelihood * torch.arange(N_CELLS)).sum().backward()
 
 

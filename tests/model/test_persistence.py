@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
+from scipy import sparse
 
 import scvae_tools as svt
 
@@ -194,3 +197,43 @@ def test_new_data_are_given_the_genes_of_a_saved_model(of_folder, tmp_path):
 def test_what_is_refused_says_what_to_do(call, message):
     with pytest.raises(NotImplementedError, match=message):
         call()
+
+
+# -- files of earlier versions -----------------------------------------------------------------------------------------
+
+EARLIER = Path(__file__).parents[1] / "references" / "model-0.1.0"
+EXPECTED = json.loads((EARLIER / "expected.json").read_text())
+
+
+def earlier_cells():
+    counts = sparse.csr_matrix(np.array(EXPECTED["counts"], dtype=np.float32))
+    n_cells, n_genes = counts.shape
+    obs = pd.DataFrame(index=[f"cell{cell}" for cell in range(n_cells)])
+    obs["batch"], obs["age"] = pd.Categorical(EXPECTED["batch"]), np.linspace(20, 80, n_cells)
+    return AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"gene{gene}" for gene in range(n_genes)]))
+
+
+def assert_as_expected(model, expected):
+    np.testing.assert_allclose(model.get_latent_representation(), expected["latent"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(model.predict(soft=True), expected["probabilities"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model.history["elbo_train"], expected["history"], atol=1e-2)
+    assert (model.n_components, model.version) == (expected["n_components"], expected["version"])
+
+
+@pytest.mark.parametrize("name", ["gmvae", "covariates"])
+def test_a_model_that_version_0_1_0_saved_is_the_same_today(name):
+    assert_as_expected(svt.SCVAE.load(EARLIER / name, earlier_cells()), EXPECTED[name])
+    assert svt.SCVAE.load_registry(EARLIER / name)["setup_args"]["batch_key"] == "batch"
+
+
+def test_a_training_that_version_0_1_0_began_goes_on_or_is_refused_by_a_later_one(tmp_path):
+    shutil.copytree(EARLIER / "checkpoint", tmp_path / "checkpoint")
+    adata = earlier_cells()
+    svt.SCVAE.setup_anndata(adata, batch_key="batch")
+    model = svt.SCVAE(adata, n_components=(2, 4), n_latent=2, n_hidden=4)
+    if svt.__version__ == "0.1.0":
+        model.train(6, checkpoint=tmp_path / "checkpoint", progress=False)
+        assert_as_expected(model, EXPECTED["checkpoint"])
+    else:
+        with pytest.raises(ValueError, match="version of scvae-tools"):
+            model.train(6, checkpoint=tmp_path / "checkpoint", progress=False)

@@ -1,4 +1,4 @@
-"""The command line ``scvae-tools``: arguments, messages and exit codes. The work is that of `_commands`.
+"""Command line ``scvae-tools``: arguments, messages and exit codes; `_commands` does the work.
 
 Nothing but the standard library is loaded until a command runs, so that ``--help`` is there at once.
 """
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Those after the name of the program; None for those it was called with.
+        Arguments after the name of the program; None for those of the process.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the program, and that of each command."""
+    """Parser of the program, and parser of each command."""
     parser = argparse.ArgumentParser(
         PROGRAM,
         description="Variational auto-encoders that cluster single cells, on raw counts.",
@@ -94,7 +94,7 @@ def _add_command(subparsers: Any, name: str, command: Command) -> argparse.Argum
 
 
 class _Version(argparse.Action):
-    """Look the version up when it is asked for."""
+    """Action of ``--version``: looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from scvae_tools._version import __version__
@@ -108,7 +108,7 @@ def _needs_arguments(name: str) -> bool:
 
 
 def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
-    """Run the command, with whatever it prints on the standard error; what it returns is to be printed."""
+    """Run the command and return its result; anything that it prints itself goes to standard error."""
     from scvae_tools._cli import _commands
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -116,7 +116,7 @@ def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the input is to blame and the message says all: values, files, and errors of our own."""
+    """Whether an error is due to the input, so that its message is enough: values, files, and errors of our own."""
     return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("scvae_tools")
 
 
@@ -129,7 +129,7 @@ def _say(message: str) -> None:
 
 @contextlib.contextmanager
 def _messages(*, quiet: bool) -> Iterator[None]:
-    """Show warnings for users in a line, and messages unless they are not wanted; both on the standard error."""
+    """Context that shows warnings for users in one line, and messages unless ``quiet``, both on standard error."""
     logger, handler = logging.getLogger("scvae_tools"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
     level, propagate = logger.level, logger.propagate
@@ -173,7 +173,7 @@ def _short(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: rows of a table as objects, and null for numbers that are missing or infinite."""
+    """Result in types that JSON can hold: rows of a table as objects, null for missing or infinite numbers."""
     if hasattr(value, "to_dict"):
         from scvae_tools._cli._writing import has_names
 

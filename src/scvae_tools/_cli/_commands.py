@@ -1,4 +1,4 @@
-"""What each command does: arguments in, one call of `tl`, `pl`, `datasets` or `SCVAE`, files out.
+"""Commands of the command line: each turns arguments into one call of `tl`, `pl`, `datasets` or `SCVAE`, and files.
 
 A command returns what is to be printed: a summary (dict) or a table (DataFrame).
 """
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
     from scvae_tools.model._scvae import SCVAE
 
-#: Arguments that decide what a function returns or shows, which a command relies on.
+#: Arguments that a command sets itself, since it relies on what the function returns or shows.
 SET_HERE = {"adata", "data", "copy", "return_model", "verbose", "show", "save", "ax", "axes"}
 
 
 def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
-    """Train, and write what was asked for."""
+    """Train a model, and write the files that were asked for."""
     output, model_folder, score_key = (_get(given, name) for name in ("output", "model", "score_key"))
     if output is None and model_folder is None and given.data != _reading.DEMO:
         parser.error("nothing to write: pass -o FILE, --model DIR, or both")
@@ -78,7 +78,7 @@ def _summary(adata: AnnData, model: SCVAE, keys: Keys, labels: pd.Series | None)
 
 
 def evaluate(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, Any]:
-    """Bounds, and scores where there are labels."""
+    """Compute bounds, and scores where there are labels."""
     output = _check_table(given)
     options = _arguments(given, _options.EVALUATE, parser)
     model = _load(given)
@@ -159,12 +159,12 @@ def datasets(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[st
 
 
 def _get(given: Namespace, name: str, *, default: Any = None) -> Any:
-    """An argument, which is not there unless it was given."""
+    """Value of an argument, or the default where it was not given."""
     return getattr(given, name, default)
 
 
 def _arguments(given: Namespace, options: Iterable[_options.Option], parser: ArgumentParser) -> dict[str, Any]:
-    """Those that were given, by their names in Python, with what was `--set`."""
+    """Arguments that were given, by their names in Python, with those of ``--set``."""
     named = _given(given, options)
     settings = _settings(given, parser)
     twice = sorted(set(named) & set(settings))
@@ -211,7 +211,7 @@ def _check_picture(output: Path) -> None:
 
 
 def _tell_or_write(table: pd.DataFrame, output: Path | None) -> pd.DataFrame | dict[str, Any]:
-    """Leave the table to be printed, or write it and tell where it is."""
+    """Return the table to be printed, or write it and return where it is."""
     if output is None:
         return table
     write_table(table, output)
@@ -219,7 +219,7 @@ def _tell_or_write(table: pd.DataFrame, output: Path | None) -> pd.DataFrame | d
 
 
 def _read_grid(given: str) -> dict[str, Any]:
-    """Read JSON, or the file that holds it or TOML."""
+    """Read a grid from JSON text, or from a JSON or TOML file."""
     if given.lstrip().startswith("{"):
         return _parsed(given, json.loads, "--grid")
     path = Path(given)
@@ -239,7 +239,7 @@ def _parsed(text: str, parse: Callable[[str], dict[str, Any]], name: str) -> dic
 
 
 def _list(module: Any) -> pd.DataFrame:
-    """Public functions of a module, and the first line of what they say of themselves."""
+    """Public functions of a module, and the first lines of their docstrings."""
     functions = {name: getattr(module, name) for name in sorted(module.__all__)}
     return pd.DataFrame(
         [(name, (inspect.getdoc(function) or "").splitlines()[0]) for name, function in functions.items()],
@@ -256,7 +256,7 @@ def _one_of(module: Any, name: str, command: str) -> Callable[..., Any]:
 
 
 def _call(function: Callable[..., Any], *positional: Any, **options: Any) -> Any:
-    """Call a function with arguments of the user, which are refused before if it does not take them."""
+    """Call a function with arguments of the user; refuse those that it does not take before the call."""
     try:
         inspect.signature(function).bind(*positional, **options)
     except TypeError as error:
@@ -302,7 +302,7 @@ def _check_layer(adata: AnnData, layer: str | None) -> None:
 
 
 def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:
-    """The counts of the model's genes in its order, with all that is known of the cells."""
+    """Cells with the counts of the model's genes, in the order of the model, and with all of ``obs``."""
     from scvae_tools._upstream import quiet
 
     fill, layer = _get(given, "fill_missing", default=False), _get(given, "layer")

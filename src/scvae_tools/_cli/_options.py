@@ -1,4 +1,4 @@
-"""The options of each command, one row each, and its examples. Loads nothing but the standard library."""
+"""Options and examples of each command, one row for an option. Loads nothing but the standard library."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def mixture(text: str) -> str | bool:
-    """``none`` is the plain VAE."""
+    """Kind of mixture; ``none`` is the plain VAE."""
     if text not in ("gmvae", "vade", "none"):
         raise argparse.ArgumentTypeError(f"must be gmvae, vade or none; found {text!r}")
     return False if text == "none" else text
 
 
 def components(text: str) -> int | tuple[int, ...]:
-    """A number, or the smallest and the largest."""
+    """Number of components, or the smallest and the largest."""
     numbers = [_whole(part) for part in text.split("-")]
     if len(numbers) > 2:
         raise argparse.ArgumentTypeError(f"must be a number, or the smallest and largest such as 4-20; found {text!r}")
@@ -30,7 +30,7 @@ def components(text: str) -> int | tuple[int, ...]:
 
 
 def widths(text: str) -> int | list[int]:
-    """A number, or several with commas between."""
+    """Width of the hidden layers, or several widths with commas between."""
     numbers = [_whole(part) for part in text.split(",")]
     return numbers[0] if len(numbers) == 1 else numbers
 
@@ -43,22 +43,22 @@ def _whole(text: str) -> int:
 
 
 def column(text: str) -> str:
-    """The name of one."""
+    """Name of a column."""
     return text
 
 
 def columns(text: str) -> list[str]:
-    """Names with commas between."""
+    """Names of columns, with commas between."""
     return text.split(",")
 
 
 def folder(text: str) -> Path:
-    """That of a model, or of what is to be gone on with."""
+    """Folder of a model, or of a training or comparison to continue."""
     return Path(text)
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """A name and a value in JSON; what is no JSON is text."""
+    """Name and value of an argument; the value is JSON, or text if it is no JSON."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as dropout_rate=0.1; found {text!r}")
@@ -84,7 +84,7 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """How it is written if it is required, or tells by its place what it is."""
+        """Form in the usage line, for required and positional arguments; empty for others."""
         first = self.flags.split()[0]
         if first.startswith("-"):
             return f"{first} {self.shown}" if self.more.get("required") else ""
@@ -92,11 +92,11 @@ class Option:
 
     @property
     def shown(self) -> str:
-        """What stands for its value in the help."""
+        """Placeholder of the value in the help."""
         return self.metavar or _METAVARS.get(self.kind, "NAME")
 
     def add_to(self, parser: Any) -> None:
-        """Add it, without a default: what is not given stays that of the Python function."""
+        """Add the option to a parser, without a default: the default of the Python function applies."""
         flags = self.flags.split()
         if not flags[0].startswith("-"):
             parser.add_argument(self.name, metavar=flags[0], type=self.kind, help=self.help, **self.more)
@@ -229,7 +229,7 @@ class Command:
     examples: tuple[str, ...]
 
 
-#: In an order in which the examples run one after the other, each on files that earlier ones wrote.
+#: Commands by name. The examples can be run in this order: each uses files that earlier ones wrote.
 COMMANDS = {
     "datasets": Command(
         "list data sets, or write one to a file",

@@ -1,4 +1,4 @@
-"""Files of counts -> AnnData: one reader for each format, which is found by the content where names do not tell."""
+"""Reading of files of counts into AnnData: one reader for each format, which is found by the name or the content."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from scvae_tools._messages import inform, listed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: In place of a file: the 700 cells that scanpy ships.
+#: Word to pass in place of a file, for the 700 cells that scanpy ships.
 DEMO = "demo"
 CELLS_BY_GENES, GENES_BY_CELLS = ORIENTATIONS = ("cells-by-genes", "genes-by-cells")
-#: Values of text or of a loom file that are in memory as a dense block: 128 MB as float32.
+#: Values of a text or loom file that are in memory at once as a dense block: 128 MB as float32.
 BLOCK_VALUES = 2**25
 GENES_AND_CELLS = ("genes", "cells")
 TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
@@ -32,7 +32,7 @@ MATRIX = "matrix.mtx"
 
 
 class ReadingError(ValueError):
-    """A file does not hold what can be read; the message says why."""
+    """Error for a file that cannot be read; the message says why."""
 
 
 def read(path: str | Path, *, orientation: str | None = None, genome: str | None = None) -> AnnData:
@@ -44,7 +44,7 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
         File or folder in one of the formats of ``READERS``; or ``"demo"``, for `scvae_tools.datasets.pbmc68k_reduced`
         (a file of that name is ``"./demo"``).
     orientation
-        Of text: ``"cells-by-genes"``, which is also meant by None, or ``"genes-by-cells"``. It is never guessed.
+        Orientation of a text file: ``"cells-by-genes"``, also for None, or ``"genes-by-cells"``. It is never guessed.
     genome
         Genome to take where 10x Genomics files hold several.
 
@@ -57,7 +57,7 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
     FileNotFoundError
         If there is nothing of that name.
     ReadingError
-        If it cannot be read; it says why.
+        If the file cannot be read; the message says why.
     """
     if str(path) == DEMO:
         from scvae_tools.datasets._pbmc import pbmc68k_reduced
@@ -87,7 +87,7 @@ def format_of(path: Path) -> str:
     Raises
     ------
     ReadingError
-        If it is in none of the formats.
+        If the file is in none of the formats.
     """
     if path.is_dir():
         is_zarr = any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs"))
@@ -173,7 +173,7 @@ def _chosen_genome(genomes: list[str], genome: str | None, path: Path) -> str:
 
 
 def _read_mtx(path: Path, genome: str | None) -> AnnData:
-    """Folder of a matrix with genes in rows, its features and its barcodes, as Cell Ranger and STARsolo write it."""
+    """Read a folder of a matrix with genes in rows, its features and its barcodes, as of Cell Ranger and STARsolo."""
     from scipy.io import mmread
 
     matrix = path if path.is_file() else _matrix_of(path, genome)
@@ -192,7 +192,7 @@ def _read_mtx(path: Path, genome: str | None) -> AnnData:
 
 
 def _matrix_of(folder: Path, genome: str | None) -> Path:
-    """The matrix in a folder, or in that of its folders which is named by the genome."""
+    """Path of the matrix in a folder, or in its subfolder that is named by the genome."""
     found = _matrices(folder)
     if not found:
         by_genome = {each.name: each for each in sorted(folder.iterdir()) if each.is_dir() and _matrices(each)}
@@ -215,7 +215,7 @@ def _matrices(folder: Path) -> list[Path]:
 
 
 def _beside(matrix: Path, prefix: str, *names: str) -> Path:
-    """The first of several files that is there, as such or compressed."""
+    """Path of the first of several files that exists beside the matrix, compressed or not."""
     candidates = [matrix.with_name(f"{prefix}{name}{end}") for name in names for end in (".gz", "")]
     for candidate in candidates:
         if candidate.exists():
@@ -243,7 +243,7 @@ def _gene_expression(adata: AnnData) -> AnnData:
     Raises
     ------
     ReadingError
-        If there are no others.
+        If no feature is a gene.
     """
     if "feature_types" not in adata.var:
         return adata
@@ -265,7 +265,7 @@ def _gene_expression(adata: AnnData) -> AnnData:
 
 
 def _read_loom(path: Path) -> AnnData:
-    """Loom (http://linnarssonlab.org/loompy/format), genes in rows; read in blocks, without loompy."""
+    """Read a loom file (http://linnarssonlab.org/loompy/format), genes in rows; in blocks, without loompy."""
     with h5py.File(path) as file:
         obs, var = _attributes(file["col_attrs"]), _attributes(file["row_attrs"])
         adata = AnnData(
@@ -286,7 +286,7 @@ def _transposed(dataset: h5py.Dataset) -> sparse.csr_matrix:
 
 
 def _attributes(group: h5py.Group) -> dict[str, np.ndarray]:
-    """The attributes with one value for each gene or cell; strings as str."""
+    """Attributes with one value for each gene or cell; strings as str."""
     values = {name: dataset for name, dataset in group.items() if dataset.ndim == 1}
     is_text = {name: dataset.dtype.kind in "OS" for name, dataset in values.items()}
     return {name: (dataset.asstr() if is_text[name] else dataset)[:] for name, dataset in values.items()}
@@ -302,7 +302,7 @@ def _named(attributes: dict[str, np.ndarray], candidates: tuple[str, ...], lengt
 
 
 def _read_text(path: Path, *, is_transposed: bool) -> AnnData:
-    """Table with names in its first row and column, whole rows at a time, so that it is never dense in memory."""
+    """Read a table with names in its first row and column, some rows at a time, so that it is never dense in memory."""
     separator = TEXT[Path(path.name.removesuffix(".gz")).suffix]
     columns = _names_of_columns(path, separator)
     _check_names(columns, "row", GENES_AND_CELLS[is_transposed], path)
@@ -325,7 +325,7 @@ def _chunks(path: Path, separator: str, n_columns: int) -> Iterator[pd.DataFrame
 
 
 def _names_of_columns(path: Path, separator: str) -> list[str]:
-    """The first row, with or without a field above the names of the rows.
+    """Names in the first row, with or without a field above the names of the rows.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Results into files: where they go is checked before the work begins, and no half-written file is left."""
+"""Writing of results into files: the path is checked before the work begins, and no half-written file is left."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TABLE = (".tsv", ".tsv.gz")
 
 
 def check_output(path: Path | None, *, overwrite: bool, endings: tuple[str, ...] = ()) -> None:
-    """Refuse, before any work, what could not be written.
+    """Refuse, before any work, a file or folder that could not be written.
 
     Parameters
     ----------
     path
         File or folder to write; None for none.
     overwrite
-        Whether it may exist.
+        Whether the file or folder may exist.
     endings
-        Those that its name may have; none for any.
+        Endings that the name may have; none for any.
 
     Raises
     ------
     ValueError
-        If the name has another ending, it exists, or its folder does not exist or cannot be written to.
+        If the name has another ending, the path exists, or its folder does not exist or cannot be written to.
     """
     if path is None:
         return
@@ -52,7 +52,10 @@ def check_output(path: Path | None, *, overwrite: bool, endings: tuple[str, ...]
 
 
 def check_model_folder(path: Path | None, *, overwrite: bool) -> None:
-    """The same for the folder of a model, whose files are replaced one by one, and others left alone."""
+    """Refuse, before any work, a folder in which a model could not be saved.
+
+    The files of a model are replaced one by one; other files in the folder are left as they are.
+    """
     if path is None:
         return
     if path.exists() and not path.is_dir():
@@ -76,7 +79,7 @@ def _is_zarr(path: Path) -> bool:
 def write_adata(adata: AnnData, path: Path) -> None:
     """Write h5ad or zarr, by the ending."""
     with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of formats to come, about which the user can do nothing
+        warnings.simplefilter("ignore")  # about future formats, which the user cannot change
         if path.suffix == ".zarr":
             adata.write_zarr(temporary)
         else:

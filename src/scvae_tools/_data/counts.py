@@ -1,4 +1,4 @@
-"""Counts of an AnnData in any form, checked -> CSR float32.
+"""Reading of the counts of an AnnData: any form, checked, to CSR float32.
 
 Every check runs before any training, and every message names the cell, gene or layer at fault and a remedy. Nothing
 here changes the AnnData.
@@ -33,7 +33,7 @@ _BLOCK = 2**22  # values handled at once, so that checks and conversions need li
 
 
 class CountsError(ValueError):
-    """The counts of an AnnData, or the genes chosen from it, cannot be modelled."""
+    """Error for counts of an AnnData, or genes chosen from it, that cannot be modelled."""
 
 
 def read_counts(
@@ -83,7 +83,7 @@ def read_counts(
 
 
 def load_counts(matrix: object) -> csr_matrix:
-    """CSR float32 of counts that `read_counts` has accepted; their own arrays where they are held so already."""
+    """Counts that `read_counts` has accepted, as CSR float32; without a copy where they are held so already."""
     return _to_float32(_canonical(_to_csr(matrix, None, "The matrix")))
 
 
@@ -314,7 +314,7 @@ class _Found:
 
 
 def _check_values(found: _Found, layer: str | None) -> None:
-    """Refuse values that no count has, in the order in which one explains another."""
+    """Refuse NaN, infinite, negative and too large values, in this order, as the first may explain the others."""
     _refuse(found, np.isnan, "NaN", "Remove those cells or genes, or read the counts from their source again.")
     _refuse(found, np.isinf, "infinite", "Look for a division by 0, or read the counts from their source again.")
     if (message := found.describe(lambda values: values < 0, "negative")) is not None:
@@ -363,7 +363,7 @@ def _looks_log_transformed(found: _Found, layer: str | None) -> bool:
 
 
 def _where_counts_are(adata: AnnData, layer: str | None) -> str:
-    """Say in which other place of the AnnData there are integer counts, as far as a first look tells."""
+    """Say in which other place of the AnnData there are integer counts, as far as its first values tell."""
     for name in _layer_names(adata):
         if name != layer and _seem_counts(adata.layers[name]):
             return f"adata.layers[{name!r}] holds integer counts: pass layer={name!r}."

@@ -1,4 +1,4 @@
-"""Batches of cells: from the rows of a CSR matrix and the columns of obs to what the module reads."""
+"""Data set and loader of batches of cells, made from a CSR matrix and columns of obs for the module."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from scvae_tools.likelihoods import Likelihood
 
-#: Cells at a time where no gradient is needed.
+#: Cells in a batch where no gradient is needed.
 EVALUATION_BATCH_SIZE = 512
-#: Registered data that are codes of categories; all others are numbers.
+#: Registry keys of data that are codes of categories; all other data are numbers.
 CODES = {role.registry_key for role in ROLES.values() if role.is_categorical}
 
 
@@ -48,7 +48,7 @@ class CountDataset(Dataset):
     manager
         Manager of the AnnData.
     likelihood
-        Whose base measure goes with the counts.
+        Likelihood whose base measure is kept with the counts.
     """
 
     def __init__(self, manager: AnnDataManager, likelihood: Likelihood) -> None:
@@ -62,7 +62,7 @@ class CountDataset(Dataset):
         if REGISTRY_KEYS.OBSERVED_LIB_SIZE not in self.columns:
             total = np.asarray(self.counts.sum(1))  # in float32: in float64 scipy would copy the matrix
             self.columns[REGISTRY_KEYS.OBSERVED_LIB_SIZE] = total
-        # Filled as cells are first seen: every epoch sees them again.
+        # Filled when a cell is first read, and used again in every epoch.
         self.log_base_measure = np.full(self.counts.shape[0], np.nan, dtype=np.float32)
 
     def __len__(self) -> int:
@@ -83,23 +83,24 @@ class CountDataset(Dataset):
 
 
 class CountLoader(DataLoader):
-    """Batches of cells, what `SCVAE` makes in place of the loader of scvi-tools.
+    """Loader of batches of cells, which `SCVAE` uses in place of the loader of scvi-tools.
 
     Parameters
     ----------
     manager
         Manager of the AnnData.
     likelihood
-        That of the model.
+        Likelihood of the model.
     indices
         Positions of the cells.
     batch_size, shuffle, drop_last
         Cells at a time, whether in a new order each time (drawn from torch's generator), and whether to leave out a
         smaller last batch.
     dataset
-        That of another loader of the same cells, so that a matrix which is not CSR is converted once; None to make it.
+        Data set of another loader of the same cells, so that a matrix which is not CSR is converted once; None to make
+        it.
     **options
-        Of ``torch.utils.data.DataLoader``, such as ``num_workers`` and ``pin_memory``.
+        Options of ``torch.utils.data.DataLoader``, such as ``num_workers`` and ``pin_memory``.
     """
 
     def __init__(

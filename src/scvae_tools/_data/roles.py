@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Role:
-    """What a column of ``obs``, or several, can be to a model.
+    """Role that a column of ``obs``, or several columns, can have in a model.
 
     Parameters
     ----------
     registry_key
-        Under which scvi-tools registers it.
+        Key under which scvi-tools registers the column.
     check
-        Of a column: takes the AnnData, the name of the column and that of the argument.
+        Check of a column: takes the AnnData, the name of the column and that of the argument.
     is_categorical
-        Whether it holds categories, or else numbers.
+        Whether the column holds categories; it holds numbers otherwise.
     takes_several
         Whether the argument is a list of columns.
     is_input
-        Whether the networks are given it, or else it tells what is known of the cells.
+        Whether the column is an input of the networks; it holds known labels otherwise.
     """
 
     registry_key: str
@@ -58,12 +58,12 @@ class Role:
 
 
 def as_list(value: Iterable[str] | str | None) -> list[str] | None:
-    """Names of columns as a list, of one too; None for None."""
+    """Names of columns as a list, also for a single name; None for None."""
     return None if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def obs_keys_of(arguments: Mapping[str, Any], *, inputs_only: bool = False) -> dict[str, Any]:
-    """Columns of ``obs`` by their roles, and what unlabelled cells have, out of the arguments of a tool."""
+    """Columns of ``obs`` by their roles, and the category of unlabelled cells, from the arguments of a tool."""
     roles = {name: role for name, role in ROLES.items() if role.is_input or not inputs_only}
     keys = {name: as_list(arguments[name]) if role.takes_several else arguments[name] for name, role in roles.items()}
     return keys if inputs_only else keys | {"unlabeled_category": arguments["unlabeled_category"]}
@@ -83,11 +83,11 @@ def check_obs(adata: AnnData, *, unlabeled_category: str | None = None, is_new: 
     adata
         Cells.
     unlabeled_category
-        What the labels are of cells without one.
+        Category in the labels for cells without a label.
     is_new
         Whether the cells are shown to a model that is trained, so that a batch may have a single cell.
     **obs_keys
-        Columns by their roles in `ROLES`; those that are left out have none.
+        Columns by their roles in `ROLES`; a role that is left out has no column.
 
     Raises
     ------

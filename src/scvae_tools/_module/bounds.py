@@ -15,8 +15,8 @@ from torch.nn.functional import softplus
 
 LOG_2PI = math.log(2 * math.pi)
 
-#: Weight of the cross-entropy of a known label beside the bound of its cell. Any that is large beside the few nats by
-#: which components differ will do: log q(y|x) has weights of its own.
+#: Weight of the cross-entropy of a known label, relative to the bound of its cell. Any weight will do that is large
+#: compared with the few nats by which components differ, since log q(y|x) has parameters of its own.
 LABEL_WEIGHT = 10.0
 
 
@@ -24,7 +24,7 @@ LABEL_WEIGHT = 10.0
 class Bound:
     """The evidence lower bound of each cell, in nats, by its terms; each is (n,).
 
-    ``cross_entropy`` is −log q(y|x) of cells whose label is known and 0 of others; None where labels play no part.
+    ``cross_entropy`` is −log q(y|x) of cells whose label is known and 0 of others; None where labels are not used.
     ``importance_weighted`` is the importance-weighted bound of the same draws; None where it was not asked for.
     """
 
@@ -47,16 +47,16 @@ class Bound:
         free_nats_z: float | Tensor = 0.0,
         free_nats_y: float | Tensor = 0.0,
     ) -> Tensor:
-        """Mean negative bound with both KL terms weighted, and what the labels add.
+        """Mean negative bound with both KL terms weighted, plus the cross-entropy of the labels.
 
         Parameters
         ----------
         kl_weight
-            Of both KL terms; the importance-weighted bound, where there is one, holds its weight already.
+            Weight of both KL terms. The importance-weighted bound, where there is one, contains its weight already.
         y_term
             ``"none"`` leaves KL(q(y|x) ‖ p(y)) out.
         free_nats_z, free_nats_y
-            What the mean of either KL may be without a cost, in nats (after Kingma et al. 2016, arXiv:1606.04934).
+            Nats up to which the mean of either KL costs nothing (after Kingma et al. 2016, arXiv:1606.04934).
         """
         if self.importance_weighted is not None:
             return -self.importance_weighted.mean()
@@ -69,7 +69,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(y|x) and q(z|x,y); one component where the encoder has none."""
+    """Posterior q(y|x) and q(z|x,y); one component where the model is no mixture."""
 
     log_q_y: Tensor  # (n, k)
     mean: Tensor  # (k, n, d)
@@ -81,11 +81,11 @@ class Posterior:
         return self.log_q_y.exp()
 
     def observed(self, label: Tensor) -> Posterior:
-        """With q(y|x) replaced by certainty where the label (n,) is known, that is not negative."""
+        """Posterior with q(y|x) replaced by certainty where the label (n,) is known, that is, not negative."""
         return Posterior(observe(self.log_q_y, label), self.mean, self.log_var)
 
     def rows(self, cell: Tensor) -> Posterior:
-        """Those of the cells at some positions."""
+        """Posterior of the cells at some positions."""
         return Posterior(self.log_q_y[cell], self.mean[:, cell], self.log_var[:, cell])
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -135,11 +135,11 @@ class Decoded:
 
 
 class StandardNormal(nn.Module):
-    """p(z) = N(0, I), as a mixture of one component."""
+    """Standard normal prior p(z) = N(0, I), as a mixture of one component."""
 
     def __init__(self) -> None:
         super().__init__()
-        # On the device of the module, as all that a prior returns; not part of what is saved.
+        # A buffer, so that all results of the prior are on the device of the module; not saved.
         self.register_buffer("zero", torch.zeros(1), persistent=False)
 
     def log_weights(self) -> Tensor:
@@ -147,7 +147,7 @@ class StandardNormal(nn.Module):
         return self.zero
 
     def entropy_of_y(self) -> Tensor:
-        """H[p(y)], which is 0."""
+        """Entropy H[p(y)], which is 0."""
         return self.zero[0]
 
     def kl(self, mean: Tensor, log_var: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def cross_entropy(log_q_y: Tensor, label: Tensor) -> Tensor:
 
 
 def observe(log_q_y: Tensor, label: Tensor) -> Tensor:
-    """Log q(y|x) (..., n, k) with certainty where the label (n,) is known, that is not negative."""
+    """Log q(y|x) (..., n, k) with certainty where the label (n,) is known, that is, not negative."""
     at = label.clamp(min=0)[:, None].expand(*log_q_y.shape[:-1], 1)
     impossible = torch.full_like(log_q_y, torch.finfo(log_q_y.dtype).min)  # its exp is 0, and 0 times it is 0
     return torch.where(label[:, None] < 0, log_q_y, impossible.scatter(-1, at, 0.0))
@@ -190,5 +190,5 @@ def observe(log_q_y: Tensor, label: Tensor) -> Tensor:
 
 def log_softplus(a: Tensor) -> Tensor:
     """Log softplus(a), also where softplus underflows: it tends to a."""
-    # Clamped below the switch: at the bound itself the gradient of clamp is a matter of torch's version.
+    # Clamped below the switch at −15: at the limit of `clamp` itself, the gradient differs between versions of torch.
     return torch.where(a < -15, a, softplus(a.clamp(min=-16)).log())

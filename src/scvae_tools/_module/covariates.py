@@ -1,4 +1,4 @@
-"""Covariates of the cells as the networks see them, and the sizes that the data decide."""
+"""Covariates of the cells, as input of the networks, and the sizes of a model that follow from the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Covariates(NamedTuple):
-    """What is known of the cells beside their counts.
+    """Covariates of n cells: everything that the networks get beside the counts.
 
     The batch comes last among the categories: scArches appends the columns of new batches at the end of a weight.
     """
@@ -34,7 +34,7 @@ class Covariates(NamedTuple):
         return [one_hot(code[:, 0].long(), n) for code, n in codes if n > 1]
 
     def rows(self, at: Tensor) -> Covariates:
-        """Those of the cells at some positions."""
+        """Covariates of the cells at some positions."""
         return Covariates(*(None if value is None else value[at] for value in self))
 
     def beside(self, features: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Covariates(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes that the data decide."""
+    """Sizes of a model that follow from the data: numbers of genes, batches and covariates."""
 
     n_genes: int
     n_batch: int = 1

@@ -1,4 +1,4 @@
-"""The Gaussian mixture p(y) p(z|y): the prior of the models that cluster."""
+"""Gaussian mixture p(y) p(z|y), the prior of the models that cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = ("learned", "uniform", "labels")
 
 
 class GaussianMixture(nn.Module):
-    """p(y) = Cat(π), p(z|y) = N(μ_y, Σ_y).
+    """Gaussian mixture p(y) = Cat(π), p(z|y) = N(μ_y, Σ_y).
 
     Each Σ is held as the Cholesky factor U of its inverse, Σ⁻¹ = U Uᵀ (lower triangular, positive diagonal), so that
     densities and KL need products alone: no inverse, no solve.
@@ -28,11 +28,11 @@ class GaussianMixture(nn.Module):
     Parameters
     ----------
     n_components, n_latent
-        k and d.
+        Numbers k of components and d of latent dimensions.
     covariance
         ``"diag"``, ``"tied"`` (one full Σ for all), or ``"full"``.
     weights
-        ``"learned"``, ``"uniform"``, ``"labels"`` (as the mixture is started, and not trained), or k numbers.
+        ``"learned"``, ``"uniform"``, ``"labels"`` (set at the start, and not trained), or k numbers.
     """
 
     def __init__(self, n_components: int, n_latent: int, *, covariance: str, weights: str | Sequence[float]) -> None:
@@ -64,7 +64,7 @@ class GaussianMixture(nn.Module):
 
     @torch.no_grad()
     def permute(self, order: Tensor) -> None:
-        """Number the components anew: the first is what was ``order[0]``."""
+        """Renumber the components: the new component i is the old ``order[i]``."""
         shared = ("log_diagonal", "off_diagonal") if self.covariance == "tied" else ()
         for name, parameter in self.named_parameters():
             if name not in shared:
@@ -75,17 +75,17 @@ class GaussianMixture(nn.Module):
         return log_softmax(self.logits, dim=0)
 
     def entropy_of_y(self) -> Tensor:
-        """H[p(y)], in nats; a number that training does not change by itself."""
+        """Entropy H[p(y)], in nats, without a gradient."""
         log_weights = self.log_weights().detach()
         return -(log_weights.exp() * log_weights).sum()
 
     def precision_factor(self) -> Tensor:
-        """U (k or 1, d, d)."""
+        """Cholesky factors U of the inverse covariances, (k or 1, d, d)."""
         diagonal = torch.diag_embed(self.log_diagonal.exp())
         return diagonal if self.covariance == "diag" else diagonal + self.off_diagonal.tril(-1)
 
     def covariances(self) -> Tensor:
-        """Σ, (k, d, d)."""
+        """Covariances Σ, (k, d, d)."""
         inverse = torch.linalg.inv(self.precision_factor())
         return (inverse.mT @ inverse).expand(self.n_components, -1, -1)
 
@@ -114,13 +114,13 @@ class GaussianMixture(nn.Module):
         return torch.logsumexp(self.log_weights()[:, None] + self.log_prob_each(z), dim=1)
 
     def sample(self, components: Tensor) -> Tensor:
-        """Z (n, d) from p(z|y) of the given components (n,)."""
+        """Draw z (n, d) from p(z|y) of the given components (n,)."""
         noise = torch.randn(len(components), self.means.shape[1], 1, device=self.means.device)
         factor = self.precision_factor().expand(self.n_components, -1, -1)[components]
         return self.means[components] + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[..., 0]
 
     def _mahalanobis(self, z: Tensor, factor: Tensor) -> Tensor:
-        """(z − μ)ᵀ Σ⁻¹ (z − μ) of z (..., k or 1, n, d), (..., k, n)."""
+        """Squared Mahalanobis distance (z − μ)ᵀ Σ⁻¹ (z − μ) of z (..., k or 1, n, d), (..., k, n)."""
         return ((z - self.means[:, None]) @ factor).square().sum(-1)
 
 

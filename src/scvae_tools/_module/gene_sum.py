@@ -1,12 +1,16 @@
-"""log p(x | h) of a batch, summed over the genes block by block: value and gradient in one pass.
+"""Sums over the genes: of log p(x | h), in blocks or with all parameters at once, and of the rates; with gradients.
 
-The matrix of parameters, rows x genes, never exists. For each block of genes the heads are evaluated, log p(0) is taken
-everywhere and log p(x) at the non-zeros, and the gradient goes on at once to weights, biases and features, while the
-block is in cache: three matrix products a head, the number that any implementation needs. Which likelihood it is, this
-module does not know; see `Likelihood.differentiate_zero` and `Likelihood.differentiate_kernel`.
+`log_likelihood` never holds the whole matrix of parameters, rows x genes. For each block of genes it evaluates the
+heads, log p(0) everywhere and log p(x) at the non-zeros. It passes the gradient on at once to weights, biases and
+features, while the block is in the cache of the CPU. This takes three matrix products a head, as many as any
+implementation needs. The code is the same for every likelihood; see `Likelihood.differentiate_zero` and
+`Likelihood.differentiate_kernel`.
 
-Where the rates of a row add up to its size factor, `log_sum_exp` gives what they are divided by, in the same blocks. It
-goes into the log of the size factor of the row, which is why the sum is differentiable by that.
+Where the rates of a row add up to its size factor, they are divided by their sum over the genes. `log_sum_exp` gives
+the log of this sum, in the same blocks. The log is subtracted from the log of the size factor of the row, so the
+log-likelihood must be differentiable by the log of the size factor too.
+
+`sum_over_genes` holds all parameters at once.
 
 Symbols: p rows (cells, or pairs of cell and component, or samples of them), g genes, h features of a row.
 """
@@ -28,23 +32,23 @@ if TYPE_CHECKING:
 
     from scvae_tools.likelihoods import Likelihood, Params
 
-#: Entries of a block, rows x genes, by kind of device. On a processor a few such matrices fit into its cache, and the
-#: cost of starting an operation stays small beside it; on others the bound is memory.
+#: Entries of a block, rows x genes, by kind of device. On the CPU a few such matrices fit into the cache, and starting
+#: an operation costs little compared with the operation. On other devices the limit is memory.
 BLOCK_ENTRIES = {"cpu": 2**19}
 BLOCK_ENTRIES_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of the p rows besides their features.
+class DecodedRows:
+    """Data of the p rows that are decoded, without their features.
 
     Parameters
     ----------
     by_gene
         Non-zeros of the n cells, by gene.
     log_size
-        What is added to the log rates of each row, (p,): the log of its size factor; less, where its rates add up to
-        that, the log of their sum.
+        Offset of the log rates of each row, (p,): the log of its size factor. Where the rates add up to the size
+        factor, the log of their sum is subtracted.
     batch, n_batch
         Code of the batch of each cell, (n,), and the number of batches.
     cell
@@ -60,7 +64,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Heads:
-    """What turns features into parameters, by the name of the head.
+    """Weights and values that turn features into parameters, by the name of the head.
 
     Parameters
     ----------
@@ -74,11 +78,11 @@ class Heads:
     shared: dict[str, Tensor]
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in an order that `like` knows."""
+        """All tensors of the heads, in the order that `like` expects."""
         return [tensor for pair in self.decoded.values() for tensor in pair] + list(self.shared.values())
 
     def like(self, tensors: tuple[Tensor, ...]) -> Heads:
-        """The same heads with other tensors."""
+        """Heads of the same names with other tensors, in the order of `tensors`."""
         each = iter(tensors)
         return Heads(
             {name: (next(each), next(each)) for name in self.decoded}, {name: next(each) for name in self.shared}
@@ -87,42 +91,44 @@ class Heads:
 
 def log_likelihood(
     likelihood: Likelihood,
-    rows: Rows,
+    rows: DecodedRows,
     heads: Heads,
     features: Tensor,
-    promise: Tensor | None = None,
+    expected_gradient: Tensor | None = None,
     *,
     block_entries: int | None = None,
     buffers: Buffers | None = None,
 ) -> Tensor:
-    """Σ_g log p(x_g | h) − log b(x_g) of each row, (p,), differentiable by features, heads and ``rows.log_size``.
+    """Log-likelihood of each row without its base measure, Σ_g log p(x_g | h) − log b(x_g), (p,).
+
+    The result is differentiable by features, heads and ``rows.log_size``.
 
     Parameters
     ----------
     likelihood
-        The declaration.
+        Declaration of the likelihood.
     rows, heads
         Data and parameters.
     features
         h, (p, n_hidden).
-    promise
-        What the gradient of the loss by each value will be, up to one common factor, (p,). Then the gradient is
-        computed on the way, and `backward` only hands it out. None if it is not known beforehand: `backward` then
-        evaluates everything once more.
+    expected_gradient
+        Gradient of the loss by each value, up to one common factor, (p,). With it, the gradients are computed in the
+        forward pass, and `backward` only scales them. None if it is not known beforehand: `backward` then evaluates
+        everything once more.
     block_entries
-        Rows x genes of a block; None for what suits the device.
+        Entries of a block, rows x genes; None for the default of the device.
     buffers
-        Where the memory of the gradients comes from.
+        Source of the memory of the gradients; None to allocate it.
 
     Raises
     ------
     RuntimeError
-        In `backward`, if the promise was not kept.
+        In `backward`, if the expected gradient was not the actual one, up to a common factor.
     """
     n_genes = _n_genes_of_a_block(features, block_entries)
     sweep = _Sweep(likelihood, rows, heads, n_genes, buffers or Buffers())
-    promise = promise if torch.is_grad_enabled() else None
-    return _LogLikelihood.apply(sweep, promise, rows.log_size, features, *heads.tensors())
+    expected_gradient = expected_gradient if torch.is_grad_enabled() else None
+    return _LogLikelihood.apply(sweep, expected_gradient, rows.log_size, features, *heads.tensors())
 
 
 def _n_genes_of_a_block(features: Tensor, block_entries: int | None) -> int:
@@ -137,16 +143,16 @@ def _n_genes_of_a_block(features: Tensor, block_entries: int | None) -> int:
 class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sweep: _Sweep, promise: Tensor | None, log_size: Tensor, features: Tensor, *tensors: Tensor
+        ctx: Any, sweep: _Sweep, expected_gradient: Tensor | None, log_size: Tensor, features: Tensor, *tensors: Tensor
     ) -> Tensor:
         sweep.needs_log_size = ctx.needs_input_grad[2]
         ctx.sweep = sweep
-        if promise is None or not any(ctx.needs_input_grad):
+        if expected_gradient is None or not any(ctx.needs_input_grad):
             ctx.save_for_backward(features, *tensors)
             ctx.is_done = False
             return sweep.values(features)
-        values, *gradients = sweep.values_and_gradients(features, promise)
-        ctx.save_for_backward(promise, *gradients)
+        values, *gradients = sweep.values_and_gradients(features, expected_gradient)
+        ctx.save_for_backward(expected_gradient, *gradients)
         ctx.is_done = True
         return values
 
@@ -157,22 +163,23 @@ class _LogLikelihood(torch.autograd.Function):
             features, *_ = ctx.saved_tensors
             _, *gradients = ctx.sweep.values_and_gradients(features, gradient)
             return None, None, *gradients
-        promise, *gradients = ctx.saved_tensors
-        factor = _common_factor(gradient, promise)
+        expected_gradient, *gradients = ctx.saved_tensors
+        factor = _common_factor(gradient, expected_gradient)
         if factor is not None:
             gradients = [None if each is None else factor * each for each in gradients]
         return None, None, *gradients
 
 
-def _common_factor(gradient: Tensor, promise: Tensor) -> Tensor | None:
-    """The number that the promise is short of the gradient; None for 1."""
-    if promise.device.type == "cpu" and torch.allclose(gradient, promise, rtol=1e-5, atol=0):
+def _common_factor(gradient: Tensor, expected_gradient: Tensor) -> Tensor | None:
+    """Number by which the expected gradient has to be multiplied to be the actual one; None for 1."""
+    if expected_gradient.device.type == "cpu" and torch.allclose(gradient, expected_gradient, rtol=1e-5, atol=0):
         return None
-    square = promise.square().sum()
-    factor = torch.where(square > 0, (gradient * promise).sum() / square, 0.0)
-    # A loss that is NaN breaks no promise; the training finds it by itself.
-    is_kept = torch.isclose(gradient, factor * promise, rtol=1e-4, atol=0).all() | gradient.isnan().any()
-    torch._assert_async(is_kept, "The gradient of the loss by the log-likelihoods must be as promised; it is not.")
+    square = expected_gradient.square().sum()
+    factor = torch.where(square > 0, (gradient * expected_gradient).sum() / square, 0.0)
+    # A loss that is NaN is no error here: the training plan looks for NaN, and names the term.
+    is_close = torch.isclose(gradient, factor * expected_gradient, rtol=1e-4, atol=0).all()
+    message = "The gradient of the loss by the log-likelihoods must be the expected gradient; it is another one."
+    torch._assert_async(is_close | gradient.isnan().any(), message)
     return factor
 
 
@@ -182,7 +189,9 @@ class _Sweep:
     needs_log_size = False  #: whether the gradient by the log of the size factors is asked for
 
     @torch.no_grad()
-    def __init__(self, likelihood: Likelihood, rows: Rows, heads: Heads, block_genes: int, buffers: Buffers) -> None:
+    def __init__(
+        self, likelihood: Likelihood, rows: DecodedRows, heads: Heads, block_genes: int, buffers: Buffers
+    ) -> None:
         self.likelihood, self.heads, self.block_genes, self.buffers = likelihood, heads, block_genes, buffers
         self.log_size, self.batch, self.n_batch = rows.log_size.detach(), rows.batch, rows.n_batch
         self.by_gene = rows.by_gene._replace(value=rows.by_gene.value.to(heads.tensors()[0].dtype))
@@ -193,11 +202,12 @@ class _Sweep:
             self.by_gene, source = rows_of_cells(self.by_gene, rows.cell, len(rows.batch))
             gene = gene.index_select(0, source)
             constants = {name: value.index_select(0, source) for name, value in constants.items()}
-        self.constants = constants  # of each non-zero
-        self.position = gene.mul_(len(self.log_size)).add_(self.by_gene.column)  # of each, in a (g, p) matrix
+        self.constants = constants  # one value of each for every non-zero
+        # Index of every non-zero in a flattened (g, p) matrix.
+        self.position = gene.mul_(len(self.log_size)).add_(self.by_gene.column)
 
-    def _constants(self, rows: Rows, gene: Tensor) -> Params:
-        """What the likelihood can say of the non-zeros of the cells, (nnz,) of each gene, without the decoder."""
+    def _constants(self, rows: DecodedRows, gene: Tensor) -> Params:
+        """Terms of the likelihood at the non-zeros of the cells that need no decoder, (nnz,) each."""
         if not self.heads.shared:
             return {}
         shared = {
@@ -220,7 +230,8 @@ class _Sweep:
     def values_and_gradients(self, features: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
         """Log-likelihood of each row, (p,), and the gradients of its weighted sum.
 
-        These are by the log of the size factors (None unless needed), the features, and the tensors of the heads.
+        The gradients are by the log of the size factors (None unless needed), the features, and the tensors of the
+        heads.
         """
         total, by_features = features.new_zeros(len(features)), torch.zeros_like(features)
         by_log_size = torch.zeros_like(total) if self.needs_log_size else None
@@ -247,7 +258,7 @@ class _Sweep:
         return total, by_log_size, by_features.mul_(weight[:, None]), *gradients.tensors()
 
     def _reduce(self, by_value: Tensor, weight: Tensor, out: Tensor) -> None:
-        """Weighted sum over the rows, or over those of each batch."""
+        """Weighted sum over the rows, or over the rows of each batch, written to ``out``."""
         if out.ndim == 1:
             torch.mv(by_value, weight, out=out)
         else:
@@ -283,7 +294,7 @@ class _Sweep:
 class _Block:
     genes: slice
     params: Params
-    position: Tensor  # of the non-zeros in a (b, p) matrix, (nnz,)
+    position: Tensor  # indices of the non-zeros in a flattened (b, p) matrix, (nnz,)
     x: Tensor  # (nnz,)
     constants: Params  # (nnz,) each
     n_rows: int
@@ -312,7 +323,7 @@ class _Block:
 
 
 def log_sum_exp(features: Tensor, weight: Tensor, bias: Tensor, *, block_entries: int | None = None) -> Tensor:
-    """Log Σ_g exp(w_g · h + b_g) of features h (..., h), (...), differentiable by all three.
+    """Log Σ_g exp(w_g · h + b_g) of features h (..., h), (...), differentiable by features, weight and bias.
 
     Parameters
     ----------
@@ -329,7 +340,11 @@ def log_sum_exp(features: Tensor, weight: Tensor, bias: Tensor, *, block_entries
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Its gradient by an exponent is the share of that in the sum, which is evaluated once more."""
+    """Autograd function of `log_sum_exp`.
+
+    The gradient of log Σ_g exp(a_g) by a_g is exp(a_g) / Σ_g exp(a_g), the share of gene g in the sum. `backward`
+    computes these shares again, so that they need not be kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, block_genes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Memory: buffers for large gradients that are used again, and what a step of decoding takes."""
+"""Memory: reused buffers for large gradients, measured needs of decoding, and a setting of the allocator."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Working memory, in bytes above the result, of every method that decodes genes: as many cells, and where a single cell
-#: has too many draws as many genes or draws, are decoded at a time as fit into it. Read at each call.
+#: Working memory, in bytes beside the result, of every method that decodes genes. As many cells are decoded at a time
+#: as fit into it; where a single cell has too many draws, as many genes or draws. Read at each call.
 CHUNK_BYTES = 2**28
-#: float32 numbers in memory at once for each value that is decoded, or each count that is drawn and put into a sparse
-#: matrix, and one more for each parameter of the likelihood: measured 2 and 6, the rest is what an allocator keeps.
+#: float32 numbers in memory at once for each value that is decoded, and for each count that is drawn and put into a
+#: sparse matrix. Each parameter of the likelihood adds one. Measured were 2 and 6; an allocator keeps the rest.
 DECODED_NUMBERS, DRAWN_NUMBERS = 4, 12
 #: Measured: bytes for each non-zero count of a batch while it is encoded.
 ENCODED_BYTES = 72
@@ -25,11 +25,11 @@ SMALLEST = 2**20
 
 
 class Buffers:
-    """Tensors that are handed out again as soon as nothing else refers to their memory.
+    """Pool of tensors, each used again as soon as nothing else refers to its memory.
 
-    The gradient of a matrix of 28,000 x 512 takes 57 MB. An allocator gives that much back to the system when it is
-    freed, so that each step would ask for fresh pages, and to get them takes about as long as to compute what goes in.
-    Devices other than the processor have allocators that keep their memory.
+    The gradient of a matrix of 28,000 x 512 takes 57 MB. On the CPU, the allocator gives so large a block back to the
+    system when it is freed. Each step would then need new pages, and to get them takes about as long as to compute the
+    gradient. The allocators of other devices keep their memory.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Buffers:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep memory inside; let go of all of it at the end."""
+        """Context in which memory is kept for reuse; all of it is freed at the end."""
         self._is_on = True
         try:
             yield
@@ -56,7 +56,7 @@ class Buffers:
                 return kept.detach()
         new = torch.empty(shape, dtype=dtype)
         self._kept.append((new, _n_references(new)))
-        return new.detach()  # another tensor of the same memory: its end is seen in the number of references
+        return new.detach()  # another tensor of the same memory: once freed, it is not counted any more
 
     def __deepcopy__(self, memo: dict) -> Buffers:
         return Buffers()
@@ -69,10 +69,10 @@ def _n_references(tensor: Tensor) -> int:
 
 @cache
 def keep_freed_memory(n_bytes: int = 31 * 2**20) -> None:
-    """Let glibc keep what is freed for what is asked for next, once for the process.
+    """Make glibc keep freed memory for the next allocation; acts once for the process.
 
-    It gives blocks above a threshold back to the system at once, and learns the threshold, up to 32 MB, from the
-    largest block that was freed so far; each block that is computed then costs fresh pages, which takes longer than
-    most of the operations on it. This one is freed without ever having been written to.
+    glibc gives freed blocks above a threshold back to the system at once. Each such block then needs new pages when it
+    is allocated again, which takes longer than most of the operations on it. glibc raises the threshold, up to 32 MB,
+    to the largest block that was freed so far. So this function frees a large block, which was never written to.
     """
     torch.empty(n_bytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The models with a Gaussian mixture as their prior: GMVAE and VaDE, two ways to infer it."""
+"""Models with a Gaussian mixture as their prior: GMVAE and VaDE, which infer the component in two ways."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from scvae_tools._module.covariates import Sizes
     from scvae_tools._module.sparse import Counts
 
-#: What stands for q(y|x) in the loss beside the bound's other terms; the three of the ablation in docs/clustering.md.
+#: Term of q(y|x) in the loss, beside the bound's other terms; docs/clustering.md compares the three.
 Y_TERMS = ("kl", "none", "cross-entropy")
 
 
-#: Draws of z for q(y|x) = E p(y|z) in VaDE outside the bound. Fixed, so that a cell's probabilities depend on nothing
-#: but the cell.
+#: Draws of z for q(y|x) = E p(y|z) in VaDE, outside the bound. Their noise is fixed, so that the probabilities of a
+#: cell depend only on the cell.
 N_PREDICTION_DRAWS = 64
 
 
 class MixtureVAE(VAE):
-    """What GMVAE and VaDE share: a VAE until its mixture is set, then a mixture.
+    """Base class of GMVAE and VaDE: a VAE until its mixture is set, then a mixture model.
 
     Parameters
     ----------
     n_components
-        k, or None to build the mixture later, when training has looked at the latent space.
+        Number k of components; None to build the mixture later, when training has found the number in the latent space.
     covariance, weights
-        Of the prior, see `GaussianMixture`.
+        Covariance and weights of the prior; see `GaussianMixture`.
     y_term
         One of `Y_TERMS`.
     component_of_label
-        Component that each code of the labels stands for, −1 for none; None if labels play no part.
+        Component that each code of the labels stands for, −1 for none; None if labels are not used.
     options
-        Those of `VAE`.
+        Options of `VAE`.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class MixtureVAE(VAE):
 
     @property
     def prior(self) -> nn.Module:
-        """p(y) p(z|y) in force: N(0, I) until the mixture has been set."""
+        """Prior p(y) p(z|y) in use: N(0, I) until the mixture has been set."""
         return self.mixture if self.is_mixture else self.standard_normal
 
     @torch.no_grad()
     def set_mixture(self, weights: Tensor, means: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
-        """Take over a Gaussian mixture fitted to the latent means of the VAE.
+        """Set the prior to a Gaussian mixture that was fitted to the latent means of the VAE.
 
         Parameters
         ----------
@@ -95,7 +95,8 @@ class MixtureVAE(VAE):
         covariance
             Σ (d, d) of the latent means within a component, shared by all.
         posterior_variance
-            Mean of the variances of q(z|x), (d,): p(z) models z, whose spread is that of the means plus this.
+            Mean over cells of the variances of q(z|x), (d,). p(z) models z, so its covariance is that of the latent
+            means plus this variance.
         """
         spread = (covariance + torch.diag(posterior_variance)).expand(self.n_components, -1, -1)
         self.mixture.set(weights, means, spread)
@@ -110,7 +111,7 @@ class MixtureVAE(VAE):
         return torch.where(code < len(component), component[code.clamp(max=len(component) - 1)], -1)
 
     def permute_components(self, order: Tensor) -> None:
-        """Number the components anew: the first is what was ``order[0]``."""
+        """Renumber the components: the new component i is the old ``order[i]``."""
         self.mixture.permute(order)
 
     def sample_latent(self, n_cells: int, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -127,10 +128,10 @@ def _mirror_is_mixture(module: MixtureVAE, _: object) -> None:
 
 
 class GMVAE(MixtureVAE):
-    """q(y|x) q(z|x,y): the mixture of the scVAE paper, y summed out exactly.
+    """Gaussian-mixture VAE of the scVAE paper: posterior q(y|x) q(z|x,y), y summed out exactly.
 
-    y enters q(z|x,y) after the last norm of the encoder, where no batch statistic can subtract it again, and starts
-    without effect, so that training goes on from the VAE. Its effect is not linear, behind a linear encoder neither.
+    y enters q(z|x,y) after the last norm of the encoder, where no batch statistic can subtract it again. At the start y
+    has no effect, so that training continues from the VAE. The effect of y is not linear, also after a linear encoder.
     """
 
     has_component_posterior = True
@@ -167,7 +168,7 @@ class GMVAE(MixtureVAE):
             return self.single_posterior(features)
         single = self.single_posterior(features)
         embedding = self.y_embedding[:, None]  # (k, 1, n_hidden)
-        if self.training and self.y_dropout.p > 0:  # of each cell and component, all of it or nothing
+        if self.training and self.y_dropout.p > 0:  # as a whole, for each cell and component
             embedding = embedding * self.y_dropout(embedding.new_ones(len(embedding), len(features), 1))
         by_component = torch.relu(self.y_features(features) + embedding)  # (k, n, n_hidden)
         return Posterior(
@@ -184,7 +185,7 @@ def _zero_linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 class VaDE(MixtureVAE):
-    """One q(z|x); y summed out of the prior (Jiang et al. 2017, arXiv:1611.05148). One decoder pass a cell."""
+    """VaDE: one q(z|x), y summed out of the prior (Jiang et al. 2017, arXiv:1611.05148). One decoder pass a cell."""
 
     def __init__(self, sizes: Sizes, *, n_components: int | None = None, **options: object) -> None:
         super().__init__(sizes, n_components=n_components, **options)
@@ -194,8 +195,8 @@ class VaDE(MixtureVAE):
     def kl_terms(self, posterior: Posterior, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """KL(q(z|x) ‖ Σ_y π_y p(z|y)) by Monte Carlo, as a term for z and one for y.
 
-        log p(z) = Σ_y γ_y [log p(z|y) − log γ_y/π_y] with γ = p(y|z), so the KL splits exactly: that for y is
-        E KL(γ ‖ π).
+        log p(z) = Σ_y γ_y [log p(z|y) − log γ_y/π_y] with γ = p(y|z), so the KL splits exactly: the term for
+        y is E KL(γ ‖ π).
         """
         if not self.is_mixture:
             return super().kl_terms(posterior, z, label)

@@ -28,18 +28,18 @@ NORMALIZATIONS = ("layer", "batch", "none")
 DISPERSIONS = ("gene", "gene-batch", "gene-cell")
 
 
-#: Weights of a linear decoder start at this share of torch's: whole, they stayed in the loadings as noise, and the
-#: held-out ELBO was 1.4 and 1.8 nats lower (700 PBMC, two seeds).
+#: Share of torch's initial weights at which a linear decoder starts. The full weights stayed in the loadings as noise,
+#: and the held-out ELBO was 1.4 and 1.8 nats lower (700 PBMC, two seeds).
 LINEAR_START = 0.1
 
 
-#: What dropout can act on: hidden layers of both networks, the encoder's x, the decoder's z, the effect of y on
+#: Parts that dropout can act on: hidden layers of both networks, the encoder's x, the decoder's z, the effect of y on
 #: q(z|x,y).
 DROPOUT_PARTS = ("hidden", "input", "latent", "y")
 
 
-#: The first layer of the encoder gathers the weights of a cell's non-zeros where these are a smaller share of the genes
-#: than this, and else makes the batch dense: from about there on that is as fast (benchmarks/choices.py).
+#: Share of non-zero counts below which the first layer of the encoder gathers the weights of the non-zeros. From about
+#: this share on it is as fast to make the batch dense, which is done then (benchmarks/choices.py).
 LARGEST_SPARSE_DENSITY = 0.7
 
 
@@ -51,12 +51,12 @@ def hidden_widths(n_hidden: int | Sequence[int], n_layers: int | None = None) ->
     n_hidden
         Width of all layers, or one for each.
     n_layers
-        Their number; None for 1, or for as many as there are widths.
+        Number of hidden layers; None for 1, or for as many as there are widths.
 
     Raises
     ------
     ValueError
-        If a number is not a whole one of at least 1, or there are not ``n_layers`` widths.
+        If a number is not a whole number of at least 1, or there are not ``n_layers`` widths.
     """
     is_each = isinstance(n_hidden, Sequence | np.ndarray) and not isinstance(n_hidden, str)
     widths = list(n_hidden) if is_each else [n_hidden]
@@ -74,7 +74,7 @@ def hidden_widths(n_hidden: int | Sequence[int], n_layers: int | None = None) ->
 
 
 def dropout_rates(dropout_rate: float | Mapping[str, float]) -> dict[str, float]:
-    """Rate of each part in `DROPOUT_PARTS`, of one rate for the hidden layers or of some of the parts.
+    """Dropout rate of each part in `DROPOUT_PARTS`, from one rate for the hidden layers or from rates of some parts.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def stack(
 
     n_continuous, n_cat_list = (sizes.n_continuous, sizes.n_each()) if covariates else (0, None)
     layers = layer(n_in + n_continuous, widths[0], n_cat_list)
-    # Those of scvi-tools all have one width: further ones are appended, under the names that it gives them.
+    # All layers of `FCLayers` have one width: layers of other widths are appended, under the names that it uses.
     for i, (before, width) in enumerate(pairwise(widths), start=1):
         layers.fc_layers.add_module(f"Layer {i}", layer(before, width).fc_layers[0])
     return layers
@@ -129,11 +129,11 @@ def stack(
 
 @torch.no_grad()
 def extend_batches(weight: nn.Parameter, n_batch: int, n_before: int, *, freeze: bool) -> None:
-    """Let the columns of batches added by scArches start as those of the others are on average.
+    """Start the columns of batches added by scArches at the average of the columns of the other batches.
 
-    scArches appends them, last, with random values, which would change a model that had one batch, and so no column.
-    With ``freeze`` these columns alone are trained: scArches would train those of the other covariates too, and none of
-    a head.
+    scArches appends these columns at the end, with random values. They would change a model that had one batch, and so
+    no column. With ``freeze``, only the new columns are trained: scArches would also train the columns of the other
+    covariates, and no column of a head.
     """
     n_known = n_before if n_before > 1 else 0
     n_new = (n_batch if n_batch > 1 else 0) - n_known
@@ -147,11 +147,11 @@ def extend_batches(weight: nn.Parameter, n_batch: int, n_before: int, *, freeze:
 
 
 class Encoder(nn.Module):
-    """x (n, g), in the encoder's scale, to features (n, n_features).
+    """Network from x (n, g), in the encoder's scale, to features (n, n_features).
 
-    The first layer has two matrices, one for the counts and one for the covariates, if they are encoded: that of the
-    counts is held by gene, so that the few rows which the non-zeros of a cell need can be gathered, and that of the
-    covariates where scArches looks for it.
+    The first layer has two matrices, one for the counts and one for the covariates, if they are encoded. The matrix of
+    the counts is held by gene, so that the few rows for the non-zeros of a cell can be gathered. The matrix of the
+    covariates is held where scArches looks for it.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ class Encoder(nn.Module):
             self.layers = stack(0, sizes, widths=widths, covariates=encode_covariates, is_linear=is_linear, **options)
         first = self.layers.fc_layers[0][0]
         self.gene_weight = nn.Parameter(torch.empty(sizes.n_genes, first.out_features))  # (g, n_hidden)
-        bound = (sizes.n_genes + first.in_features) ** -0.5  # as torch starts a linear layer of both
+        bound = (sizes.n_genes + first.in_features) ** -0.5  # as torch starts one linear layer for both
         for parameter in (self.gene_weight, first.weight, first.bias):
             nn.init.uniform_(parameter, -bound, bound) if parameter.numel() else None
 
@@ -221,19 +221,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (..., n, d) to the parameters of the likelihood (..., n, g).
+    """Network from z (..., n, d) to the parameters of the likelihood (..., n, g).
 
-    Never batch-normalised: in the Gaussian mixture, codes of components that a cell hardly belongs to pass through here
-    too, and would fill the running statistics.
+    The decoder has no batch norm: in the Gaussian mixture it also gets codes of components that a cell hardly belongs
+    to, and these would distort the running statistics.
 
     Parameters
     ----------
     n_latent
-        d.
+        Number d of latent dimensions.
     sizes
         Numbers of genes, batches and covariates.
     likelihood
-        The declaration.
+        Declaration of the likelihood.
     dispersion
         One of `DISPERSIONS`.
     n_hidden, n_layers
@@ -289,7 +289,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def extend_batches(self, n_before: int, *, freeze: bool) -> None:
-        """Let batches added behind the first ``n_before`` start as those are on average; see `extend_batches`."""
+        """Start the batches after the first ``n_before`` at the average of these; see the function `extend_batches`."""
         heads = [head.weight for head in self.heads.values()]
         for weight in heads if self.is_linear else [self.px_decoder.fc_layers[0][0].weight]:
             extend_batches(weight, self.n_batch, n_before, freeze=freeze)
@@ -299,13 +299,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def start(self, values: Params) -> None:
-        """Let heads start at a value for each gene, (g,), for all cells alike but for the weights."""
+        """Start heads at a value for each gene, (g,), the same for all cells except for the effect of the weights."""
         for name, value in values.items():
             start = self.heads[name].bias if name in self.heads else self.shared[name]
             start.copy_(value[:, None] if start.ndim == 2 else value)
 
     def features(self, z: Tensor, covariates: Covariates) -> Tensor:
-        """What the heads are linear in, (..., n, n_features): the last hidden layer, or z and covariates themselves."""
+        """Input of the heads, (..., n, n_features): the last hidden layer, or z and the covariates themselves."""
         flat = covariates.beside(self.latent_dropout(z).reshape(-1, *z.shape[-2:]))
         if self.is_linear:
             known = covariates.indicators(self.n_categories)
@@ -315,13 +315,14 @@ class Decoder(nn.Module):
         return features.reshape(*z.shape[:-1], -1)
 
     def all_heads(self) -> Heads:
-        """What the blocked sum over genes needs."""
+        """Weights, biases and shared values of all heads, for `gene_sum.log_likelihood`."""
         return Heads({name: (head.weight, head.bias) for name, head in self.heads.items()}, dict(self.shared))
 
     def log_factor(self, features: Tensor, log_size: Tensor) -> Tensor:
-        """What is added to f for log λ, (..., n, 1): the log of the size factor (n, 1), that is λ = size · exp(f).
+        """Offset of log λ from f, (..., n, 1): the log of the size factor (n, 1), that is λ = size · exp(f).
 
-        Where the rates of a cell add up to its size factor, less log Σ_g exp(f) over all genes, whichever are decoded.
+        Where the rates of a cell add up to its size factor, log Σ_g exp(f) is subtracted. The sum is over all genes,
+        also where only some are decoded.
         """
         if not self.normalizes_rates:
             return log_size

@@ -1,4 +1,4 @@
-"""The module interface of scvi-tools: batches in by their registry keys, out what its methods expect of a module."""
+"""Module interface of scvi-tools: takes batches by registry keys, and returns what scvi-tools expects of a module."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class ScviModule(BaseMinifiedModeModuleClass):
-    """What scvi-tools calls on a module, in terms of the methods of `VAE`.
+    """Methods that scvi-tools calls on a module, written with the methods of `VAE`.
 
-    A batch is a dict of tensors by their registry keys, and of `Counts` under that of the counts.
+    A batch is a dict of tensors by their registry keys, with `Counts` under the key of the counts.
     """
 
     def moved(self, tensors: dict[str, Counts | Tensor]) -> dict[str, Counts | Tensor]:
-        """Everything that a batch holds, on the device of the module: the one door through which batches enter.
+        """Batch with all its values on the device of the module; all methods get their data through it.
 
-        ``auto_move_data`` of scvi-tools moves tensors alone and leaves `Counts` where they are.
+        ``auto_move_data`` of scvi-tools moves only tensors, and leaves `Counts` where they are.
         """
         device = self.z_mean.weight.device
         return {name: value if value.device == device else value.to(device) for name, value in tensors.items()}
@@ -40,11 +40,11 @@ class ScviModule(BaseMinifiedModeModuleClass):
         )
 
     def covariates(self, tensors: dict[str, Counts | Tensor]) -> Covariates:
-        """Batch and covariates of the cells of a batch, wherever it is."""
+        """Covariates of the cells of a batch, on any device."""
         return self._covariates(self.moved(tensors))
 
     def data(self, tensors: dict[str, Counts | Tensor]) -> tuple[Counts, Tensor, Covariates]:
-        """Counts (n, g), size factors (n, 1) and covariates of a batch, wherever it is."""
+        """Counts (n, g), size factors (n, 1) and covariates of a batch, on any device."""
         tensors = self.moved(tensors)
         x = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
         size = tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY)
@@ -63,7 +63,7 @@ class ScviModule(BaseMinifiedModeModuleClass):
         loss_kwargs: dict | None = None,
         compute_loss: bool = True,  # noqa: FBT001, FBT002
     ) -> tuple:
-        """With a loss: the bound, y summed out. Without: z drawn from q(z|x), then p(x|z), as scvi-tools expects."""
+        """Loss of a batch, with y summed out; without a loss, z drawn from q(z|x) and p(x|z), as scvi-tools expects."""
         if compute_loss:
             loss = self.loss(tensors, **(loss_kwargs or {}))
             return {}, {}, loss
@@ -78,7 +78,7 @@ class ScviModule(BaseMinifiedModeModuleClass):
         )
 
     def loss(self, tensors: dict[str, Tensor], kl_weight: float = 1.0, n_samples: int = 1) -> LossOutput:
-        """Negative bound of a batch; its terms per cell."""
+        """Negative bound of a batch, and its terms per cell."""
         is_averaged = torch.is_grad_enabled()
         bound = self.bound(*self.data(tensors), n_samples=n_samples, is_averaged=is_averaged)
         return LossOutput(
@@ -115,7 +115,7 @@ class ScviModule(BaseMinifiedModeModuleClass):
     def generative(
         self, z: Tensor, size: Tensor, covariates: Covariates, transform_batch: int | None = None
     ) -> dict[str, CountDistribution]:
-        """p(x|z), in the given batch if any."""
+        """Distribution p(x|z), in the given batch if any."""
         if transform_batch is not None:
             covariates = covariates._replace(batch=torch.full_like(covariates.batch, transform_batch))
         return {"px": self.decode(z, size, covariates)}
@@ -139,10 +139,10 @@ class ScviModule(BaseMinifiedModeModuleClass):
         return self.importance_weighted_bound(*self.data(tensors), n_samples=n_mc_samples, chunk=chunk).cpu()
 
     def label(self, tensors: dict[str, Counts | Tensor]) -> Tensor | None:
-        """Component that the label of each cell stands for, −1 where it is not known; None if labels play no part."""
+        """Component that the label of each cell stands for, −1 where it is not known; None if labels are not used."""
         return None
 
 
 def drop_single(samples: Tensor) -> Tensor:
-    """(1, n, d) to (n, d): scvi-tools has no sample axis for a single draw."""
+    """Drop the sample axis of a single draw, (1, n, d) to (n, d), as scvi-tools does."""
     return samples[0] if len(samples) == 1 else samples

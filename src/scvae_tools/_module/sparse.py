@@ -1,4 +1,4 @@
-"""Counts of a batch by their non-zeros, by cell and by gene, and products with them."""
+"""Sparse counts of a batch, by cell and by gene, and their product with a dense matrix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Compressed(NamedTuple):
         return torch.repeat_interleave(rows, self.start.diff(), output_size=len(self.column))
 
     def blocks(self, n_rows: int) -> Iterator[tuple[slice, Compressed]]:
-        """Parts of so many rows, each with the rows that it holds."""
+        """Parts of ``n_rows`` rows each: the slice of the rows, and their non-zeros."""
         n = len(self.start) - 1
         if n_rows >= n:
             yield slice(0, n), self
@@ -53,7 +53,7 @@ class Counts:
         not known beforehand.
     """
 
-    # No dataclass: Lightning would take it apart, to convert what is in it, and put it together again.
+    # Not a dataclass: Lightning would convert its fields one by one and build it anew.
     def __init__(self, by_cell: Compressed, by_gene: Compressed, log_base_measure: Tensor | None = None) -> None:
         self.by_cell, self.by_gene, self.log_base_measure = by_cell, by_gene, log_base_measure
 
@@ -92,7 +92,7 @@ class Counts:
 
     @property
     def device(self) -> torch.device:
-        """Where the counts are."""
+        """Device of the counts."""
         return self.by_cell.value.device
 
     def total(self) -> Tensor:
@@ -106,13 +106,13 @@ class Counts:
         return zero.index_put_((self.by_cell.row(), self.by_cell.column), self.by_cell.value)
 
     def map(self, function: Callable[[Tensor, Tensor], Tensor]) -> Counts:
-        """With each non-zero x of cell i replaced by function(x, i)."""
+        """Counts with each non-zero x of cell i replaced by function(x, i)."""
         by_cell = self.by_cell._replace(value=function(self.by_cell.value, self.by_cell.row()))
         by_gene = self.by_gene._replace(value=function(self.by_gene.value, self.by_gene.column))
         return Counts(by_cell, by_gene)
 
     def times(self, factor: Tensor) -> Counts:
-        """With each non-zero multiplied by a factor, (nnz,), in the order by cell."""
+        """Counts with each non-zero multiplied by a factor, (nnz,), in the order by cell."""
         # Within a gene both orders have the cells in the same order.
         by_gene = factor[torch.argsort(self.by_cell.column, stable=True)]
         return Counts(
@@ -121,15 +121,16 @@ class Counts:
         )
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Self:
-        """On another device; what Lightning and scvi-tools call.
+        """Counts on another device; called by Lightning and scvi-tools.
 
-        A copy to a GPU does not wait: pinned memory is copied while the GPU computes, other memory is copied at once.
+        The call does not wait for a copy to a GPU: pinned memory is copied while the GPU computes, other memory is
+        copied at once.
         """
         options = {"non_blocking": torch.device(device).type == "cuda"} | kwargs
         return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self, *args: Any) -> Self:
-        """In memory from which a GPU copies while it computes; what a ``DataLoader`` calls."""
+        """Counts in pinned memory, from which a GPU copies while it computes; called by a ``DataLoader``."""
         return self._each(lambda tensor: tensor.pin_memory(*args))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -151,15 +152,16 @@ def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> tuple[Comp
     cell
         Cell of each row, (p,), in any order.
     n_cells
-        n.
+        Number of cells, n.
 
     Returns
     -------
-    The same with rows for columns, (g, p); and which of the non-zeros each of its non-zeros repeats.
+    Counts by gene with the rows as columns, (g, p); and for each of their non-zeros, the position in ``by_gene`` of the
+    non-zero that it repeats.
     """
-    n_rows = torch.bincount(cell, minlength=n_cells)  # of each cell
+    n_rows = torch.bincount(cell, minlength=n_cells)  # rows of each cell
     first = torch.cumsum(n_rows, 0) - n_rows
-    rows = torch.argsort(cell, stable=True)  # those of the first cell, of the second, ...
+    rows = torch.argsort(cell, stable=True)  # rows of the first cell, of the second, ...
     repeats = n_rows[by_gene.column]  # (nnz,)
     ends = torch.cumsum(repeats, 0)
     total = int(ends[-1]) if len(ends) else 0
@@ -173,7 +175,7 @@ def rows_of_cells(by_gene: Compressed, cell: Tensor, n_cells: int) -> tuple[Comp
 
 def _coordinates(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cell, gene and value of the non-zeros of a sparse tensor, duplicates added up."""
-    listed = x.to_sparse_coo()  # torch takes that of a compressed tensor for free of duplicates without looking
+    listed = x.to_sparse_coo()  # torch assumes that a compressed tensor has no duplicates
     listed = torch.sparse_coo_tensor(listed._indices(), listed._values(), x.shape, is_coalesced=False).coalesce()
     (cell, gene), value = listed.indices(), listed.values()
     kept = value != 0
@@ -184,15 +186,15 @@ def _starts(row: Tensor, n_rows: int) -> Tensor:
     return torch.nn.functional.pad(torch.cumsum(torch.bincount(row, minlength=n_rows), 0), (1, 0))
 
 
-#: Entries of its gradient that are computed at a time, before they are put in their place.
+#: Entries of the gradient of `SparseProduct` that are computed at a time, before they are copied to their place.
 GATHERED_ENTRIES = 2**19
 
 
 class SparseProduct(torch.autograd.Function):
-    """x W of sparse x (n, g) and W (g, h), (n, h): sums of the rows of W at the non-zeros of each cell.
+    """Product x W of sparse x (n, g) and W (g, h), (n, h): sums of the rows of W at the non-zeros of each cell.
 
-    Its gradient by W sums the rows of the incoming gradient at the non-zeros of each gene, which is the same operation
-    in the other order. x is data and has none.
+    The gradient by W sums the rows of the incoming gradient at the non-zeros of each gene, which is the same operation
+    in the other order. x is data and has no gradient.
     """
 
     @staticmethod
@@ -206,7 +208,7 @@ class SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (weight,) = ctx.saved_tensors
         by_weight = ctx.buffers.empty_like(weight)
-        is_host = weight.device.type == "cpu"  # elsewhere the bounds of blocks would have to be waited for
+        is_host = weight.device.type == "cpu"  # on other devices, reading the bounds of blocks would wait
         n_rows = max(1, GATHERED_ENTRIES // weight.shape[1]) if is_host else len(weight)
         for rows, part in ctx.by_gene.blocks(n_rows):
             by_weight[rows] = _sums_of_rows(part, gradient.contiguous())

@@ -34,8 +34,8 @@ from scvae_tools.likelihoods import CountDistribution, Likelihood, Params, get_l
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: What the encoder sees of the counts that are not 0; those stay 0, so that a sparse batch stays sparse. ``size`` is
-#: the size factor in the units of a cell's total count.
+#: Transformations of the non-zero counts for the encoder. A count of 0 stays 0, so that a sparse batch stays sparse.
+#: ``size`` is the size factor in the units of a cell's total count.
 ENCODER_INPUTS = {
     "log1p-normalized": lambda x, size: torch.log1p(x * (1000 / size)),
     "log1p": lambda x, size: torch.log1p(x),
@@ -68,7 +68,7 @@ class VAE(ScviModule):
     n_latent, n_hidden, n_layers
         Architecture; see `hidden_widths`. The decoder has the hidden layers of the encoder in reverse.
     dropout_rate
-        Of the hidden layers, or of the parts of the model by name; see `DROPOUT_PARTS`.
+        Dropout rate of the hidden layers, or rates of the parts of the model by name; see `DROPOUT_PARTS`.
     linear_encoder, linear_decoder
         Whether the parameters of q(z|x) are linear functions of the encoder's input, and those of p(x|z) of z, before
         their links.
@@ -131,7 +131,7 @@ class VAE(ScviModule):
         self.latent_distribution = "normal"
         self.dropout_rates, self.decode_size = rates, decode_size
         self.encoder_input, self.use_size_factor, self.engine = encoder_input, use_size_factor, engine
-        self.block_entries: int | None = None  #: rows x genes that the engine takes at a time; None for its own choice
+        self.block_entries: int | None = None  #: rows x genes that the engine takes at a time; None for its default
         self.buffers = Buffers()
         self._build_encoder(widths, is_linear=linear_encoder, encode_covariates=encode_covariates)
         n_variances = self.n_latent if posterior_variance == "per-dimension" else 1
@@ -189,7 +189,7 @@ class VAE(ScviModule):
         )
 
     def drop_out(self, *, enable: bool) -> None:
-        """Let dropout act while training, each part at its rate, or not."""
+        """Switch dropout in training on, each part at its rate, or off."""
         for layer in self.modules():
             if isinstance(layer, nn.Dropout):
                 layer.rate = getattr(layer, "rate", layer.p)  # as it was built, or as scArches froze it
@@ -197,7 +197,7 @@ class VAE(ScviModule):
 
     @property
     def prior(self) -> nn.Module:
-        """p(y) p(z|y) in force."""
+        """Prior p(y) p(z|y) in use."""
         return self.standard_normal
 
     # -- the data's scale ------------------------------------------------------------------------------------------
@@ -217,16 +217,17 @@ class VAE(ScviModule):
 
     @torch.no_grad()
     def standardize_continuous(self, mean: Tensor, sd: Tensor) -> None:
-        """Set what continuous covariates are standardised by, each (n_continuous,), in their own units.
+        """Set mean and standard deviation of the continuous covariates, (n_continuous,) each, in their own units.
 
-        The networks see (c − mean) / sd, of all cells from then on: in raw units a column of thousands would drown z.
+        From then on the networks get (c − mean) / sd of all cells. In raw units, a column with values in the thousands
+        would dominate z.
         """
         self.continuous_mean.copy_(mean)
         self.continuous_sd.copy_(sd)
         self.continuous_is_set.fill_(True)  # noqa: FBT003
 
     def covariates_of(self, batch: Tensor, categorical: Tensor | None, continuous: Tensor | None) -> Covariates:
-        """Covariates as the networks see them, of codes (n, 1) and (n, n_categorical) and of numbers in their units."""
+        """Covariates for the networks, from codes (n, 1) and (n, n_categorical) and numbers in their own units."""
         if continuous is not None:
             continuous = (continuous - self.continuous_mean) / self.continuous_sd
         return Covariates(batch, categorical, continuous)
@@ -245,7 +246,8 @@ class VAE(ScviModule):
             Mean total count over mean size factor: 1 for the default size factor. Brings any size factor to the units
             of a cell's total count, for the encoder.
         size, covariates
-            Those of `N_REFERENCE_CELLS` cells drawn from the data, continuous ones in their own units.
+            Size factors and covariates of `N_REFERENCE_CELLS` cells drawn from the data; continuous covariates in
+            their own units.
         """
         mean = mean_fraction * size.mean() if self.use_size_factor else mean_fraction  # counts of each gene
         self.decoder.start(self.likelihood.start(mean) | {"log_rate": mean_fraction.log()})
@@ -258,27 +260,28 @@ class VAE(ScviModule):
             self.reference_continuous.copy_(covariates.continuous)
 
     def reference(self, rows: Tensor) -> tuple[Tensor, Covariates]:
-        """Size factors (n, 1) and covariates of kept cells."""
+        """Size factors (n, 1) and covariates of some of the reference cells."""
         categorical = self.reference_categorical[rows] if self.sizes.n_categories else None
         continuous = self.reference_continuous[rows] if self.sizes.n_continuous else None
         return self.reference_size[rows, None], self.covariates_of(self.reference_batch[rows], categorical, continuous)
 
     def with_size(self, covariates: Covariates, size: Tensor) -> Covariates:
-        """Covariates with what the decoder is told of the size factor (n, 1), if it is, unless they hold it already.
+        """Covariates with the relative size factor, if the decoder takes it and they do not hold it already.
 
-        That is log(size / typical size) with the median size factor of the data that the model was built on, so that
-        it means the same for other cells, and is about 0.
+        The relative size factor of a cell is log(size / typical size). The typical size is the median size factor of
+        the data that the model was built on. So the number means the same for other cells, and is about 0. ``size`` is
+        (n, 1).
         """
         if not self.decode_size or covariates.relative_size is not None:
             return covariates
         return covariates._replace(relative_size=(size / self.reference_size.median()).log())
 
     def at_typical_size(self, covariates: Covariates) -> Covariates:
-        """Covariates of cells of the typical size, whatever size factor they are then decoded with."""
+        """Covariates with the relative size factor of the typical size, whatever size factor is used for decoding."""
         return self.with_size(covariates, self.reference_size.median().expand(len(covariates.batch), 1))
 
     def extend_batches(self, n_before: int, *, freeze: bool) -> None:
-        """Start batches added by scArches as the others are on average; with ``freeze`` train nothing else."""
+        """Start batches added by scArches at the average of the others; with ``freeze``, train nothing else."""
         self.decoder.extend_batches(n_before, freeze=freeze)
         if self.encoder.encode_covariates:
             weight = self.encoder.layers.fc_layers[0][0].weight
@@ -292,13 +295,13 @@ class VAE(ScviModule):
         return self.encoder(Counts.of(x).map(lambda value, cell: seen(value, scaled[cell])), covariates)
 
     def single_posterior(self, features: Tensor) -> Posterior:
-        """q(z|x) of one component."""
+        """Posterior q(z|x) of one component."""
         mean, raw = self.z_mean(features), self.z_variance(features)
         log_var = log_softplus(raw).expand_as(mean) if raw.shape[-1] < mean.shape[-1] else raw
         return Posterior(mean.new_zeros(len(mean), 1), mean[None], log_var[None])
 
     def posterior(self, features: Tensor) -> Posterior:
-        """q(y|x) and q(z|x,y)."""
+        """Posterior q(y|x) and q(z|x,y)."""
         return self.single_posterior(features)
 
     def probabilities(self, posterior: Posterior) -> Tensor:
@@ -314,20 +317,20 @@ class VAE(ScviModule):
         log_size: Tensor,
         covariates: Covariates,
         cell: Tensor | None = None,
-        promise: Tensor | None = None,
+        expected_gradient: Tensor | None = None,
     ) -> Tensor:
         """Log p(x|z) of z (..., p, d), (..., p).
 
         Parameters
         ----------
         x, log_size, covariates
-            Those of the n cells.
+            Counts, log size factors and covariates of the n cells.
         z
             Latent codes.
         cell
             Cell of each of the p codes; None for one code a cell, p = n.
-        promise
-            Gradient of the loss by each value, (..., p), as far as it is known; see `gene_sum.log_likelihood`.
+        expected_gradient
+            Gradient of the loss by each value, (..., p); None if it is not known. See `gene_sum.log_likelihood`.
         """
         x = Counts.of(x)
         own_covariates, own_size = (covariates, log_size) if cell is None else (covariates.rows(cell), log_size[cell])
@@ -338,7 +341,7 @@ class VAE(ScviModule):
         log_factor = self.decoder.log_factor(features, own_size).expand(*z.shape[:-1], 1)
         n_copies = math.prod(z.shape[:-2])
         own = torch.arange(len(x), device=z.device) if cell is None else cell
-        rows = gene_sum.Rows(
+        rows = gene_sum.DecodedRows(
             x.by_gene,
             log_factor.flatten(),
             covariates.batch[:, 0],
@@ -350,7 +353,7 @@ class VAE(ScviModule):
             rows,
             self.decoder.all_heads(),
             features.flatten(0, -2),
-            None if promise is None else promise.flatten(),
+            None if expected_gradient is None else expected_gradient.flatten(),
             block_entries=self.block_entries,
             buffers=self.buffers,
         )
@@ -375,22 +378,22 @@ class VAE(ScviModule):
     ) -> Decoded:
         """Log p(x|z) of draws z (s, k, n, d) from q(z|x,y).
 
-        Only pairs of cell and component whose q(y|x) float32 can tell from 0 beside 1 are decoded. The others change
-        the result by less than its rounding error, yet would cost as much, and fill the gradients with denormal
-        numbers, on which a processor is fifty times slower.
+        Only pairs of cell and component with q(y|x) above the machine epsilon of float32 are decoded. The other pairs
+        change the result by less than its rounding error. They would cost as much as the rest, and fill the gradients
+        with denormal numbers, on which a CPU is fifty times slower.
         """
         s, k, n, _ = z.shape
         if k == 1:
-            promise = z.new_full((s, n), -1 / (s * n)) if is_averaged else None
-            log_likelihood = self.log_likelihood(x, z[:, 0], log_size, covariates, promise=promise)
+            expected = z.new_full((s, n), -1 / (s * n)) if is_averaged else None
+            log_likelihood = self.log_likelihood(x, z[:, 0], log_size, covariates, expected_gradient=expected)
             cell = torch.arange(n, device=z.device)
             return Decoded(z[:, 0], log_likelihood, cell, torch.zeros_like(cell), z.new_ones(n))
         cell, component = torch.nonzero(torch.finfo(torch.float32).eps < posterior.q_y, as_tuple=True)  # (p,)
         weight = posterior.q_y[cell, component]
         weight = weight / weight.new_zeros(n).index_add(0, cell, weight)[cell]
-        promise = (-weight.detach() / (s * n)).expand(s, -1) if is_averaged else None
+        expected = (-weight.detach() / (s * n)).expand(s, -1) if is_averaged else None
         z = z[:, component, cell]
-        log_likelihood = self.log_likelihood(x, z, log_size, covariates, cell, promise)
+        log_likelihood = self.log_likelihood(x, z, log_size, covariates, cell, expected)
         return Decoded(z, log_likelihood, cell, component, weight)
 
     def kl_terms(self, posterior: Posterior, z: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -426,19 +429,20 @@ class VAE(ScviModule):
         n_samples
             Monte Carlo samples of z per cell (and component).
         is_averaged
-            Promise that what is differentiated is `Bound.loss`, where all cells weigh the same: the gradient is then
-            computed together with the value, which saves a third of the time.
+            Whether the caller differentiates `Bound.loss`, in which all cells have the same weight. The gradient is
+            then computed together with the value, which saves a third of the time. A loss with other weights is an
+            error in `backward`.
         label
-            Component of each cell, (n,), −1 where it is not known; for the known the bound is that of x and y,
+            Component of each cell, (n,), −1 where it is not known. Where it is known, the bound is of x and y,
             log p(x, y) ≥ E log p(x|z) − KL(q(z|x,y) ‖ p(z|y)) + log p(y) (Kingma et al. 2014, arXiv:1406.5298). None
             to use no labels.
         importance_kl_weight
-            Weight in `importance_weighted`; None to leave that bound out. It knows nothing of labels.
+            Weight of the KL terms in `importance_weighted`; None to leave that bound out. That bound uses no labels.
         """
         x, covariates = Counts.of(x), self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))
         z = posterior.sample_each(n_samples)
-        is_averaged = is_averaged and importance_kl_weight is None  # else the weights depend on the values
+        is_averaged = is_averaged and importance_kl_weight is None  # importance weights depend on the values
         decoded_of = posterior if label is None or len(posterior.mean) == 1 else posterior.observed(label)
         decoded = self.decode_draws(x, z, decoded_of, self.log_size(size), covariates, is_averaged=is_averaged)
         tight = None
@@ -447,7 +451,7 @@ class VAE(ScviModule):
         return Bound(decoded.expected(len(x)), *self.kl_terms(posterior, z, label), tight)
 
     def importance_weighted(self, decoded: Decoded, posterior: Posterior, kl_weight: float | Tensor = 1.0) -> Tensor:
-        """Log 1/S Σ_s Σ_y q(y|x) p(x|z) [p(z) / q(z|x)]^w with z ~ q(z|x,y), s draws each, (n,).
+        """Importance-weighted bound, log 1/S Σ_s Σ_y q(y|x) p(x|z) [p(z) / q(z|x)]^w with z ~ q(z|x,y), s draws each, (n,).
 
         At w = 1 the expectation of the sum is p(x), so that its log is a lower bound of log p(x) on average (Burda et
         al. 2016, arXiv:1509.00519). p(z) and q(z|x) are the mixtures themselves. With y summed out instead of drawn,
@@ -464,9 +468,10 @@ class VAE(ScviModule):
     def importance_weighted_bound(
         self, x: Counts | Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32
     ) -> Tensor:
-        """Log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x) with z_s ~ q(z|x): a lower bound of log p(x), tight in S, (n,).
+        """Log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x) with z_s ~ q(z|x): a lower bound of log p(x), (n,).
 
-        Prior and posterior are the mixtures themselves (Burda et al. 2016, arXiv:1509.00519).
+        The bound becomes tight for large S. Prior and posterior are the mixtures themselves (Burda et al. 2016,
+        arXiv:1509.00519).
         """
         x, covariates = Counts.of(x), self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))
@@ -480,20 +485,20 @@ class VAE(ScviModule):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def sample_latent(self, n_cells: int, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Z (n, d) and y (n,) from the prior, or z from p(z|y) for given components."""
+        """Draw z (n, d) and y (n,) from the prior, or z from p(z|y) for given components."""
         device = self.z_mean.weight.device
         y = torch.zeros(n_cells, dtype=torch.long, device=device) if components is None else components
         return torch.randn(n_cells, self.n_latent, device=device), y
 
     @torch.no_grad()
     def decode(self, z: Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> CountDistribution:
-        """p(x|z) of z (..., n, d)."""
+        """Distribution p(x|z) of z (..., n, d)."""
         log_size, covariates = self.log_size(size), self.with_size(covariates, size)
         params = {name: value.detach() for name, value in self.decoder(z, log_size, covariates, genes).items()}
         return CountDistribution(self.likelihood, params, scale=self._scale(params, log_size))
 
     def _scale(self, params: Params, log_size: Tensor) -> Tensor:
-        """λ over the size factor; where λ is not proportional to it, λ of a cell of the typical size over that."""
+        """λ over the size factor; where λ is not proportional to it, λ of a cell of the typical size over that size."""
         log_share = params["log_rate"] - log_size
         if self.likelihood.rate_is_head:
             return log_share.exp()
@@ -513,8 +518,11 @@ class VAE(ScviModule):
 
 
 def _keep_units_of_earlier_models(module: VAE, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Let weights from before continuous covariates were standardised have them in their own units, as trained."""
-    if prefix + "z_mean.weight" not in state:  # no weights of a model
+    """Set mean 0 and standard deviation 1 in weights from before continuous covariates were standardised.
+
+    The networks of these models were trained on covariates in their own units.
+    """
+    if prefix + "z_mean.weight" not in state:  # these are not the weights of a model
         return
     former = {"continuous_mean": 0.0, "continuous_sd": 1.0, "continuous_is_set": True}
     for name, value in former.items():

@@ -36,9 +36,9 @@ def calibration(probs: ArrayLike, labels: ArrayLike, n_bins: int = 10, *, pool: 
     n_bins
         Number of bins of equal width of the probability from 0 to 1; each contains its upper edge.
     pool
-        Whether components that stand for one label count as one, with the sum of their probabilities. Without, a cell
-        between two parts of one type is unsure and yet always right, so that a mixture which cuts types into parts
-        looks less confident than it could be.
+        Whether components that stand for one label count as one, with the sum of their probabilities. Without
+        pooling, a cell between two parts of one type has low probabilities and is yet always right, so that the
+        probabilities of a mixture that cuts types into parts look too low.
 
     Returns
     -------
@@ -77,11 +77,11 @@ def calibration(probs: ArrayLike, labels: ArrayLike, n_bins: int = 10, *, pool: 
     of_component = count_pairs(first, codes, shape=(probs.shape[1], codes.max() + 1))
     label = of_component.argmax(1)
     if pool:
-        # A component of no cell stands for no label, and is never the largest part of a sum.
+        # A component without cells stands for no label: its probability, never the largest of a cell, is left out.
         stands_for = (of_component > 0) & (np.arange(of_component.shape[1]) == label[:, None])
         probs, label = probs @ stands_for.astype(probs.dtype), np.arange(of_component.shape[1])
         first = probs.argmax(1)
-    confidence = np.minimum(probs.max(1), 1)  # rounded sums may be above
+    confidence = np.minimum(probs.max(1), 1)  # rounded sums may be above 1
     return _reliability(confidence, label[first] == codes, n_bins)
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of models as an AnnData holds them: columns of the table, and finished rows by their hashes."""
+"""Stored results of comparisons of models: columns of the table, and finished rows by their hashes."""
 
 from __future__ import annotations
 

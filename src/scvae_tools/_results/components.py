@@ -1,4 +1,4 @@
-"""Probabilities of the components as an AnnData holds them: read, checked, and which cells they leave open."""
+"""Stored probabilities of the components: reading, checks, and cells whose component is ambiguous."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import ArrayLike
 
-#: The number of components that is found is the one at which no two overlap by more nats per cell of the smaller one
-#: (see ``_train/start.py``). Pictures of the search show it.
+#: Overlap of two components, in nats per cell of the smaller one, that is too large: the number of components is found
+#: so that no two overlap by as much (see ``_train/start.py``). Plots of the search show it.
 LARGEST_OVERLAP = 0.15
-#: Probabilities in float16 or rounded for a file still pass; log-probabilities and counts do not.
+#: Largest error of the sum over the components. Probabilities in float16 or rounded for a file still pass;
+#: log-probabilities and counts do not.
 LARGEST_ERROR_OF_SUM = 0.01
 
 
@@ -35,7 +36,7 @@ def component_probabilities(adata: AnnData, key: str) -> tuple[np.ndarray, list[
 def _component_names(adata: AnnData, key: str, probs: np.ndarray) -> list[str]:
     """Return the category of each component, or its number where the categories do not tell.
 
-    AnnData drops the categories that a subset does not use, and users rename them, so that their order is no proof.
+    AnnData drops the categories that a subset does not use, and users rename them, so that their order proves nothing.
     """
     numbers = [str(component) for component in range(probs.shape[1])]
     column = adata.obs.get(Keys(key).component)
@@ -116,7 +117,7 @@ def ambiguous_positions(probs: np.ndarray, threshold: float) -> np.ndarray:
     """Return the positions of the cells whose top probability is below the threshold."""
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` must be a probability above 0 and up to 1; found {threshold!r}. Pass 0.9.")
-    if probs.shape[1] == 1:  # there is nothing else that a cell could be
+    if probs.shape[1] == 1:  # no other component is possible
         return np.array([], dtype=int)
     return np.flatnonzero(probs.max(1) < float(threshold))
 

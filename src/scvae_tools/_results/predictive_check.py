@@ -1,4 +1,4 @@
-"""Posterior predictive checks as an AnnData holds them."""
+"""Stored results of posterior predictive checks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from scvae_tools._keys import Keys
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: What is compared of each gene.
+#: Statistics of each gene that are compared.
 STATISTICS = ("mean", "variance", "share_of_zeros")
 
 
 def find_ppc(adata: AnnData, key: str) -> Mapping[str, Any]:
-    """Return what `ppc` stored, by its ``key`` or, if it was given one, its ``key_added``.
+    """Return the result that `ppc` stored, by its ``key`` or, if it was given one, its ``key_added``.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If there is no such result.
     """
     for name in (Keys(key).ppc, key):
         if is_ppc(adata.uns.get(name)):

@@ -1,4 +1,4 @@
-"""Results into an AnnData: the one writer of all tools."""
+"""Writing of results into an AnnData, used by all tools."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_uns(adata: AnnData, key: str, value: dict) -> None:
 
 
 def replace_results(adata: AnnData, results: dict[str, dict[str, Any]], keys: Keys) -> None:
-    """Write results, and delete those of an earlier model under the same keys that these leave as they are."""
+    """Write results, and delete results of an earlier model under the same keys that are not overwritten."""
     earlier = adata.uns.get(keys.uns)
     write(adata, results)
     for slot, names in keys.by_model.items():
@@ -55,7 +55,7 @@ def replace_results(adata: AnnData, results: dict[str, dict[str, Any]], keys: Ke
 
 
 def _is_earlier(earlier: object, adata: AnnData, slot: str, name: str, keys: Keys) -> bool:
-    """Whether a result of ours is there, and no column or entry of the user that has its name by chance."""
+    """Whether a result of ours is stored under a name, not a column or entry of the user with the same name."""
     if not (isinstance(earlier, Mapping) and {"params", "history", "version"} <= set(earlier)):
         return False
     if name not in getattr(adata, slot) or (slot == "obs" and "components" not in earlier):

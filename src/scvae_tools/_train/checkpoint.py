@@ -1,7 +1,7 @@
-"""The file from which a killed training goes on.
+"""Checkpoint of a training: the file from which a killed training continues.
 
-Lightning writes and restores what is its own: weights, optimiser, counters of epochs and steps, callbacks. Added here
-is what it does not know: the random states, earlier stages, and what the training began with.
+Lightning writes and restores its own state: weights, optimiser, counters of epochs and steps, callbacks. This module
+adds the rest: the random states, earlier stages, and the state at the beginning of the training.
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = 1
 
 
-#: Where a checkpoint of Lightning holds ours.
+#: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"
 
 
-#: Arguments of `SCVAE.train` that say where and how visibly to compute, not what.
+#: Arguments of `SCVAE.train` without an effect on the result: where to compute, and what to show.
 WITHOUT_EFFECT = ("self", "checkpoint", "progress", "accelerator", "devices", "trainer_options")
 
 
-#: What `fingerprint` calls the weights.
+#: Name of the weights in `fingerprint`.
 WEIGHTS = "weights at the beginning of this training"
 
 
 class _Resumed:
-    """A loader whose first order of the cells is drawn from given random states.
+    """Loader that sets given random states before it draws its first order of the cells.
 
-    Lightning may ask a loader for an iterator as often as it likes before it fetches a batch: nothing is drawn until
-    then.
+    Lightning may ask for several iterators before it fetches a batch. The states are set when the first is fetched.
     """
 
     def __init__(self, loader: Iterable, states: Mapping[str, Any]) -> None:
@@ -85,16 +84,16 @@ def fingerprint(
     of_model: Mapping[str, Any],
     of_training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What must be the same for a training to go on from a checkpoint: data, model, arguments of the training.
+    """Description of data, model and arguments that must be the same for a training to continue from a checkpoint.
 
     Parameters
     ----------
     dataset
         Counts and covariates of all cells.
     module, state
-        As they are before the training.
+        Module and state before the training.
     registry
-        Of scvi-tools.
+        Registry of scvi-tools.
     var_names
         Names of the genes.
     held_out
@@ -121,15 +120,15 @@ def fingerprint(
         **{name: _described(value) for name, value in of_model.items()},
         **{f"train({name})": _described(v) for name, v in of_training.items() if name not in WITHOUT_EFFECT},
         **{f"train({name})": v for name, v in options.items() if isinstance(v, bool | int | float | str)},
-        # Those of a new model follow from the rest; to the last bit, they also depend on the processor.
+        # The weights of a new model follow from the rest, but their last bits depend on the CPU too.
         WEIGHTS: None if state.history is None else _digest_of_weights(module),
     }
-    described.pop("train(validation_indices)", None)  # said by the held-out cells
+    described.pop("train(validation_indices)", None)  # the held-out cells tell the same
     return json.loads(json.dumps(described))
 
 
 def _digest_of_counts(dataset: CountDataset) -> str:
-    counts = dataset.counts  # scipy takes the width of its integers as it likes
+    counts = dataset.counts  # the integers of scipy vary in width
     return short_digest(counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False), counts.data)
 
 
@@ -139,7 +138,7 @@ def _digest_of_weights(module: VAE) -> str:
 
 
 def _described(value: object) -> object:
-    """Value as JSON holds it; of what it cannot hold, the type."""
+    """Value as JSON can hold it; the name of its type where JSON cannot."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -152,7 +151,7 @@ def _described(value: object) -> object:
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     missing = object()
     names = [name for name in {**saved, **now} if saved.get(name, missing) != now.get(name, missing)]
-    if len(names) > 1 and WEIGHTS in names:  # what else differs says why
+    if len(names) > 1 and WEIGHTS in names:  # the other differences explain it
         names.remove(WEIGHTS)
     return [_difference(name, saved.get(name), now.get(name)) for name in names]
 
@@ -163,7 +162,7 @@ def _difference(name: str, saved: object, now: object) -> str:
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Files of Lightning that are complete whenever they exist, and that cannot execute code when they are read."""
+    """Files of Lightning, written atomically, and read without executing code in them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -174,14 +173,15 @@ class AtomicIO(TorchCheckpointIO):
 
 
 class Checkpointer(Checkpoint):
-    """Write, at the end of every epoch, all that the training needs to go on; and take it up again.
+    """Lightning callback that writes a checkpoint at the end of every epoch, and continues a training from it.
 
-    A `Checkpoint` of Lightning: it is called last, when early stopping has decided and the history has its row.
+    Lightning calls callbacks of the class `Checkpoint` last, when early stopping has decided and the history has its
+    row.
 
     Parameters
     ----------
     directory
-        Where the file is, or will be.
+        Folder of the file, which need not exist yet.
     identity
         `fingerprint` of the training.
     dataset
@@ -200,7 +200,7 @@ class Checkpointer(Checkpoint):
         self.path = self.directory / CHECKPOINT_FILE
         self.stage, self.is_second_attempt, self.attributes = 0, False, "null"
         self.before: State = {}  #: weights at the beginning of the stage
-        #: Of the file that was found, until it has been taken up.
+        #: Content of the file that was found, until the training has continued from it.
         self.found = self._read() if self.path.exists() else None
         self.directory.mkdir(parents=True, exist_ok=True)
 
@@ -213,7 +213,7 @@ class Checkpointer(Checkpoint):
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True)
             ours = found[KEY]
-        except Exception as error:  # the ways in which a file can be something else are many
+        except Exception as error:  # a file can be wrong in many ways
             raise ValueError(
                 f"{str(self.path)!r} must be a checkpoint of `SCVAE.train`; it cannot be read. Pass another directory "
                 "as `checkpoint`, or delete the file to train from the beginning."
@@ -238,7 +238,7 @@ class Checkpointer(Checkpoint):
     # -- the model's side ----------------------------------------------------------------------------------------------
 
     def resume(self, module: VAE, state: TrainingState) -> int:
-        """Go to the beginning of the stage in which the file was written; return which stage that is."""
+        """Restore the beginning of the stage in which the file was written; return the position of this stage."""
         if self.found is None:
             return 0
         ours = self.found[KEY]
@@ -249,12 +249,12 @@ class Checkpointer(Checkpoint):
         return ours["stage"]
 
     def begin_stage(self, stage: int, module: VAE, state: TrainingState) -> None:
-        """Note what the next stage starts from."""
+        """Note the state from which the next stage starts."""
         self.stage, self.attributes = stage, state.to_json(module.n_components)
         self.is_second_attempt = self.found is not None and self.found[KEY]["is_second_attempt"]
 
     def trainer_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options that Lightning's trainer needs for this, beside those given by the user."""
+        """Options that Lightning's trainer needs for checkpoints, beside those given by the user."""
         plugins = given.get("plugins") or []
         plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
         return {"enable_checkpointing": True, "plugins": [*plugins, AtomicIO()]}
@@ -262,13 +262,13 @@ class Checkpointer(Checkpoint):
     def fit_on(
         self, trainer: lightning.Trainer, plan: TrainingPlan, train: Iterable, validation: Iterable | None
     ) -> None:
-        """Fit from where the file was written; the file that was found is done with then."""
+        """Continue the fit from the file that was found, which is not needed any more after that."""
         resumed, self.found = _Resumed(train, self.found[KEY]["random_states"]), None
         trainer.fit(plan, resumed, validation, ckpt_path=str(self.path))
-        resumed.catch_up()  # where the stage had been at its end
+        resumed.catch_up()  # where the stage had ended, so that no batch was fetched
 
     def how_to_go_on(self) -> str:
-        """What an interrupted user may do."""
+        """Message that tells the user how to continue after an interruption."""
         if not self.path.exists():
             return f"No epoch had ended, so that {str(self.directory)!r} holds nothing to go on from."
         return (
@@ -281,7 +281,7 @@ class Checkpointer(Checkpoint):
         return 0 if self.found is None else len(json.loads(self.found[KEY]["rows"]))
 
     def finish(self, module: VAE, state: TrainingState) -> None:
-        """Write the result in place of what is needed to go on."""
+        """Write the result of the training in place of the checkpoint."""
         weights = on_cpu(module.state_dict())
         ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
         ours |= {"attributes": state.to_json(module.n_components), "state": weights}
@@ -289,7 +289,7 @@ class Checkpointer(Checkpoint):
         _write({KEY: ours}, self.path)
 
     def restore_result(self, module: VAE, state: TrainingState) -> None:
-        """Take over the result of the finished training."""
+        """Load the result of the finished training into module and state."""
         ours = self.found[KEY]
         _take_over(module, state, ours, "state")
         state.versions, state.version = unpacked(ours["versions"])
@@ -314,7 +314,7 @@ class Checkpointer(Checkpoint):
             "rows": json.dumps(to_plain(pl_module.history, "history")),
             "before": self.before,
             "random_states": random_states(),
-            # It depends in the last bit on which cells were together in the first epoch.
+            # Its last bits depend on which cells were in one batch in the first epoch.
             "log_base_measure": torch.from_numpy(self.dataset.log_base_measure),
         }
 
@@ -327,9 +327,9 @@ class Checkpointer(Checkpoint):
 
 
 def _take_over(module: VAE, state: TrainingState, saved: Mapping[str, Any], weights: str) -> None:
-    """Give a module and the state of its training what a file holds of them."""
+    """Load a module and the state of its training from the content of a file."""
     n_components = state.update_from_json(saved["attributes"])
-    if module.n_components != n_components:  # as many as were found
+    if module.n_components != n_components:  # the training found the number
         module.build_mixture(n_components)
     module.load_state_dict(saved[weights])
 

@@ -1,4 +1,4 @@
-"""The training plan for Lightning: objective, optimiser, warm-up, history, and the guard against non-finite numbers."""
+"""Training plan for Lightning: objective, optimiser, warm-up, history, and the check for non-finite numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DISPERSION_RATE = 10.0
 
 
 class NonFiniteError(ArithmeticError):
-    """A term of the bound became NaN or infinite."""
+    """Error for a term of the bound that became NaN or infinite."""
 
     def __init__(self, term: str, stage: str, epoch: int) -> None:
         super().__init__(f"{term} became NaN or infinite in epoch {epoch} (stage {stage!r})")
@@ -34,12 +34,12 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is maximised: the bound, unless one of these is changed.
+    """Objective that is maximised: the bound, unless one of these parameters is changed.
 
     Parameters
     ----------
     kl_weight
-        Of both KL terms, once they have warmed up.
+        Weight of both KL terms after the warm-up.
     free_nats_y
         Part of the entropy H[p(y)] up to which the KL of y costs nothing.
     free_nats_z
@@ -47,7 +47,7 @@ class Objective:
     n_samples
         Draws of z per cell and component, whose bounds are averaged.
     n_importance_samples
-        Draws that make one importance-weighted bound instead; 1 for none.
+        Draws for one importance-weighted bound, which is used instead; 1 for none.
     """
 
     kl_weight: float = 1.0
@@ -56,9 +56,9 @@ class Objective:
     n_samples: int = 1
     n_importance_samples: int = 1
 
-    def loss(self, module: VAE, batch: dict[str, Tensor], warmth: float) -> tuple[Bound, Tensor]:
-        """Bound of the cells of a batch and what is minimised, the KL terms warmed up so far."""
-        weight, tightens = warmth * self.kl_weight, self.n_importance_samples > 1
+    def loss(self, module: VAE, batch: dict[str, Tensor], warm_up_share: float) -> tuple[Bound, Tensor]:
+        """Bound of the cells of a batch, and the loss, with ``warm_up_share`` of the weight of the KL terms."""
+        weight, tightens = warm_up_share * self.kl_weight, self.n_importance_samples > 1
         bound = module.bound(
             *module.data(batch),
             n_samples=self.n_importance_samples if tightens else self.n_samples,
@@ -72,20 +72,22 @@ class Objective:
 
 
 class TrainingPlan(lightning.LightningModule):
-    """The optimiser's view of a module: minibatch in, loss out; terms added up on the device, logged once an epoch.
+    """Lightning module that trains a `VAE` or a mixture in one stage.
+
+    The terms of the bound are added up on the device, and logged once an epoch.
 
     Parameters
     ----------
     module
         `VAE` or a mixture.
     stage
-        What to train.
+        Stage to train.
     first_epoch
         Number of epochs in the history so far.
     lr, weight_decay
-        Of Adam.
+        Learning rate and weight decay of Adam.
     objective
-        What is maximised; None for the bound.
+        Objective that is maximised; None for the bound.
     """
 
     def __init__(
@@ -120,7 +122,10 @@ class TrainingPlan(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
     ) -> None:
-        """Clip by the norm; where that can be asked without waiting for a device, leave shorter gradients untouched."""
+        """Clip the gradients by their norm.
+
+        On the CPU, gradients with a smaller norm are left untouched. On other devices, comparing the norm would wait.
+        """
         if gradient_clip_algorithm not in (None, "norm") or gradient_clip_val is None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -129,8 +134,8 @@ class TrainingPlan(lightning.LightningModule):
         if norm.device.type != "cpu" or norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
-    def warmth(self) -> float:
-        """Share of the KL terms that acts: 1, or the share of the warm-up that has passed."""
+    def warm_up_share(self) -> float:
+        """Share of the KL weight in use: the share of the warm-up that has passed, or 1 in other stages."""
         if not self.stage.warms_up:
             return 1.0
         steps = self.trainer.num_training_batches * self.stage.max_epochs
@@ -141,18 +146,19 @@ class TrainingPlan(lightning.LightningModule):
         self.module.drop_out(enable=self.stage.drops_out)
         self._reset("train")
         self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
-        self.row["kl_weight"] = self.warmth() * self.objective.kl_weight
+        self.row["kl_weight"] = self.warm_up_share() * self.objective.kl_weight
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        bound, loss = self.objective.loss(self.module, batch, self.warmth())
+        bound, loss = self.objective.loss(self.module, batch, self.warm_up_share())
         self._add(bound)
         return loss
 
     def close_training(self) -> None:
-        """Put the means of the training terms into the row, once an epoch.
+        """Put the means of the training terms into the row of the epoch, once.
 
-        Lightning validates before its end of the epoch, which callbacks see before the plan does; an epoch may be cut
-        short, and there may be no validation cells. So whoever comes first calls this.
+        The first hook that needs the row calls this method. Which one is first varies: Lightning validates before the
+        end of the epoch, callbacks get that end before the plan does, an epoch may be cut short, and there may be no
+        validation cells.
         """
         if "elbo_train" not in self.row:
             self._close("train")
@@ -181,13 +187,13 @@ class TrainingPlan(lightning.LightningModule):
     def _add(self, bound: Bound) -> None:
         with torch.no_grad():
             sums = torch.stack([getattr(bound, term).sum() for term in TERMS])
-            # Only the first batch that went wrong tells the term: the weights are lost from then on.
+            # Only the first bad batch tells which term it was: after it, the weights are not finite either.
             self._first_bad = torch.where(self._first_bad.any(), self._first_bad, ~torch.isfinite(sums))
             self._sums += sums
             self._n_cells += len(bound.kl_z)
 
     def _close(self, subset: str) -> dict[str, float]:
-        """Put the means of the terms into the row; return them by their names there."""
+        """Put the means of the terms into the row; return them by their names in the row."""
         if self._first_bad.any():
             term = TERMS[int(self._first_bad.int().argmax())]
             raise NonFiniteError(term, self.stage.name, self.row["epoch"])

@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from scvae_tools._module.vae import VAE
     from scvae_tools._train.plan import TrainingPlan
 
-#: Most cells that are looked at.
+#: Largest number of cells whose λ is recorded.
 N_CELLS = 512
-#: Working memory in bytes: so many cells are decoded at a time as fit into it.
+#: Working memory in bytes: as many cells are decoded at a time as fit into it.
 CHUNK_BYTES = 2**26
 
 
 class RateRecorder(Callback):
-    """Put λ at the zeros, and the largest λ, into the history at the end of each epoch, over the same few cells.
+    """Lightning callback that records λ at the zeros and the largest λ at the end of each epoch, of the same few cells.
 
-    It changes nothing else: it draws no random number, keeps no gradient, and leaves the mode of the module as it was.
+    The callback changes nothing but the history: it draws no random number, keeps no gradient, and leaves the mode of
+    the module as it was.
 
     Parameters
     ----------
@@ -40,30 +41,30 @@ class RateRecorder(Callback):
     indices
         Positions of the training cells, of which `N_CELLS` are drawn, or all if there are no more.
     seed
-        Of that draw.
+        Seed for the draw of the cells.
     """
 
     def __init__(self, dataset: CountDataset, indices: np.ndarray, seed: int) -> None:
-        # What the data set keeps is filled in batches, whose composition shows in the last bit: that of the training
-        # has to stay as it would be.
+        # A copy, since a data set keeps base measures by cell, and their last bits depend on the batch in which a cell
+        # is first read. The recorder must not change those of the training.
         self.dataset = copy.copy(dataset)
         self.dataset.log_base_measure = np.full_like(dataset.log_base_measure, np.nan)
         n_drawn = min(N_CELLS, len(indices))
         self.indices = np.sort(np.random.default_rng(seed).choice(indices, n_drawn, replace=False))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
-        pl_module.close_training()  # so that the columns come in one order
+        pl_module.close_training()  # so that the columns always have the same order
         pl_module.row.update(self.record(pl_module.module))
 
     def record(self, module: VAE) -> dict[str, float]:
-        """Columns of the history for the weights as they are.
+        """New columns of the history, for the present weights.
 
         Returns
         -------
         ``"rate_at_zeros"``, the mean over cells of Σ_{g: x_g = 0} λ_g, and ``"max_rate"``, the largest λ of these cells
         and all genes, both in counts, of λ at the posterior means before zero inflation.
         """
-        # One tensor for all: small ones, made between the large ones that are freed, would keep the heap from shrinking
+        # One tensor for all cells: small tensors between the large ones would keep the heap from shrinking.
         rates = torch.empty(len(self.indices), 2, device=module.device)
         was_training = module.training
         module.eval()
@@ -97,6 +98,6 @@ def _rates(module: VAE, batch: dict[str, Tensor]) -> Tensor:
     counts, size, covariates = module.data(batch)
     rate = module.rate(counts, size, covariates)  # (n, g)
     largest = rate.amax(1)
-    # Not the sum over all genes less that over the non-zeros: of the few zeros beside large λ nothing would be left.
+    # Not the sum over all genes less the sum over the non-zeros: beside large λ, rounding would remove the zeros' part.
     rate[counts.by_cell.row(), counts.by_cell.column] = 0.0
     return torch.stack([rate.sum(1), largest], dim=1)

@@ -1,4 +1,4 @@
-"""One stage of a training: a fit by Lightning, tried again at a lower learning rate, interrupted or not."""
+"""Run of one stage of a training: a fit by Lightning, tried again at a lower learning rate where it fails."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEARNING_RATE_CUT = 0.1
 
 @dataclass
 class Settings:
-    """How stages are run; the same for all of a training."""
+    """Settings of a training, the same for all its stages."""
 
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -44,27 +44,28 @@ class Settings:
     matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
-    recorder: Callback | None = None  #: what adds columns to the history
-    checkpoint: Checkpointer | None = None  #: what writes a file to go on from
+    recorder: Callback | None = None  #: callback that adds columns to the history
+    checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
 
 
 class Trained(NamedTuple):
-    """What a stage has left beside the weights in the module."""
+    """Result of a stage, beside the weights in the module."""
 
-    rows: list[dict]  #: of the history
-    interrupted: bool  #: whether the user did
-    versions: dict[str, Version]  #: of the weights
+    rows: list[dict]  #: rows of the history
+    interrupted: bool  #: whether the user interrupted the stage
+    versions: dict[str, Version]  #: versions of the weights
 
 
 def run_stage(
     module: VAE, stage: Stage, loaders: tuple[Iterable, Iterable | None], settings: Settings, first_epoch: int
 ) -> Trained:
-    """Train a stage, once more at a tenth of the learning rate if a number became non-finite.
+    """Train a stage; if a number became non-finite, once more at a tenth of the learning rate.
 
     Returns
     -------
-    The rows of the history, whether the user interrupted it, and the versions of the weights. The module holds those of
-    the best validation ELBO, or the last ones where there is no validation set or the KL terms were still warming up.
+    The rows of the history, whether the user interrupted the stage, and the versions of the weights. The module holds
+    the weights of the best validation ELBO, or the last ones where there is no validation set or the KL terms were
+    still warming up.
 
     Raises
     ------
@@ -138,7 +139,7 @@ def _fit(
 def _versions(module: VAE, plan: TrainingPlan, best: KeepBest | None, *, interrupted: bool) -> dict[str, Version]:
     elbo_of_epoch = {row["epoch"]: row.get("elbo_validation", np.nan) for row in plan.history}
     last = plan.first_epoch + len(plan.history)
-    # What was interrupted is on the way to the next epoch.
+    # Weights of an interrupted epoch were not validated.
     end = Version(last, np.nan if interrupted else elbo_of_epoch.get(last, np.nan), copied(module))
     return {"end": end} | ({} if best is None else best.versions(elbo_of_epoch))
 
@@ -162,7 +163,10 @@ def _fit_or_interrupt(
     loaders: tuple[Iterable, Iterable | None],
     checkpoint: Checkpointer | None,
 ) -> bool:
-    """Fit, from where the checkpoint is; whether Ctrl-C ended it. Lightning turns it into an exit of the process."""
+    """Fit, from the checkpoint if there is one; return whether Ctrl-C ended the fit.
+
+    Lightning turns Ctrl-C into an exit of the process, which is caught here.
+    """
     train, validation = loaders
     try:
         if checkpoint is None or checkpoint.found is None:
@@ -172,14 +176,14 @@ def _fit_or_interrupt(
     except SystemExit:
         if not trainer.interrupted:
             raise
-    if trainer.received_sigterm:  # a scheduler ends the process: it must end, and not look like a success
+    if trainer.received_sigterm:  # a scheduler ends the process: exit, with a code of failure
         raise SystemExit(128 + signal.SIGTERM)
     return trainer.interrupted
 
 
 @contextlib.contextmanager
 def matmul_precision(precision: str | None) -> Iterator[None]:
-    """Set the precision of torch's matrix products inside; leave it alone for None."""
+    """Context with a precision of torch's matrix products; None keeps the present one."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision or before)
     try:
@@ -190,7 +194,7 @@ def matmul_precision(precision: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigint_restored() -> Iterator[None]:
-    """Put the handler of Ctrl-C back: Lightning ignores the signal from the first interruption on."""
+    """Context that restores the handler of Ctrl-C, since Lightning ignores the signal after the first interruption."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

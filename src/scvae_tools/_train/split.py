@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Split(NamedTuple):
-    """Positions of the cells, ascending."""
+    """Positions of the training and validation cells, ascending."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -22,8 +22,8 @@ class Split(NamedTuple):
     def held_out(self, component: np.ndarray | None) -> dict[int, int]:
         """Components of labels whose cells are all held out, each with the position of its first cell.
 
-        ``component`` is that of the label of each cell, (n_cells,), −1 where it is not known; None where no component
-        starts from labels.
+        ``component`` is the component of the label of each cell, (n_cells,), −1 where the label is not known; None
+        where no component starts from labels.
         """
         if component is None:
             return {}
@@ -35,12 +35,12 @@ class Split(NamedTuple):
 def split_cells(
     n_cells: int, train_size: float, validation_indices: Sequence[int] | None, component: np.ndarray | None
 ) -> Split:
-    """Divide cells at random, or as they are given.
+    """Divide cells into training and validation cells, at random or as given.
 
     Parameters
     ----------
     n_cells
-        Their number.
+        Number of cells.
     train_size
         Share to train on.
     validation_indices
@@ -51,7 +51,7 @@ def split_cells(
     Raises
     ------
     ValueError
-        If ``validation_indices`` are none, or leave no cell to train on.
+        If ``validation_indices`` are no positions of cells, or leave no cell to train on.
     """
     if validation_indices is not None:
         validation = np.unique(cell_positions(validation_indices, n_cells, "validation_indices"))
@@ -62,6 +62,6 @@ def split_cells(
     order = torch.randperm(n_cells).numpy()
     n_train = max(1, round(train_size * n_cells))
     split = Split(order[:n_train], order[n_train:])
-    # Of each label the component starts from the training cells: chance must not hold out its only ones.
+    # The component of a label starts from the training cells with this label: the draw must not hold out all of them.
     kept = np.array([*split.held_out(component).values()], dtype=int)
     return Split(np.sort(np.r_[split.train, kept]), np.setdiff1d(split.validation, kept))

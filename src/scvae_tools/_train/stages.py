@@ -14,9 +14,9 @@ class Stage:
     Parameters
     ----------
     name
-        As the history shows it.
+        Name in the history.
     max_epochs
-        Upper limit.
+        Largest number of epochs.
     warms_up
         Whether the weight of the KL terms rises from 0 to 1 over the stage; such a stage never stops early.
     is_mixture
@@ -45,17 +45,17 @@ def plan_stages(
     resumes_mixture: bool = False,
     n_warm_up_epochs: int | None = None,
 ) -> list[Stage]:
-    """Divide the epochs: KL warm-up (a quarter of the VAE's, unless given), VAE, mixture.
+    """Divide the epochs into stages: KL warm-up (a quarter of the VAE's, unless given), VAE, mixture.
 
     The mixture starts from a trained VAE, since from random weights all but one or two components die
     (docs/model.md). Dropout acts in the last stage: it raises the held-out bound, yet a VAE that had it from the start
     may have a latent space in which the mixture finds worse components (docs/clustering.md). A model that was trained
-    before goes on where it was.
+    before continues with the stage that it has reached.
 
     Raises
     ------
     ValueError
-        If the warm-up is longer than the VAE is trained, or given for a mixture that goes on.
+        If the warm-up is longer than the VAE is trained, or is given for a mixture that is trained further.
     """
     if resumes_mixture and n_warm_up_epochs:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The mixture that training starts from: how many components, and which.
+"""Mixture from which its training starts: the number of components, and the components.
 
-A mixture fitted with the wanted number of components is a poor clustering: its likelihood gains more by cutting a
-large type, whose cells vary, than by telling two small types apart, and it depends on the seed. So more components than
-wanted are fitted, with one covariance, and those that overlap most are merged (Baudry et al. 2010,
+A mixture fitted with the wanted number of components is a poor clustering. Its likelihood gains more by cutting a large
+type, whose cells vary, than by telling two small types apart, and the result depends on the seed. So more components
+than wanted are fitted, with one covariance, and those that overlap most are merged (Baudry et al. 2010,
 doi:10.1198/jcgs.2010.08111; Hennig 2010, doi:10.1007/s11634-010-0058-3). Pieces of one type overlap; types do not,
 whatever their size. Figures in docs/clustering.md.
 """
@@ -21,20 +21,21 @@ from scvae_tools._results.components import LARGEST_OVERLAP
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Runs from other starts, of which one is taken.
+#: Number of runs, each from another start; the result of one is taken.
 N_RUNS = 16
-#: Components to merge from, as multiples of a number that is given; the runs take turns.
+#: Components at the start of merging, as multiples of the number that is given; the runs use these in turn.
 SURPLUS = (1.5, 2.0, 2.5, 3.0)
-#: Components to merge from where the number is to be found; half as many again, up to a limit, as long as most of them
-#: are so clearly apart, which says that there may be more.
+#: Components at the start of merging where the number is to be found, the factor by which they are increased, and their
+#: limit. They are increased as long as at least the share `MOST` of them stay apart when all that overlap by
+#: `CLEARLY_APART` nats or more are merged: then there may be more components.
 N_FINE, N_FINE_GROWTH, LARGEST_N_FINE = 20, 1.5, 60
 MOST, CLEARLY_APART = 0.7, 0.05
-#: Partitions of different runs are compared by the log-likelihood per cell of a mixture with one covariance, less this
-#: much times the mean of their largest overlaps.
+#: Partitions of different runs are compared by the log-likelihood per cell of a mixture with one covariance, less
+#: `OVERLAP_WEIGHT` times the mean of their `N_LARGEST_OVERLAPS` largest overlaps.
 OVERLAP_WEIGHT, N_LARGEST_OVERLAPS = 2.0, 3
 #: Cells that a fine component needs on average.
 CELLS_PER_COMPONENT = 15
-#: Runs are compared on at most so many cells.
+#: Largest number of cells on which runs are compared.
 LARGEST_SAMPLE = 10_000
 
 
@@ -82,7 +83,7 @@ def start_mixture(
     low, high = (1, len(sample)) if n_components is None else np.broadcast_to(n_components, 2)
     k = int(np.clip(np.median(found), low, high))  # the median of an even number is rounded down
     partitions = [level.label for levels in runs for level in levels if level.n_components == k]
-    # No run may hold so many components where they are nearly as many as the cells, or the cells are equal.
+    # It can be that no run has k components: where k is nearly the number of cells, or where cells are equal.
     partitions = partitions or [_k_means(sample, k, random_state)]
     label = max(partitions, key=lambda each: _quality(sample, each))
     if len(sample) < len(latent):
@@ -93,7 +94,7 @@ def start_mixture(
 def start_from_labels(
     latent: np.ndarray, label: np.ndarray, n_labels: int, n_components: int, *, random_state: int
 ) -> MixtureStart:
-    """One component for each label, and further ones for what is unlike all of them.
+    """Mixture with one component for each label, and further components for cells unlike all labels.
 
     Parameters
     ----------
@@ -124,7 +125,7 @@ def start_from_labels(
 
 
 def _runs(latent: np.ndarray, n_components: int | tuple[int, int] | None, rng: np.random.Generator) -> list[list]:
-    """Levels of each run, from fine to one component."""
+    """Levels of each run, from fine components to a single one."""
     most = max(1, len(latent) // CELLS_PER_COMPONENT)
     if isinstance(n_components, int | np.integer):
         fine = [max(n_components, min(most, round(n_components * SURPLUS[i % 4]))) for i in range(N_RUNS)]
@@ -191,7 +192,8 @@ def overlaps(probs: np.ndarray) -> np.ndarray:
 
     Notes
     -----
-    The entropy of y that is lost when i and j become one (Baudry et al. 2010), over the cells of the smaller:
+    The overlap is the entropy of y that is lost when i and j become one (Baudry et al. 2010), over the cells of the
+    smaller component:
     Σ_n [(p_i + p_j) log(p_i + p_j) − p_i log p_i − p_j log p_j] / min(Σ_n p_i, Σ_n p_j), from 0 for two that share no
     cell to 2 log 2 for two halves of one.
     """
@@ -207,12 +209,12 @@ def _overlap_with(probs: np.ndarray, i: int) -> np.ndarray:
 
 
 def _count(levels: list[_Level], largest_overlap: float = LARGEST_OVERLAP) -> int:
-    """The largest number of components of which no two overlap by more."""
+    """Largest number of components of which no two overlap by ``largest_overlap`` or more."""
     return next(level.n_components for level in levels if level.overlap < largest_overlap)
 
 
 def _quality(latent: np.ndarray, label: np.ndarray) -> float:
-    """How good a partition is: see `OVERLAP_WEIGHT`; nats per cell."""
+    """Quality of a partition, in nats per cell; see `OVERLAP_WEIGHT`."""
     log_joint = _log_joint(latent, _mixture(latent, label))
     log_density = np.logaddexp.reduce(log_joint, axis=1)
     each = overlaps(np.exp(log_joint - log_density[:, None]))

@@ -1,4 +1,4 @@
-"""State of a training: what it changes of a model beside the weights, and what files hold of that."""
+"""State of a training: all that it changes of a model beside the weights, as a dataclass and as JSON text."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingState:
-    """What a training changes of a model beside the weights.
+    """State of a training: everything that a training changes of a model beside the weights.
 
-    A checkpoint and a saved model hold it, and whoever wants to know whether Ctrl-C ended a training asks it.
+    Checkpoints and saved models contain the state. It also tells whether Ctrl-C ended the last training.
 
     Parameters
     ----------
     n_components
-        As the model was given it: a number, a range, or None. What was found, once the mixture has been built.
+        Number of components, a range, or None, as given to the model. Once the mixture has been built, the number
+        found.
     is_trained
         Whether a stage has ended.
     history
         A row per epoch of all trainings so far; None before the first.
     component_curve
-        Overlap of the components by their number; None unless it was to be found.
+        Overlap of the components by their number; None unless the number was to be found.
     versions, version
-        Weights to choose from, and the name of those in use; none before a training has ended.
+        Versions of the weights, and the name of the version in use; none before a training has ended.
     is_interrupted
         Whether Ctrl-C ended the last training.
     """
@@ -57,11 +58,11 @@ class TrainingState:
         self.history = pd.concat([*earlier, pd.DataFrame(rows)], ignore_index=True)
 
     def forget_versions(self) -> None:
-        """Drop the versions: the weights in use are none of an earlier training any more."""
+        """Drop the versions of an earlier training: the weights in use are none of them any more."""
         self.versions, self.version = {}, None
 
     def to_json(self, n_built: int | None) -> str:
-        """As text, without the versions; ``n_built`` is the number of components that the module has."""
+        """State as JSON text, without the versions; ``n_built`` is the number of components that the module has."""
         return json.dumps(
             {
                 "history_": to_plain(self.history, "history"),
@@ -73,7 +74,7 @@ class TrainingState:
         )
 
     def update_from_json(self, text: str) -> int | None:
-        """Take over what `to_json` wrote; return the number of components that the module had."""
+        """Restore the state that `to_json` wrote; return the number of components that the module had."""
         saved = {name: from_plain(value) for name, value in json.loads(text).items()}
         self.history, self.component_curve = saved["history_"], saved["component_curve_"]
         self.is_trained, self.n_components = saved["is_trained_"], saved["init_n_components"]

@@ -31,9 +31,9 @@ VERSIONS = {
 class Version(NamedTuple):
     """Weights as they were after an epoch."""
 
-    epoch: int  #: as the history counts
-    elbo: float  #: of the validation cells, in nats per cell; NaN where it is not known
-    state: State  #: on the CPU
+    epoch: int  #: number of the epoch in the history
+    elbo: float  #: ELBO of the validation cells, in nats per cell; NaN where it is not known
+    state: State  #: weights, on the CPU
 
 
 def copied(module: VAE) -> State:
@@ -42,7 +42,7 @@ def copied(module: VAE) -> State:
 
 
 def renumbered(module: VAE, versions: Mapping[str, Version], order: Tensor) -> dict[str, Version]:
-    """Versions with their components numbered anew: the first is what was ``order[0]``. The module stays as it is."""
+    """Versions with renumbered components: the new component i is the old ``order[i]``. The module stays as it is."""
     before = copied(module)
     states = {}
     for state in {id(version.state): version.state for version in versions.values()}.values():
@@ -54,7 +54,10 @@ def renumbered(module: VAE, versions: Mapping[str, Version], order: Tensor) -> d
 
 
 def packed(versions: Mapping[str, Version], in_use: str | None, state: State) -> dict[str, Any]:
-    """What a file holds of the versions; that in use, and all that share its weights, take no further room."""
+    """Versions in a form for files.
+
+    The version in use, and all that share its weights, refer to ``state`` and take no further room.
+    """
     used = versions[in_use].state if in_use in versions else None
     return {
         "in_use": in_use,
@@ -66,19 +69,21 @@ def packed(versions: Mapping[str, Version], in_use: str | None, state: State) ->
 
 
 def unpacked(saved: Mapping[str, Any] | None) -> tuple[dict[str, Version], str | None]:
-    """Versions of a file, and the name of that in use; none for files that were written before there were any."""
+    """Versions in a file, and the name of the version in use; none for files from before there were versions."""
     if saved is None:
         return {}, None
     return {name: Version(**version) for name, version in saved["versions"].items()}, saved["in_use"]
 
 
 class KeepBest(Callback):
-    """Keep the weights of the best validation ELBO, and those that were the best when the patience first ran out.
+    """Lightning callback that keeps the weights of the best validation ELBO, and those of early stopping.
+
+    The weights of early stopping are those that were the best when the patience first ran out.
 
     Parameters
     ----------
     patience
-        Number of epochs without a better one.
+        Number of epochs without a better validation ELBO.
     """
 
     monitor = "elbo_validation"
@@ -105,7 +110,7 @@ class KeepBest(Callback):
             module.load_state_dict(self.weights)
 
     def versions(self, elbo_of_epoch: Mapping[int, float]) -> dict[str, Version]:
-        """``"best"`` and ``"early_stop"``, as far as there are such."""
+        """Versions ``"best"`` and ``"early_stop"``, as far as they exist."""
         if self.weights is None:
             return {}
         best = self.best, self.epoch, self.weights

@@ -1,4 +1,4 @@
-"""Real counts that scanpy ships, simulated cells with known truth, and published data that are downloaded once."""
+"""Data sets: real counts that scanpy ships, simulated cells with known truth, and published data to download."""
 
 from scvae_tools.datasets._pbmc import pbmc68k_reduced
 from scvae_tools.datasets._published import mouse_brain_20k

@@ -1,4 +1,4 @@
-"""Published counts: a file found or downloaded, checked, and read through scanpy. One declaration a file."""
+"""Published counts: a file is found or downloaded, checked, and read through scanpy. Each file has a declaration."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Published:
     loader: str  #: the function of `scvae_tools.datasets` that reads it
     file_name: str
     url: str
-    md5: str  #: as others published it; see where it is declared what that is worth
+    md5: str  #: as published by others; the comment at the declaration tells how reliable it is
     genome: str  #: name of the group
     shape: tuple[int, int]  #: (n_cells, n_genes)
-    stand_in: str  #: what to call where the file cannot be had
+    stand_in: str  #: function to call where the file cannot be downloaded
 
 
 # The MD5 is what TENxBrainData of Bioconductor (inst/scripts/make-metadata.R) gives as the version of this URL. It is
@@ -70,7 +70,7 @@ def mouse_brain_20k(path: str | Path | None = None, *, cache_dir: str | Path | N
     path
         The file, if it is there already. Nothing is downloaded then.
     cache_dir
-        Folder in which the file is looked for, as ``1M_neurons_neuron20k.h5``, and otherwise put;
+        Folder in which the file is looked for, as ``1M_neurons_neuron20k.h5``, and to which it is downloaded otherwise;
         ``scanpy.settings.datasetdir`` if None, which is ``./data`` unless set.
 
     Returns
@@ -154,7 +154,7 @@ def _download(published: Published, file: Path) -> None:
             source = f"The download from {published.url}"
             _check_layout(part, published, source)
             _check_md5(part, published, source)
-            _write_note(file, digest_of_file(part))  # before the file, which is then never without its own
+            _write_note(file, digest_of_file(part))  # before the file, which so is never without its note
     except (OSError, HTTPException) as error:
         raise OSError(
             f"`{published.loader}` needs {published.file_name}: found no file at {file.absolute()}, and could not "
@@ -217,7 +217,7 @@ def _write_note(file: Path, sha256: str) -> None:
 
 
 def _check_layout(file: Path, published: Published, name: str) -> None:
-    """Refuse another file before its matrix is read: that of all 1.3 million cells takes tens of GB."""
+    """Refuse another file before its matrix is read: the matrix of all 1.3 million cells takes tens of GB."""
     try:
         with h5py.File(file, "r") as content:
             if published.genome not in content:

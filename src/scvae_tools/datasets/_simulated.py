@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from scvae_tools.likelihoods import Head, Likelihood
 
 # Cells times genes drawn at once: 64 MB for each float32 tensor. Not smaller: glibc keeps arrays below 32 MB in its
-# heap, which the sparse chunks between them keep from shrinking: 20,000 × 27,998 took 7 GB by 16 MB, 1 GB by 64 MB.
+# heap, and the sparse chunks between them keep the heap from shrinking. 20,000 × 27,998 counts took 7 GB of memory with
+# tensors of 16 MB, and 1 GB with 64 MB.
 CHUNK_ENTRIES = 2**24
 
 
@@ -155,8 +156,8 @@ def mouse_brain_20k_like(n_cells: int = 20_000, *, random_state: int = 0) -> ad.
 
     Ten equally large components and negative binomial counts of 27,998 genes. At any number of cells 92.8 % of them are
     zeros (92.6 to 93.0 % over seeds), and the median cell has about 4,500 counts. Meant for measuring time and memory
-    where the file cannot be had; how well the components are told apart says nothing about the real cells. All 20,000
-    take about a minute and 1.2 GB.
+    where the file cannot be downloaded; how well the components are told apart says nothing about the real cells. All
+    20,000 cells take about a minute and 1.2 GB.
 
     Parameters
     ----------
@@ -307,7 +308,7 @@ def _component_log_means(
 
 
 def _head_values(heads: Sequence[Head], n_genes: int, **known: float | np.ndarray) -> dict[str, np.ndarray]:
-    """Value for every gene, (n_genes,), of every head but the rate; a head not known here starts at its initial one."""
+    """Value for every gene, (n_genes,), of every head but the rate; its initial one where it is not ``known``."""
     return {
         head.name: np.broadcast_to(known.get(head.name, head.initial), (n_genes,)).astype(np.float64)
         for head in heads
@@ -342,7 +343,7 @@ def _draw(
     Parameters
     ----------
     law
-        What to draw from.
+        Likelihood to draw from.
     log_profiles
         Log of λ over the size factor, (n_profiles, n_genes).
     profile

@@ -1,4 +1,4 @@
-"""Every p(x | z): one declaration per likelihood, and the table that names them.
+"""Likelihoods p(x | z): one declaration for each, and the table of their names.
 
 A likelihood declares the heads that the decoder must emit and, in terms of them, log p(0), log p(x) for x > 0, mean,
 variance and a sampler. Everything else (decoder, bound, model, plots, tests, documentation) reads the declaration, so
@@ -10,8 +10,8 @@ classes that share their formulas share a file.
 All parameters live in log space: ``log_rate`` is log λ with the size factor included, ``log_r`` the log of the inverse
 dispersion r, ``gate`` the logit of the probability of an excess zero. No formula contains an ``eps``.
 
-Most are probabilities of counts. What else a likelihood is of, it declares as ``measures``: whether a count is above 0,
-or, as a density, a number on the real line. Bounds of different kinds cannot be compared.
+Most likelihoods are probabilities of counts. Others declare as ``measures`` that they are probabilities of whether a
+count is above 0, or densities of a number on the real line. Bounds of different kinds cannot be compared.
 """
 
 from __future__ import annotations

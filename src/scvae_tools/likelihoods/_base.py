@@ -1,4 +1,4 @@
-"""What a likelihood declares: its heads, and its formulas in terms of them."""
+"""Declaration of a likelihood: heads and formulas."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """One number that a likelihood needs for every cell and gene.
+    """Parameter that a likelihood needs for every cell and gene.
 
     Parameters
     ----------
     name
-        Key under which the formulas find it.
+        Key of the parameter in the formulas.
     meaning
-        What it is, for documentation and error messages.
+        Description of the parameter, for documentation and error messages.
     is_dispersion
-        Whether it may be shared by all cells (``dispersion="gene"`` or ``"gene-batch"``) instead of decoded.
+        Whether the parameter may be shared by all cells (``dispersion="gene"`` or ``"gene-batch"``) instead of decoded.
     initial
-        Value at which its bias starts. The rate's bias starts at the log mean of each gene instead.
+        Value at which its bias starts. The bias of the rate starts at the log mean of each gene instead.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Likelihood(ABC):
 
     heads: ClassVar[tuple[Head, ...]] | tuple[Head, ...]
     formula: str  #: log p(x) in the symbols of the documentation
-    #: What p(x) is of: ``"counts"``, or ``"detection"`` (whether x > 0), each a probability, or a ``"density"`` of x.
+    #: Kind of p(x): a probability of ``"counts"`` or of ``"detection"`` (whether x > 0), or a ``"density"`` of x.
     measures: str = "counts"
     #: Whether the rates of a cell add up to its size factor: λ = size · softmax(f) over all genes, not size · exp(f).
     normalizes_rates: bool = False
@@ -66,7 +66,7 @@ class Likelihood(ABC):
         return self.measures == "density"
 
     def observed(self, counts: csr_matrix) -> csr_matrix:
-        """What p(x) is of: the counts, or whether they are above 0."""
+        """Values whose probability p(x) is: the counts, or whether they are above 0."""
         return counts.sign() if self.measures == "detection" else counts
 
     def start(self, mean: Tensor) -> Params:
@@ -121,11 +121,11 @@ class Likelihood(ABC):
         return differentiate(lambda heads: self.log_kernel(x, heads), params)
 
     def kernel_constants(self, x: Tensor, shared: Params) -> Params:
-        """What the kernel needs of x and the heads that all rows share, under names of its own.
+        """Terms of the kernel that depend only on x and the heads that all rows share, by names that no head has.
 
-        A batch holds each x once, but the components of a mixture and the samples of a cell repeat it: this part is
-        computed once, and passed with the parameters to the two methods above. To be declared together with
-        `differentiate_kernel`, which then has to know the derivatives of this part.
+        A batch holds each x once, but the components of a mixture and the samples of a cell repeat it. These terms are
+        computed once, and passed with the parameters to `log_kernel` and `differentiate_kernel`. A likelihood that
+        declares them must declare `differentiate_kernel` too, with the derivatives of these terms.
         """
         return {}
 

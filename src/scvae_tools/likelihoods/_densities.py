@@ -1,4 +1,4 @@
-"""Densities: x as a number on the real line, instead of a count."""
+"""Densities of x as a number on the real line instead of a count: Gaussian, log-normal and Lomax."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Gaussian(Likelihood):
     support = constraints.real
 
     def start(self, mean: Tensor) -> Params:
-        """At the standard deviation of a geometric distribution of this mean."""
+        """Start at the standard deviation of a geometric distribution of this mean."""
         return {"log_sigma": 0.5 * (mean.log() + torch.log1p(mean))}
 
     def log_prob_zero(self, params: Params) -> Tensor:
@@ -56,11 +56,11 @@ class Gaussian(Likelihood):
         return center + log_sigma.exp() * noise
 
     def _scaled(self, x: Tensor) -> Tensor:
-        """What is normally distributed."""
+        """Value that is normally distributed, of x."""
         return x
 
     def _center(self, log_rate: Tensor) -> Tensor:
-        """Its mean."""
+        """Mean of the value that is normally distributed."""
         return log_rate.exp()
 
     def _slope(self, log_rate: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Gaussian(Likelihood):
 class LogNormal(Gaussian):
     """Density of x where log(x + 1) is normal with mean log(λ + 1) = softplus(ℓ) and standard deviation σ.
 
-    The median of x is λ. Unlike that of the original scVAE, which is of log x, it is finite at x = 0.
+    The median of x is λ. The density is finite at x = 0, unlike the one of log x in the original scVAE.
     """
 
     heads = (RATE, Head("log_sigma", "log of the standard deviation σ of log(x + 1)", is_dispersion=True))
@@ -92,7 +92,7 @@ class LogNormal(Gaussian):
     support = constraints.greater_than(-1)
 
     def start(self, mean: Tensor) -> Params:
-        """At about the standard deviation of log(x + 1) of a geometric distribution of this mean."""
+        """Start at about the standard deviation of log(x + 1) of a geometric distribution of this mean."""
         return {"log_sigma": -0.5 * torch.log1p(1 / mean)}
 
     def log_base_measure(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A likelihood with its parameters, as torch and scvi-tools know distributions."""
+"""Distribution of torch made of a likelihood and its parameters, as scvi-tools uses distributions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CountDistribution(Distribution):
     Parameters
     ----------
     likelihood
-        The declaration.
+        Declaration of the likelihood.
     params
         Head name to tensor; broadcastable, (..., n_cells, n_genes).
     scale

@@ -1,4 +1,4 @@
-"""Small counts with a probability each, around any likelihood of counts."""
+"""Piecewise categorical likelihood: small counts have a probability each, larger ones follow another likelihood."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PiecewiseCategorical(Likelihood):
     """Counts below ``k_max`` each with a probability of its own, and from there on ``k_max`` plus a count of a base.
 
     With c = min(x, k_max): log p(x) = log π_c + [x ≥ k_max] log f(x − k_max), as in the original scVAE. ``log_rate`` is
-    that of the base, of x − k_max where x ≥ k_max; λ is the mean of x, but for excess zeros of the base. Estimated
+    the one of the base, for x − k_max where x ≥ k_max; λ is the mean of x, but for excess zeros of the base. Estimated
     counts below ``k_max`` are rounded down.
 
     Parameters
@@ -39,9 +39,12 @@ class PiecewiseCategorical(Likelihood):
         self.formula = f"log π_min(x, {k_max}) + [x ≥ {k_max}] · [{base.formula}] at x − {k_max}"
 
     def start(self, mean: Tensor) -> Params:
-        """At the geometric distribution of this mean: what it has above ``k_max`` is again one of this mean."""
-        log_more = -torch.log1p(1 / mean)  # of another one above each, (g,)
-        log_end = -torch.log1p(mean)
+        """Start at the geometric distribution of this mean.
+
+        Its counts from ``k_max`` on, less ``k_max``, have the same distribution, at which the base starts.
+        """
+        log_more = -torch.log1p(1 / mean)  # log p(x > c | x ≥ c), the same for every c, (g,)
+        log_end = -torch.log1p(mean)  # log p(x = c | x ≥ c)
         logits = {head.name: log_end + (c - self.k_max) * log_more for c, head in enumerate(self.categories)}
         return self.base.start(mean) | logits
 
@@ -112,12 +115,12 @@ class PiecewiseCategorical(Likelihood):
         return (x - self.k_max).clamp(min=0)
 
     def _log_sum(self, params: Params) -> Tensor:
-        """Log of the sum over the categories of e^logit; that of the last one is 1."""
+        """Log of the sum of e^logit over the categories; the last one has e^logit = 1."""
         logits = [params[head.name] for head in self.categories]
         return reduce(torch.logaddexp, logits, torch.zeros_like(logits[0]))
 
     def _log_weight(self, x: Tensor, base: Tensor, params: Params) -> Tensor:
-        """Logit of the category of x or, of the last one, what the base has."""
+        """Logit of the category of x; for the last category, the value of the base."""
         count, result = x.floor(), base
         for c, head in enumerate(self.categories):
             result = torch.where(count == c, params[head.name], result)

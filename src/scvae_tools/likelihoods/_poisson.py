@@ -1,4 +1,4 @@
-"""The Poisson distribution, with rates that add up to the size of the cell, and of whether a count is above 0."""
+"""Poisson likelihoods: of counts, with rates that add up to the size factor, and of whether a count is above 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scvae_tools.likelihoods._base import RATE, Likelihood, Params
 
 
 class Poisson(Likelihood):
-    """Poisson(λ)."""
+    """Poisson distribution with mean λ."""
 
     heads = (RATE,)
     formula = "x ℓ − e^ℓ − lgamma(x + 1)"
@@ -47,11 +47,12 @@ class ConstrainedPoisson(Poisson):
     normalizes_rates = True
 
 
-#: Below this λ, e^−λ is more exact as 1 − (1 − e^−λ); from e^`LOG_RATE_DETECTED` on, 1 − e^−λ is 1 to 60 digits.
+#: log λ at λ = log 2: below it, log(1 − e^−λ) is more exact by expm1, and above it by log1p. At log λ =
+#: `LOG_RATE_DETECTED` and above, 1 − e^−λ is 1 to 60 digits.
 LOG_LOG_2, LOG_RATE_DETECTED = math.log(math.log(2)), 5.0
 
 
-#: Below e^this, λ is lost beside 1 in float64.
+#: log λ below which 1 + λ is 1 in float64.
 LOG_RATE_NEGLIGIBLE = -40.0
 
 

@@ -1,4 +1,4 @@
-"""Γ(x + r) / (Γ(r) r^x) of the negative binomial, in logs, and its derivative: stable in float32."""
+"""Log of Γ(x + r) / (Γ(r) r^x), a factor of the negative binomial, and its derivative: stable in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def log_rising_ratio(x: Tensor, r: Tensor) -> Tensor:
-    """Γ(x + r) / (Γ(r) r^x), in logs, accurate in float32 for every r > 0 and x ≥ 0.
+    """Log of Γ(x + r) / (Γ(r) r^x), accurate in float32 for every r > 0 and x ≥ 0.
 
     The difference of two ``lgamma`` cancels for large r: in float32 it is wrong by 0.015 nats at r = e^10 and by 72 at
     e^18. Here both are first shifted up by six, Γ(t) = Γ(t + 6) / (t (t + 1) ⋯ (t + 5)), and the difference of the two
@@ -31,16 +31,16 @@ def log_rising_ratio(x: Tensor, r: Tensor) -> Tensor:
     for step in range(2, 6):
         steps = steps * (1 + x / (r + step))
     ratio = series + x * torch.log1p(6 / r) - torch.log1p(x / r) - torch.log(steps)
-    return torch.where(x == 1, 0.0, ratio)  # exactly, as more than half of the counts are
+    return torch.where(x == 1, 0.0, ratio)  # exact, as more than half of the counts above 0 are 1
 
 
 def differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """`log_rising_ratio`, and its derivative by log r: r [ψ(x + r) − ψ(r)] − x with ψ the digamma function.
 
-    Both are exactly 0 at x = 1, as more than half of the counts are; there nothing is computed.
+    Both are exactly 0 at x = 1, where nothing is computed: more than half of the counts above 0 are 1.
     """
     is_one = x == 1
-    if x.ndim != 1 or x.device.type != "cpu":  # another device would have to be waited for
+    if x.ndim != 1 or x.device.type != "cpu":  # on another device, selecting the others would wait
         parts = _differentiate_log_rising_ratio(x, r.expand_as(x))
         value, by_log_r = (torch.where(is_one, 0.0, part) for part in parts)
         return value, by_log_r
@@ -51,14 +51,14 @@ def differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor
 
 
 def _differentiate_log_rising_ratio(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for any x.
+    """Value and derivative of `differentiate_log_rising_ratio` for any x, without the shortcut at x = 1.
 
     ψ is shifted up by six too, ψ(t) = ψ(t + 6) − Σ_j 1/(t + j), and the two series, of ψ(t) = log t − 1/(2t) + c'(t),
     are subtracted term by term:
 
         ψ(x + r) − ψ(r) = log1p(x/s) + h(s) − h(s + x) + Σ_j x / ((r + j)(x + r + j)),    h(t) = 1/(2t) − c'(t).
 
-    What is needed at both ends, s and s + x, or for every step j, is computed for all of them in one operation.
+    The terms at both ends, s and s + x, are computed in one operation, and so are the terms of all steps j.
     """
     ends = torch.stack([r, r + x]).add_(6)  # s and s + x
     inverse = ends.reciprocal()

@@ -1,4 +1,4 @@
-"""Excess zeros around any likelihood of counts."""
+"""Zero-inflated likelihood: excess zeros added to any likelihood of counts."""
 
 from __future__ import annotations
 

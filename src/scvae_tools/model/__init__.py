@@ -1,4 +1,4 @@
-"""`SCVAE`, the model class: a wiring of the rooms below to scvi-tools, and all that a trained model can be asked."""
+"""`SCVAE`, the model class: arguments and data in, training, and methods of a trained model. One file for each part."""
 
 from __future__ import annotations
 

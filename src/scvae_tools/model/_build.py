@@ -1,4 +1,4 @@
-"""Building of a model on a private AnnData, for the tools."""
+"""Construction of a model on a private AnnData, for the tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells shown to a model: its own in batches, and others, checked, for as long as they are needed."""
+"""Cells that a model reads: its own cells in batches, and other cells, checked and shown to it for a while."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class CellsMixin(SetupMixin):
-    """Cells that `SCVAE` reads."""
+    """Reading of cells by `SCVAE`."""
 
     _data_loader_cls = CountLoader
 
@@ -145,7 +145,7 @@ class CellsMixin(SetupMixin):
 
     @contextmanager
     def shown(self, cells: OtherCells) -> Iterator[AnnData]:
-        """Let the model read other cells inside, and forget them: it would keep them alive, or even adopt them.
+        """Context in which the model can read other cells; it forgets them afterwards, and does not keep them alive.
 
         Yields
         ------
@@ -164,7 +164,7 @@ class CellsMixin(SetupMixin):
 
 @dataclass(frozen=True)
 class OtherCells:
-    """Cells that are not those of a model, with its genes, checked.
+    """Checked cells that are not the model's own, with its genes.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Results that are put together from chunks of cells, without a second copy of them at any time."""
+"""Results that are filled chunk by chunk, without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class FilledRows:
-    """A result that is filled with the rows of one batch of cells after the other.
+    """Array that is filled with the rows of one batch of cells after the other.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class FilledRows:
         return self.parts[-1], 0
 
     def result(self) -> Any:
-        """All rows; those that never came, because a loader dropped its last batch, are cut off."""
+        """All rows; rows that never came, because a loader dropped its last batch, are cut off."""
         if self.array is None:
             return np.concatenate(self.parts, axis=-2)
         is_short = self.is_own and self.n_filled < self.shape[-2]
@@ -55,6 +55,7 @@ def _check_out(out: Any, shape: tuple[int | None, ...]) -> None:
 
 
 def check_overall(n_samples_overall: int | None, n_samples: int, out: Any, n_cells: int | None) -> None:
+    """Check the arguments that go with a number of draws from all cells together."""
     if n_samples_overall is None:
         return
     if n_samples != 1:

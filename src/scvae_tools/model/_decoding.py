@@ -1,4 +1,4 @@
-"""How a trained model decodes: draws of z, a part of the cells and genes at a time, in memory of a stated size.
+"""Decoding of draws of z, a part of the cells and genes at a time, in memory of a stated size.
 
 Methods of `SCVAE`, for those in ``_expression.py`` and ``_sampling.py``.
 """
@@ -35,7 +35,7 @@ LARGEST_CHUNK = 4096
 
 
 class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
-    """What the methods of `SCVAE` that decode genes have in common."""
+    """Decoding by `SCVAE`, for its methods of expression and sampling."""
 
     # -- what fits into memory ---------------------------------------------------------------------------------------
 
@@ -51,14 +51,14 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
         return 4 * len(self.var_names) * (len(self.module.likelihood.heads) + memory.DRAWN_NUMBERS)
 
     def _cells_at_once(self, adata: AnnData, bytes_per_cell: int) -> int:
-        """Number of cells that take `CHUNK_BYTES` when they are encoded, and then so much each."""
+        """Number of cells that fit into `CHUNK_BYTES` when they are encoded and then take ``bytes_per_cell`` each."""
         matrix = self.get_anndata_manager(adata, required=True).get_from_registry(REGISTRY_KEYS.X_KEY)
         n_stored = matrix.nnz if sparse.issparse(matrix) else adata.n_obs * adata.n_vars
         bytes_per_cell += memory.ENCODED_BYTES * n_stored / max(1, adata.n_obs)
         return int(np.clip(memory.CHUNK_BYTES // bytes_per_cell, 1, LARGEST_CHUNK))
 
     def _n_cells(self, adata: AnnData | None, indices: Sequence[int] | None, dataloader: Iterable | None) -> int | None:
-        """Number of cells of the result; None if it shows only when the batches are through."""
+        """Number of cells of the result; None if it is not known before all batches are read."""
         if dataloader is None:
             return len(cell_positions(indices, self._validate_anndata(adata).n_obs))
         known = getattr(dataloader, "indices", None)  # loaders of the model, and of scvi-tools
@@ -87,7 +87,7 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
         return parts(len(codes), self._n_genes(genes), self._decoded_bytes(codes.n_draws))
 
     def _decode(self, codes: Codes, genes: Tensor | None, cells: slice, part: slice) -> CountDistribution:
-        """p(x|z) of some of the cells and, of all or the given genes, of some."""
+        """p(x|z) of a part of the cells, and of a part of all genes or of the given ones."""
         if genes is not None:
             genes = genes[part]
         elif part != slice(0, len(self.var_names)):
@@ -201,7 +201,7 @@ class DecodedPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Codes:
-    """Latent codes of some cells, and what else `VAE.decode` takes."""
+    """Latent codes of some cells, with the other arguments of `VAE.decode`."""
 
     z: Tensor  # (n, d), or (s, n, d) of several draws
     size: Tensor  # (n, 1)
@@ -216,7 +216,7 @@ class Codes:
         return len(self.z) if self.z.ndim == 3 else 1
 
     def rows(self, at: slice | Tensor) -> Codes:
-        """Those of some cells."""
+        """Codes of some of the cells."""
         return Codes(self.z[..., at, :], self.size[at], self.covariates.rows(at))
 
     def chosen(self, sample: np.ndarray, cell: np.ndarray) -> Codes:
@@ -227,7 +227,7 @@ class Codes:
 
 
 def parts(n_cells: int, n_genes: int, bytes_each: int) -> Iterator[tuple[slice, slice]]:
-    """Cells and genes that together cover all and take `CHUNK_BYTES` at most: all genes of a cell, if they do."""
+    """Slices of cells and genes that cover all, each within `CHUNK_BYTES`; with all genes of a cell if these fit."""
     genes = min(n_genes, max(1, memory.CHUNK_BYTES // bytes_each))
     cells = max(1, memory.CHUNK_BYTES // (bytes_each * genes))
     for cell in range(0, n_cells, cells):

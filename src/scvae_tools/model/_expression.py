@@ -1,4 +1,4 @@
-"""What a trained model expects: λ, expression, parameters, and how genes differ. Methods of `SCVAE`."""
+"""Expression by a trained model: λ, parameters, normalized and differential expression, correlations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCVI_PARAMETERS = {"log_rate": ("mean", "mu"), "log_r": ("dispersions", "theta")
 
 
 class ExpressionMixin(DecodingMixin):
-    """What `SCVAE` decodes, in place of the methods of scvi-tools, which hold the result twice."""
+    """Expression by `SCVAE`, in place of the methods of scvi-tools, which hold the result twice."""
 
     @torch.inference_mode()
     def iter_lambda(
@@ -382,7 +382,7 @@ class ExpressionMixin(DecodingMixin):
         dataloader: Iterable | None = None,
         **data_loader_kwargs: Any,
     ) -> np.ndarray:
-        """What scvi-tools correlates, of its shape: (n_cells, n_genes), or (n_cells, n_genes, n_samples)."""
+        """Expression that scvi-tools correlates, (n_cells, n_genes), or (n_cells, n_genes, n_samples)."""
         draws = []
         for tensors in self._batches(adata, indices, batch_size, dataloader, **data_loader_kwargs):
             codes = self._draw(tensors, n_samples, transform_batch, at_typical_size=True)
@@ -442,7 +442,7 @@ class ExpressionMixin(DecodingMixin):
 
 @dataclass(frozen=True)
 class _Decoding:
-    """What is asked of normalized expression beside the cells."""
+    """Arguments of normalized expression beside the cells."""
 
     genes: Tensor | None
     batches: list[int | None]  # codes to transform to; None for each cell's own
@@ -453,7 +453,7 @@ class _Decoding:
 
 
 def _with_gamma_noise(mean: Tensor, r: Tensor) -> Tensor:
-    """Draw from gamma distributions of that mean and variance mean² / r: the mean itself where r is infinite."""
+    """Draws from gamma distributions of the given mean and variance mean² / r; the mean where r is infinite."""
     if torch.isinf(r).all():
         return mean
     return mean * torch.distributions.Gamma(r, torch.ones_like(r)).sample() / r

@@ -1,4 +1,4 @@
-"""What a trained model infers of cells: bounds, latent codes, components. Methods of `SCVAE`."""
+"""Inference with a trained model: bounds, latent codes and components of cells, prior, loadings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class InferenceMixin(ExpressionMixin, SamplingMixin):
-    """What `SCVAE` infers of cells, in place of the methods of scvi-tools, which know one Gaussian prior only."""
+    """Inference with `SCVAE`, in place of the methods of scvi-tools, which know one Gaussian prior only."""
 
     @torch.inference_mode()
     def get_elbo_terms(
@@ -97,7 +97,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
     def get_kl_by_dimension(
         self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
     ) -> np.ndarray:
-        """KL of the latent dimensions one by one: which of them the model uses.
+        """KL divergence of each latent dimension, which tells which of them the model uses.
 
         Parameters
         ----------
@@ -222,7 +222,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         return {"weights": weights, "means": means.copy(), "covariances": covariances.copy()}
 
     def get_loadings(self) -> pd.DataFrame:
-        """What each latent dimension does to each gene, where the decoder is linear.
+        """Effect of each latent dimension on each gene, where the decoder is linear.
 
         Returns
         -------

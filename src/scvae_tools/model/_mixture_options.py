@@ -1,4 +1,4 @@
-"""Arguments of `SCVAE` that are about its mixture: checked against each other and the labels, and made the module's."""
+"""Arguments of `SCVAE` about its mixture and labels: checked, and made arguments of the module."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def mixture_options(
         number = len(labels)
     if not isinstance(weights, str):
         weights = _check_weights(weights, number)
+    # Component i is that of label i; codes of cells without a label stand for none, −1.
     code_of = {label: code for code, label in enumerate(labels)}
     codes = [code_of.get(label, -1) for label in label_categories] if labels else None
     return {
@@ -81,7 +82,7 @@ def mixture_options(
 
 
 def _check_n_components(n_components: object) -> bool:
-    """Whether it is a range; raise a ValueError if it is neither that, a number, nor None."""
+    """Whether ``n_components`` is a range; raise a ValueError if it is neither a range, a number, nor None."""
     is_range = isinstance(n_components, tuple | list)
     numbers = list(n_components) if is_range else [] if n_components is None else [n_components]
     if (

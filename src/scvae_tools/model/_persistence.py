@@ -1,4 +1,4 @@
-"""How a model outlives its data: minified data, saving and loading, mapping of new data. Methods of `SCVAE`."""
+"""Saving and loading of a model, its versions, minified data, and mapping of new data. Methods of `SCVAE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts that a trained model draws: for cells that it is given, and of new cells. Methods of `SCVAE`."""
+"""Sampling from a trained model: counts of given cells, of new cells, and expression of components."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SampledPart(NamedTuple):
 
 
 class SamplingMixin(DecodingMixin):
-    """What `SCVAE` draws, in parts that fit into memory."""
+    """Draws from `SCVAE`, in parts that fit into memory."""
 
     @torch.inference_mode()
     def posterior_predictive_sample(
@@ -108,7 +108,7 @@ class SamplingMixin(DecodingMixin):
         return GCXS(rows.arrays(), shape=shape, compressed_axes=(0,))
 
     def _draws_at_once(self, tensors: dict[str, Any], n_samples: int) -> Iterator[tuple[int, int]]:
-        """First and number of the draws of a batch that fit into `CHUNK_BYTES`; of one cell, all mostly do."""
+        """First and number of the draws that fit into `CHUNK_BYTES` at a time; for a batch of one cell mostly all."""
         n_cells = len(tensors[REGISTRY_KEYS.BATCH_KEY])
         step = max(1, memory.CHUNK_BYTES // (n_cells * self._drawn_bytes()))
         return ((first, min(step, n_samples - first)) for first in range(0, n_samples, step))
@@ -223,7 +223,7 @@ class SamplingMixin(DecodingMixin):
         return module.at_typical_size(known)  # not at the size factor of 1, with which they are decoded
 
     def _registered(self, key: str, dtype: torch.dtype) -> Tensor | None:
-        """Column of the model's data; None if it has no such."""
+        """Registered column of the model's data; None if there is none under this key."""
         if key not in self.adata_manager.data_registry:
             return None
         # A copy: pandas hands out arrays that must not be written to, and torch takes none of these.
@@ -303,7 +303,7 @@ class SamplingMixin(DecodingMixin):
         return torch.as_tensor(positions, device=self.module.device)
 
     def _reference_rows(self, n_cells: int, batch: str | None) -> torch.Tensor:
-        """Rows of the kept size factors and covariates; those of the batch, if it has any."""
+        """Random rows of the kept size factors and covariates, of the given batch if any are."""
         known = self.module.reference_batch[:, 0]
         rows = torch.arange(len(known), device=known.device)
         if batch is not None and (known == self._batch_code(batch)).any():

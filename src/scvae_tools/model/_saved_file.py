@@ -1,4 +1,4 @@
-"""The file of a saved model: tensors and plain values, in a form that cannot execute code when it is read."""
+"""File of a saved model: what it holds, and how it is written and read without running code that is in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADATA_FILE = "adata.h5ad"
 
 
 class Saved(NamedTuple):
-    """What a saved model holds."""
+    """Content of a saved model: weights, attributes (arguments, registry, history, split), gene names, versions."""
 
     state: dict[str, torch.Tensor]
     attributes: dict[str, Any]
@@ -60,7 +60,7 @@ def write_saved(
 
 
 def read_saved(path: Path) -> Saved:
-    """Parts of a saved model, with ``torch.load(weights_only=True)``.
+    """Read a saved model, with ``torch.load(weights_only=True)``.
 
     Raises
     ------

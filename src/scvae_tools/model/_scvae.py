@@ -1,4 +1,4 @@
-"""SCVAE, the model class: its arguments become a module, and its parts come from the other files of this folder."""
+"""SCVAE, the model class: its arguments, the module that they make, and its components."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class SCVAE(TrainingMixin, PersistenceMixin):
         return Sizes(stats.n_vars, stats.n_batch, n_categories, stats.get("n_extra_continuous_covs", 0))
 
     def _set_reference(self) -> None:
-        """Show the module the data's scale: gene means, size factors, covariates."""
+        """Start the module at the scale of the data: gene means, size factors, covariates."""
         counts = self.counts_of_model()
         total = np.asarray(counts.sum(1), dtype=np.float64).ravel()
         manager, registered = self.adata_manager, self.adata_manager.data_registry
@@ -235,7 +235,7 @@ class SCVAE(TrainingMixin, PersistenceMixin):
 
     @property
     def history_(self) -> pd.DataFrame | None:
-        """See `history`."""
+        """History of the trainings; see `history`."""
         return self._state.history
 
     @history_.setter

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SetupMixin(BaseMinifiedModeModelClass):
-    """Set-up of `SCVAE`, and what it was set up with.
+    """Set-up of `SCVAE`: `setup_anndata`, and the same checks for data that are shown later.
 
     All parts of the model share ``module``, its networks, and ``_state``, what a training changes beside their weights.
     """
@@ -221,7 +221,7 @@ class SetupMixin(BaseMinifiedModeModelClass):
 
 
 def _field_of(role: Role, keys: str | list[str] | None) -> BaseAnnDataField:
-    """How scvi-tools registers the columns of a role."""
+    """Field by which scvi-tools registers the columns of a role."""
     if role.takes_several:
         kind = CategoricalJointObsField if role.is_categorical else NumericalJointObsField
         return kind(role.registry_key, keys)

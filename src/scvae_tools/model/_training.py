@@ -158,9 +158,10 @@ class TrainingMixin(InferenceMixin):
         """
         arguments = dict(locals())
         self._require_data_to_train()
-        check_training_arguments(max_epochs, batch_size, train_size, lr)
+        max_epochs, batch_size = check_training_arguments(max_epochs, batch_size, train_size, lr)
+        n_warm_up_epochs = check_whole("n_warm_up_epochs", n_warm_up_epochs, least=0, or_none=True)
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
-        _check_objective(objective, n_warm_up_epochs, self.module)
+        _check_objective(objective, self.module)
         _check_precision(trainer_options.get("precision"))
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
@@ -239,7 +240,7 @@ class TrainingMixin(InferenceMixin):
             raise
 
     def _split(self, train_size: float, validation_indices: Sequence[int] | None) -> None:
-        """Divide the cells, and check that all that starts from the training cells has some."""
+        """Divide the cells, and check that there are training cells for all components and labels."""
         component = self._components_of_labels() if self._starts_from_labels else None
         split = split_cells(self.adata.n_obs, train_size, validation_indices, component)
         if (self.n_components or 1) > len(split.train):
@@ -322,7 +323,7 @@ class TrainingMixin(InferenceMixin):
             checkpoint.finish(self.module, state)
 
     def _run_stage(self, index: int, stage: Stage, loaders: tuple, settings: Settings) -> dict[str, Version]:
-        """Run a stage and note what came of it; the versions of the weights that it leaves."""
+        """Run a stage and note its epochs; return the versions of the weights that it leaves."""
         checkpoint, n_before = settings.checkpoint, self._state.n_epochs
         if checkpoint is not None:
             checkpoint.begin_stage(index, self.module, self._state)
@@ -338,7 +339,7 @@ class TrainingMixin(InferenceMixin):
         return versions
 
     def _resume(self, stages: list[Stage], settings: Settings) -> int:
-        """Go to the beginning of the stage in which the checkpoint was written; which it is."""
+        """Go to the beginning of the stage in which the checkpoint was written; return its number."""
         first = settings.checkpoint.resume(self.module, self._state)
         self._note_n_components()
         if first > 0:  # the weights are those of a finished stage, and no version of an earlier training
@@ -415,18 +416,18 @@ class TrainingMixin(InferenceMixin):
         self.module.permute_components(order)
 
 
-def check_training_arguments(max_epochs: int | None, batch_size: int, train_size: float, lr: float) -> None:
-    """Check the arguments of `SCVAE.train` that every training has."""
-    check_whole("max_epochs", max_epochs, or_none=True)
-    check_whole("batch_size", batch_size)
+def check_training_arguments(
+    max_epochs: int | None, batch_size: int, train_size: float, lr: float
+) -> tuple[int | None, int]:
+    """Check the arguments of `SCVAE.train` that every training has; return the numbers of epochs and cells."""
     check_share("train_size", train_size)
     check_number("lr", lr, above=0)
+    return check_whole("max_epochs", max_epochs, or_none=True), check_whole("batch_size", batch_size)
 
 
-def _check_objective(objective: Objective, n_warm_up_epochs: int | None, module: VAE) -> None:
+def _check_objective(objective: Objective, module: VAE) -> None:
     check_whole("n_samples", objective.n_samples)
     check_whole("n_importance_samples", objective.n_importance_samples)
-    check_whole("n_warm_up_epochs", n_warm_up_epochs, least=0, or_none=True)
     weights = {name: getattr(objective, name) for name in ("kl_weight", "free_nats_y", "free_nats_z")}
     for name, value in weights.items():
         check_number(name, value, least=0)

@@ -1,4 +1,4 @@
-"""Plots of what `scvae_tools.tl` stored in an AnnData, or of a model's history; they store no results.
+"""Plots of results that `scvae_tools.tl` stored in an AnnData, or of a model's history; they store no results.
 
 Every function returns its Axes (an array of them where there may be several panels), shows nothing unless asked
 (``show=True``) and draws on given Axes (``ax=`` or ``axes=``), so that a figure can be composed and changed afterwards.

@@ -1,4 +1,4 @@
-"""Cells between components."""
+"""Plot of the cells between components."""
 
 from __future__ import annotations
 

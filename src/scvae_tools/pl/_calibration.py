@@ -1,4 +1,4 @@
-"""Probabilities against labels."""
+"""Plot of the calibration of component probabilities against known labels."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def calibration(
 ) -> Axes:
     """Plot how often the most probable component is right about known labels, by its probability.
 
-    A component stands for the label that most of its cells have. On the diagonal the probabilities are what they say;
-    below it the mixture is too sure. The area of a point is proportional to the number of its cells. The title has the
-    expected calibration error, the mean over cells of the distance from the diagonal [Guo17]_.
+    A component stands for the label that most of its cells have. On the diagonal the probabilities are the shares of
+    cells that are right; below it they are too high. The area of a point is proportional to the number of its cells.
+    The title has the expected calibration error, the mean over cells of the distance from the diagonal [Guo17]_.
 
     Parameters
     ----------

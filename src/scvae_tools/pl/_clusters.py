@@ -1,4 +1,4 @@
-"""Cells by component."""
+"""Plot of the cells by component."""
 
 from __future__ import annotations
 

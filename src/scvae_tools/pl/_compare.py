@@ -1,4 +1,4 @@
-"""Models compared: a bound by likelihood, mixture, or any other argument, and by the sizes of the networks."""
+"""Plot of compared models: a score by likelihood, mixture or any other argument, and by the sizes of the networks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UNITS = {
     "importance_weighted_test": "importance-weighted bound\nof test cells (nats per cell)",
 }
 MARKERS = "osD^vP<X>"
-MEAN_WIDTH = 0.7  # of the room of one colour
+MEAN_WIDTH = 0.7  # as a share of the room of one colour
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""The number of components, and why."""
+"""Plot of the search for the number of components."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _draw_overlap(ax: Axes, curve: DataFrame) -> None:
     number, overlap = curve["n_components"].to_numpy(), curve["overlap"].to_numpy(dtype=float)
     ax.plot(number, overlap, color=LINE, lw=1.6, marker="o", ms=4, label="overlap")
     ax.axhline(LARGEST_OVERLAP, color=TEXT, lw=1, ls=(0, (4, 3)), label="threshold")
-    # The line rises through the threshold near the number chosen: the name is where it does not.
+    # The line crosses the threshold near the number chosen: the name is put at the end where it does not.
     is_free_left = np.nanmax(overlap[: -(-len(overlap) // 3)], initial=0) < LARGEST_OVERLAP
     ax.annotate(
         f"threshold {LARGEST_OVERLAP:g}",
@@ -133,7 +133,7 @@ def _draw_shares(ax: Axes, curve: DataFrame) -> None:
     right.set_ylabel("share of runs", color="0.5")
     right.tick_params(axis="y", colors="0.5")
     right.spines[["top", "left", "right"]].set_visible(False)
-    # The axis made last is drawn on top, unless it is told otherwise; its bars would then be under an opaque patch.
+    # The axis made last is drawn on top by default. With `ax` on top, its opaque patch would hide the bars.
     ax.set_zorder(right.get_zorder() + 1)
     ax.patch.set_visible(False)
 

@@ -1,4 +1,4 @@
-"""Components against labels."""
+"""Plot of components against labels."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def confusion(
     """Plot how many cells each component shares with each known label.
 
     Components and labels are matched one to one so that as many cells as possible are on the diagonal [Kuhn55]_; the
-    matched ones come first, in the order of the components, and then those that are left over, each side by the one
-    that it has most cells of. The title has the adjusted Rand index, 1 for identical partitions and 0 on average for
-    random ones [Hubert85]_.
+    matched ones come first, in the order of the components. Components and labels without a match follow, in the order
+    of the label or component with which they share most cells. The title has the adjusted Rand index, 1 for identical
+    partitions and 0 on average for random ones [Hubert85]_.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class _Table(NamedTuple):
     counts: pd.DataFrame  # cells, components x labels
     rand_index: float
     left_out: int  # cells
-    lacking: str  # what these have not
+    lacking: str  # what the cells left out lack
 
 
 def _component_of_cells(adata: AnnData, key: str) -> pd.Categorical:
@@ -157,7 +157,7 @@ def _count(component: pd.Categorical, label: pd.Categorical) -> _Table:
 
 
 def _matched_order(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order of rows and of columns, without empty ones, that makes the diagonal as heavy as can be."""
+    """Return the order of rows and of columns, without empty ones, with as many cells as possible on the diagonal."""
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(counts, maximize=True)
@@ -167,7 +167,7 @@ def _matched_order(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_others(matched: np.ndarray, partners: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Append the rows that have no partner, but cells: by the place of the partner that they have most cells of."""
+    """Append the rows with cells but no partner, sorted by the place of the partner that they share most cells with."""
     others = np.setdiff1d(np.flatnonzero(counts.any(1)), matched)
     nearest = counts[np.ix_(others, partners)].argmax(1)
     return np.r_[matched, others[np.argsort(nearest, kind="stable")]]

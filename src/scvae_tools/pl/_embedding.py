@@ -1,4 +1,4 @@
-"""What plots of cells in two dimensions share: coordinates, scanpy's options, and the names of latent axes."""
+"""Parts of plots of cells in two dimensions: coordinates, scanpy's options, and the names of latent axes."""
 
 from __future__ import annotations
 

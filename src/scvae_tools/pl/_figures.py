@@ -1,4 +1,4 @@
-"""What plots share: colours, new and given Axes, names on an axis, and errors for what is not there."""
+"""Parts of all plots: colours, new and given Axes, names on an axis, and errors for missing results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def stored_results(adata: AnnData) -> list[str]:
 
 
 def component_colours(adata: AnnData, key: str, names: list[str]) -> list[str]:
-    """Return the colours that `clusters` used or would use, by component; it alone writes them to ``uns``."""
+    """Return the colours that `clusters` used or would use, by component; only `clusters` writes them to ``uns``."""
     column = adata.obs.get(Keys(key).component)
     categories = names if column is None else categories_of(column)
     stored = list(adata.uns.get(f"{key}_colors", ()))
@@ -58,7 +58,7 @@ def component_colours(adata: AnnData, key: str, names: list[str]) -> list[str]:
 
 
 def safe_palette(n_categories: int) -> list[str] | None:
-    """Return as many colours, which colour-blind readers tell apart as far as can be; None above 102."""
+    """Return that many colours, as far as possible distinct for colour-blind readers; None above 102."""
     # scanpy's 20 are adjusted for colour blindness, unlike matplotlib's ten; for more, it takes 28 and 102 by itself.
     from scanpy.plotting.palettes import default_20, default_28, default_102
 
@@ -177,8 +177,9 @@ def write_names(
     names
         What to write, (n_names,).
     lengths
-        Of the stretches that the names stand for, in data coordinates, (n_names,): the longest is named first, and a
-        name that is much longer than its stretch is left out, unless it is turned. By default the first is named first.
+        Lengths of the stretches that the names stand for, in data coordinates, (n_names,): the longest is named first,
+        and a name that is much longer than its stretch is left out, unless it is turned. By default the first is named
+        first.
     turn
         Whether names under an x-axis may be turned, which they are if many more find room then.
     """

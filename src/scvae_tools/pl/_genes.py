@@ -1,4 +1,4 @@
-"""Counts and λ of genes on the cells."""
+"""Plot of counts and λ of genes on the cells."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: From few to many counts, from light to dark, so that cells without counts are seen and do not stand out.
 _COLOURS = ("0.87", "#a6d0e4", "#4a9cc8", "#1f5fa0", "#0b2a5b")
 ROWS = 10_000  # of a backed sparse matrix in memory at once
-_LARGEST_LIST = 3  # unknown genes for which alike ones are looked up, which takes a while
+_LARGEST_LIST = 3  # unknown genes for which similar names are looked up, which takes a while
 
 
 def genes(
@@ -144,7 +144,7 @@ def gene_positions(adata: AnnData, genes: str | Sequence[str]) -> np.ndarray:
 
 
 def _remedy_for_unknown(adata: AnnData, unknown: list[str]) -> str:
-    """Name the genes that are written most alike, whatever their case: mouse and human differ in it."""
+    """Name the genes with the most similar names, in capitals or not: mouse and human genes differ in that."""
     for column in adata.var:
         if set(map(str, unknown)) <= set(adata.var[column].astype(str)):
             return f"They are in adata.var[{column!r}]; pass the names in adata.var_names of those genes."
@@ -208,7 +208,7 @@ def refuse_genes_left_out(adata: AnnData, positions: np.ndarray, is_left_out: np
 
 def _column(adata: AnnData, position: int, layer: str | None) -> np.ndarray | None:
     """Read the values of a gene, (n_cells,) float64, and of other genes as few as the format allows."""
-    if adata.is_view and not adata.isbacked:  # whose layers are copies, of all genes
+    if adata.is_view and not adata.isbacked:  # the layers of a view are copies, of all genes
         adata, position = adata[:, position], 0
     matrix = adata.X if layer is None else adata.layers[layer]
     return None if matrix is None else _column_of_matrix(matrix, position)
@@ -217,7 +217,7 @@ def _column(adata: AnnData, position: int, layer: str | None) -> np.ndarray | No
 def _column_of_matrix(matrix: Any, position: int) -> np.ndarray:
     from anndata.abc import CSRDataset
 
-    if isinstance(matrix, CSRDataset):  # it would read itself as a whole
+    if isinstance(matrix, CSRDataset):  # taking a column of it would read the whole matrix
         starts = range(0, matrix.shape[0], ROWS)
         return np.concatenate([_column_of_matrix(matrix[start : start + ROWS], position) for start in starts])
     is_sparse = hasattr(matrix, "format")

@@ -1,4 +1,4 @@
-"""The latent dimensions that are used."""
+"""Plot of the KL of each latent dimension, and so of the dimensions in use."""
 
 from __future__ import annotations
 

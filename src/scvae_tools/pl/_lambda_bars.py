@@ -1,4 +1,4 @@
-"""True and reconstructed λ of genes."""
+"""Plot of true and reconstructed λ of genes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK = 2**22  # values of a layer on disk in memory at once
 
 
 class _Truth(NamedTuple):
-    """What λ is compared with, and what it is called."""
+    """Rates that λ is compared with, and their name."""
 
     name: str
     values: list[np.ndarray]  # of each group, (n_genes,)
@@ -165,7 +165,7 @@ def _truth(
     groups: dict[str, np.ndarray],
     positions: np.ndarray,
 ) -> _Truth:
-    """Return the true rates of each group, and what to call them."""
+    """Return the true rates of each group, and their name."""
     if true is None:
         return _known_truth(adata, groups, positions) or _mean_counts(adata, key, layer, groups, positions)
     if isinstance(true, str) and true not in adata.var and true in adata.layers:
@@ -219,7 +219,7 @@ def _mean_counts(
 
 
 def _means(adata: AnnData, layer: str | None, groups: dict[str, np.ndarray], positions: np.ndarray) -> list[np.ndarray]:
-    """Return the means over the cells of each group of some genes, (n_genes,) float64; NaN where a value is."""
+    """Return the means over the cells of each group of some genes, (n_genes,) float64; NaN where a value is NaN."""
     matrix = adata.X if layer is None else adata.layers[layer]
     totals = [np.zeros(len(positions)) for _ in groups]
     step = _rows_at_once(matrix)
@@ -312,5 +312,5 @@ def _name_groups(ax: Axes, groupby: str) -> None:
     groups = [(handle, name) for handle, name in zip(handles, names, strict=True) if name != "diagonal"]
     options = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1.01, 0.5), "handletextpad": 0.2}
     legend = ax.legend(*zip(*groups, strict=True), title=groupby, alignment="left", **options)
-    for handle in legend.legend_handles:  # colours of points as small as those of many genes are not told apart
+    for handle in legend.legend_handles:  # the colours of very small points cannot be told apart
         handle.set(sizes=[_LARGEST_POINT], alpha=1)

@@ -1,4 +1,4 @@
-"""Cells and the components of the prior in the latent space."""
+"""Plot of the cells and the components of the prior in the latent space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BASIS = "X_latent"  # of the private AnnData that is drawn
 _ELLIPSES = {1: 1.5, 2: 0.8}
 _NEUTRAL = "0.35"  # where colours mean something else than components
 _FONT_SIZE = 9  # points
-#: Where a name may be, in points from its mean: beside it, or further away with a line to it.
+#: Distances of a name from its mean, in points: beside the mean, or further away with a line to it.
 _DISTANCES = (9, 15, 22, 30, 40, 52, 66, 82, 100)
 _DIRECTIONS = np.deg2rad([45, 135, -45, -135, 0, 180, 90, -90])
 
@@ -56,9 +56,9 @@ def latent(
 
     A component p(z|y) is drawn as the cross of its mean and the ellipses of its marginal covariance in the two
     dimensions at one standard deviation (thick line) and two (thin line), with its name at the mean: of a Gaussian in
-    two dimensions, 39 % and 86 % are inside. They have its colour, or are grey where the cells are coloured by another
-    column. Components that are no cell's most probable one are left out. Without a mixture the prior is N(0, I), of
-    which the circles of radius 1 and 2 are drawn, in grey.
+    two dimensions, 39 % and 86 % are inside. The cross and the ellipses have the colour of the component, or are grey
+    where the cells are coloured by another column. Components that are no cell's most probable one are left out.
+    Without a mixture the prior is N(0, I), of which the circles of radius 1 and 2 are drawn, in grey.
 
     A point is the mean of q(z|x) of a cell, so that the cells spread less than the prior, by the variance of q(z|x);
     dimensions that the model does not use hold all cells near one point.
@@ -115,7 +115,7 @@ def latent(
 
 
 def _private_cells(adata: AnnData, key: str, dimensions: tuple[int, int]) -> AnnData:
-    """Return what scanpy needs to draw the cells, in an AnnData of its own: it writes colours into what it draws."""
+    """Return an AnnData with what is drawn of the cells; a new one, since scanpy writes colours into it."""
     from anndata import AnnData
 
     slot = Keys(key).latent
@@ -186,7 +186,7 @@ def _stored_prior(adata: AnnData, key: str, n_components: int) -> tuple[np.ndarr
 
 
 def _scale_axes(ax: Axes, dimensions: tuple[int, int]) -> None:
-    """Name the axes, and give them back the ticks that scanpy takes: z has the units of the prior."""
+    """Name the axes, and restore the ticks, which scanpy removes: z has the units of the prior."""
     from matplotlib.ticker import MaxNLocator
 
     for axis, dimension in zip((ax.xaxis, ax.yaxis), dimensions, strict=True):
@@ -195,14 +195,14 @@ def _scale_axes(ax: Axes, dimensions: tuple[int, int]) -> None:
 
 
 def _draw_components(ax: Axes, prior: _Prior, colours: list[str]) -> None:
-    """Draw means, ellipses and names, with a white edge that parts them from cells of the same colour."""
+    """Draw means, ellipses and names, with a white edge that separates them from cells of the same colour."""
     from matplotlib.patches import Ellipse
     from matplotlib.patheffects import withStroke
 
     for name, mean, covariance, colour in zip(*prior, colours, strict=True):
         width, height, angle = _axes_of_ellipse(covariance)
         for deviations, line in _ELLIPSES.items():
-            line = line if colour != _NEUTRAL else 0.6 * line  # many lines of one colour are a thicket
+            line = line if colour != _NEUTRAL else 0.6 * line  # many thick lines of one colour hide much
             edge = [withStroke(linewidth=line + 1.4, foreground="white")]
             ellipse = Ellipse(
                 mean, deviations * width, deviations * height, angle=angle, fill=False, ec=colour, lw=line, zorder=3

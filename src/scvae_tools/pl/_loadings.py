@@ -1,4 +1,4 @@
-"""Genes that the latent dimensions of a linear decoder raise and lower."""
+"""Plot of the genes that the latent dimensions of a linear decoder raise and lower."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def loadings(
     λ by its exp (:meth:`scvae_tools.SCVAE.get_loadings`). The genes that rise with the dimension are above, and those
     that fall with it below. All panels have one scale, so that the bars of a dimension that does little are short.
 
-    p(x) is the same where a dimension changes its sign and, but for a mixture with ``covariance="diag"``, where the
-    latent space is rotated: what several dimensions span is a result, a single one is a way to look at it.
+    p(x) stays the same when a dimension changes its sign and, except for a mixture with ``covariance="diag"``, when the
+    latent space is rotated. So the space that several dimensions span is a result; a single dimension is only one way
+    to look at it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Counts against counts that the model draws."""
+"""Plot of a posterior predictive check: counts against counts that the model draws."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _draw_zeros(ax: Axes, table: DataFrame) -> None:
 
 
 def _draw_variance(ax: Axes, table: DataFrame, model: str) -> None:
-    """Draw two points per gene, variance by mean in the data and in the draws; those of no count have no logarithm."""
+    """Draw two points per gene, variance by mean in the data and in the draws; points at 0 have no logarithm."""
     mean, variance = (table[[name, f"{name}_model"]].to_numpy().ravel() for name in ("mean", "variance"))
     # Gene by gene, so that neither the data nor the draws are hidden behind the others.
     colour = np.tile([_DATA, _MODEL], len(table))

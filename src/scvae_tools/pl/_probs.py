@@ -1,4 +1,4 @@
-"""The probabilities of every cell."""
+"""Plot of the component probabilities of every cell."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def probs(
 ) -> Axes:
     """Plot q(y|x), the probability of every component, of all cells side by side.
 
-    The cells are sorted by their most probable component, and within it from the surest to the least sure one. A
-    stretch of one colour is thus a component that is sure of its cells; where another colour comes in, the cells might
-    as well be of that one. Of more than 1,000 cells, neighbours of one component share a column, which is their mean,
-    so that a million cells are drawn as fast as a thousand.
+    The cells are sorted by their most probable component, and within it from the highest probability to the lowest. A
+    stretch of one colour is thus a component whose cells have a high probability; where another colour comes in, the
+    cells may belong to that component as well. Of more than 1,000 cells, neighbours of one component share a column,
+    which is their mean, so that a million cells are drawn as fast as a thousand.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def probs(
         _add_legend(ax, [(names[i], colours[i]) for i in np.unique(columns.component)])
     if is_new:
         _resize_figure(ax, size)  # around a panel that keeps its size, however long the names are
-    # What a legend or the rows name, too, is written below only where it need not be turned.
+    # Names that are in a legend or beside the rows too are written below only where they need not be turned.
     _name_stretches(ax, stretches, turn=not (by_component and (needs_legend or kind == "heatmap")))
     if is_new:
         _resize_figure(ax, size)
@@ -139,7 +139,7 @@ def _columns(probs: np.ndarray, group: np.ndarray) -> _Columns:
     edges = _edges(np.r_[starts, len(order)], most_cells=-(-len(order) // _MOST_COLUMNS))
     n_cells = np.diff(edges)
     column = np.repeat(np.arange(len(n_cells)), n_cells)
-    # Component by component: the matrix in another order would be a second one.
+    # Component by component: sorting the whole matrix would need a second one.
     sums = [np.bincount(column, weights=of_component[order]) for of_component in probs.T]
     first = order[edges[:-1]]
     return _Columns(edges, np.stack(sums, axis=1) / n_cells[:, None], component[first], group[first])
@@ -204,7 +204,7 @@ def _draw_bars(ax: Axes, columns: _Columns, names: list[str], colours: list[str]
     is_own = columns.component[:, None] == np.arange(len(names))
     own = np.where(is_own, columns.probs, np.nan)
     top = np.nansum(own, axis=1, keepdims=True) + np.where(is_own, 0, columns.probs).cumsum(1)
-    # From the top down, each over the one above it and from 0: no light shines through between neighbours.
+    # From the top down, each from 0 and over the one above it, so that no gap is seen between neighbours.
     for component in reversed(range(len(names))):
         others = np.where(is_own[:, component], np.nan, top[:, component])
         ax.stairs(others, columns.edges, fill=True, color=colours[component])
@@ -220,7 +220,7 @@ def _draw_heatmap(ax: Axes, columns: _Columns, names: list[str]) -> None:
     image = ax.pcolormesh(columns.edges, rows, columns.probs.T, cmap="Blues", vmin=0, vmax=1, rasterized=True)
     ax.set(ylabel="component", xlim=(0, columns.edges[-1]), ylim=(len(names) - 0.5, -0.5))
     ax.figure.colorbar(image, ax=ax, label="probability", pad=0.02, aspect=30).outline.set_visible(False)
-    write_names(ax.yaxis, np.arange(len(names)), names)  # their width counts for the names below
+    write_names(ax.yaxis, np.arange(len(names)), names)  # their width changes the room for the names below
 
 
 def _mark_boundaries(ax: Axes, columns: _Columns, colour: str) -> None:

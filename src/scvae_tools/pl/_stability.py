@@ -1,4 +1,4 @@
-"""λ by epoch, beside the λ at which a product of probabilities underflows."""
+"""Plot of λ by epoch, beside the λ at which a product of probabilities underflows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves of the training."""
+"""Plot of the training by epoch, and the parts of such plots that others use."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _draw_curves(ax: Axes, history: DataFrame, name: str) -> None:
 
 
 def stage_frame(ax: Axes, history: DataFrame, *, title: str, ylabel: str) -> None:
-    """Set what all panels by epoch share: labels, limits of the epochs, the stages and above their names the title."""
+    """Set the common parts of panels by epoch: labels, limits of the epochs, stages, and the title above these."""
     epoch = history["epoch"].to_numpy()
     ax.set(xlabel="epoch", ylabel=ylabel, xlim=(epoch[0] - 0.5, epoch[-1] + 0.5))
     n_rows = _mark_stages(ax, _stages(history))
@@ -157,7 +157,7 @@ def _robust_range(columns: list[np.ndarray]) -> tuple[float, float]:
     last = np.concatenate([column[3 * len(column) // 4 :] for column in columns])
     low = min(np.quantile(settled, 0.03), last.min())
     high = max(np.quantile(settled, 0.97), last.max())
-    # Peaks that go little beyond are let in; only a tail that would press the rest together is cut.
+    # Values little beyond the range are let in; only a tail that would compress the rest is cut.
     reach = 0.35 * (high - low)
     values = np.concatenate(columns)
     return values[values >= low - reach].min(), values[values <= high + reach].max()

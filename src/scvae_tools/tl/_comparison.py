@@ -1,4 +1,4 @@
-"""A comparison of models on the way: its cells, its combinations, and the table of what is finished."""
+"""Comparison of models: trains and scores each combination, and keeps the table of the finished ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF_MIXTURES = {"n_components", "covariance", "weights", "y_term"}
 
 
 def _hash(cells: Cells, combination: dict[str, Any], n_importance_samples: int, digest_of_cells: str) -> str:
-    """Name of everything that the results of a combination depend on."""
+    """Digest of everything that the results of a combination depend on."""
     plain = combination["mixture"] is False
     params = {name: value for name, value in combination.items() if not (plain and name in OF_MIXTURES)}
     obs_keys = obs_keys_of(combination, inputs_only=True)
@@ -43,7 +43,7 @@ def _hash(cells: Cells, combination: dict[str, Any], n_importance_samples: int, 
 
 @dataclass
 class Comparison:
-    """All combinations, and what is known of them so far."""
+    """Combinations of a comparison, and the results so far."""
 
     cells: Cells
     values: dict[str, list]
@@ -137,7 +137,7 @@ def _train(cells: Cells, combination: dict[str, Any]) -> tuple[SCVAE, float]:
 
 
 def _scores(model: SCVAE, cells: Cells, combination: dict[str, Any], n_importance_samples: int) -> dict[str, Any]:
-    """Bounds in nats per cell, and what the clusters are like."""
+    """Scores of a model: bounds in nats per cell, components used, and agreement with the labels."""
     test = cells.part(cells.test, obs_keys_of(combination, inputs_only=True))
     with said_before():
         parts = {
@@ -161,6 +161,6 @@ def _scores(model: SCVAE, cells: Cells, combination: dict[str, Any], n_importanc
 
 
 def _are_alike(values: list) -> bool:
-    """Whether a column can hold them as they are."""
+    """Whether values can be one column of a table as they are."""
     are_bool = [isinstance(value, bool) for value in values]
     return all(are_bool) or (all(isinstance(value, int | float) for value in values) and not any(are_bool))

@@ -238,7 +238,7 @@ def _cells(adata: AnnData, model: SCVAE, layer: str | None) -> _Cells:
 
 
 def _are_numbered(names: pd.Index) -> bool:
-    """Whether they are 0, 1, 2, ..., which says nothing of the cells."""
+    """Whether names are 0, 1, 2, ..., which say nothing of the cells."""
     return names.equals(pd.Index(map(str, range(len(names)))))
 
 
@@ -313,7 +313,7 @@ def _truth(
 
 
 def _unlabeled(model: SCVAE) -> list[str]:
-    """What the model was told that cells without a label have, if anything."""
+    """Category of cells without a label that the model was given, if any, as a list."""
     category = model.registry["setup_args"].get("unlabeled_category")
     return [] if category is None else [str(category)]
 
@@ -341,7 +341,7 @@ def _mapped(labels: np.ndarray, superset: Mapping[Any, Any]) -> np.ndarray:
 
 
 def _estimators(clusterers: object, truth: _Truth, model: SCVAE, seed: int) -> dict[str, BaseEstimator]:
-    """Unfitted copies with a seed."""
+    """Unfitted copies of the clusterers, with a seed."""
     if clusterers is None:
         return {}
     if isinstance(clusterers, str):
@@ -440,7 +440,7 @@ def _table(
     latent: np.ndarray,
     seed: int,
 ) -> pd.DataFrame:
-    """A row for each subset and clustering, that anndata can write."""
+    """Table with a row for each subset and clustering, as anndata can write it."""
     rows = []
     for subset, at in cells.subsets.items():
         for name, clusters in (clusterings or {NO_CLUSTERING: None}).items():
@@ -454,7 +454,7 @@ def _table(
 def _scores(
     clusters: np.ndarray | None, truth: _Truth, latent: np.ndarray, at: np.ndarray, fitted: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    """Those of a clustering on some of the cells."""
+    """Scores of a clustering on some of the cells."""
     scored = at if truth.labels is None else at[metrics.is_scored(truth.labels[at])]
     scores: dict[str, Any] = {"n_scored": len(scored), "n_clusters": None}
     if clusters is not None:

@@ -1,4 +1,4 @@
-"""The grid of a comparison: names and values checked, combined, and built, before any training."""
+"""Grid of a comparison: arguments are checked, combined, and built as models before any training."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _check_values(name: str, given: Sequence[Any]) -> list:
 
 
 def _check_no_labels(params: dict[str, Any]) -> None:
-    """Refuse what trains on labels."""
+    """Refuse arguments that train on labels."""
     for name, value in {"y_term": "cross-entropy", "weights": "labels"}.items():
         if isinstance(params.get(name), str) and params[name] == value:
             raise ValueError(
@@ -122,7 +122,7 @@ def combine(values: dict[str, list], fixed: dict[str, Any]) -> list[dict[str, An
 
 
 def distinct(dictionaries: Iterable[dict]) -> list[dict]:
-    """Each of several dicts once."""
+    """Distinct dicts among several."""
     return list({as_json(each): each for each in dictionaries}.values())
 
 
@@ -186,7 +186,7 @@ def _check_model(registry: dict, combination: dict[str, Any], n_train: int) -> N
 
 
 def options_of(function: Callable, combination: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of a combination that a function has."""
+    """Arguments of a combination that a function has."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in combination.items() if name in parameters}
 

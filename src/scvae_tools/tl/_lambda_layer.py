@@ -1,4 +1,4 @@
-"""The layer of λ: where it goes, whether it fits into memory, and how it is filled in chunks."""
+"""Layer of λ: where it is written, whether it fits into memory, and how it is filled in chunks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def write_rate(
 
 
 def _is_too_large(adata: AnnData, key: str) -> bool:
-    """Whether λ would take too much of the free memory; says so."""
+    """Whether λ would take too much of the free memory; warn if so."""
     n_bytes, free = 4 * adata.n_obs * adata.n_vars, _free_memory()
     if n_bytes <= LARGEST_SHARE_OF_MEMORY * free:
         return False

@@ -1,4 +1,4 @@
-"""What a tool asks of the model that it is given, and of the components in an AnnData."""
+"""Checks of the model that a tool is given, and of the components in an AnnData."""
 
 from __future__ import annotations
 

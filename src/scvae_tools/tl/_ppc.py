@@ -188,7 +188,7 @@ class Totals:
 
 
 class Histogram:
-    """How many cells have each count of one gene, in the data and in the replicates.
+    """Numbers of cells with each count of one gene, in the data and in the replicates.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ class Histogram:
 
 
 def first_counts(values: np.ndarray) -> np.ndarray:
-    """First count of each bin for counts (n,): 0, 1, and on by a width of 1 or more, up to the one that never ends."""
+    """First count of each bin for counts (n,): 0, 1, and on by a width of 1 or more; the last bin has no end."""
     largest = int(values.max())
     if largest > N_BINS:
         largest = max(N_BINS, int(np.quantile(values, SHARE_IN_BINS, method="higher")))

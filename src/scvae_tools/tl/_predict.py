@@ -42,7 +42,7 @@ def predict(
     model
         Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` or ``SCVAE.load`` returns it.
     layer
-        Layer with the counts; None for that of the model, which is ``adata.X`` unless it was given another.
+        Layer with the counts; None for ``adata.X``, or for the layer that `SCVAE.setup_anndata` was given.
     fill_missing
         Whether genes of the model that ``adata`` lacks count as 0, or are an error.
     key_added

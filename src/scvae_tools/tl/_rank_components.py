@@ -200,7 +200,7 @@ def _log_fold_changes(
 
 
 def _moments(left: np.ndarray, right: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Those of left (a, n, g) minus right (b, n, g), draw by draw, the weights being (a, b, 1); each (a, g)."""
+    """Moments of left (a, n, g) minus right (b, n, g), draw by draw, with weights (a, b, 1); each (a, g)."""
     n_draws = left.shape[1]
     # The differences themselves are never held: they are as many as the pairs of components times all that is decoded.
     left_mean, right_mean = left.mean(1), right.mean(1)
@@ -217,7 +217,7 @@ def _moments(left: np.ndarray, right: np.ndarray, weight: np.ndarray) -> tuple[n
 
 
 def _records(values: np.ndarray, groups: list[str], dtype: str) -> np.recarray:
-    """(n_groups, n_genes) as scanpy stores it, a field for each group."""
+    """Record array as scanpy stores it, a field for each group, from values (n_groups, n_genes)."""
     table = pd.DataFrame(values.T, columns=groups)
     return table.to_records(index=False, column_dtypes=dict.fromkeys(groups, dtype))
 

@@ -40,7 +40,7 @@ def elbo_of(model: SCVAE) -> dict[str, dict[str, float]]:
 def results_of(
     model: SCVAE, keys: Keys, params: dict, elbo: dict, adata: AnnData | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Everything to write but λ, of the cells of the model or of others with its genes."""
+    """Results to write, all but λ, of the cells of the model or of others with its genes."""
     history = model.history.copy()
     history.index = history.index.astype(str)
     # A path is none of what the results depend on, and AnnData writes none.
@@ -72,7 +72,7 @@ def loadings_of(model: SCVAE, keys: Keys, gene_places: np.ndarray | None, n_gene
 
 
 def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str, Any]:
-    """How many components there are, are used, and are worth; how their number was found."""
+    """Summary of the components: their number, used and effective number, prior, and how the number was found."""
     share = probabilities.mean(0, dtype=np.float64)
     summary = {
         "n_components": len(share),

@@ -222,7 +222,7 @@ def scvae(
 
 
 def _split_options(options: dict) -> tuple[dict, dict]:
-    """Arguments of `SCVAE` and of `SCVAE.train`.
+    """Divide further arguments into those of `SCVAE` and of `SCVAE.train`.
 
     Raises
     ------

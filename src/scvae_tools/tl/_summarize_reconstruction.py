@@ -125,7 +125,7 @@ def summarize_reconstruction(
 
 @dataclass
 class _Sums:
-    """Sums of E[x], E[x²] and p(0) over so many entries, by gene, (n_genes,) float64, or of all."""
+    """Sums of E[x], E[x²] and p(0) over ``n_entries`` entries, for each gene, (n_genes,) float64, or for all."""
 
     n_entries: int
     first: np.ndarray
@@ -137,12 +137,12 @@ class _Sums:
         return cls(n_entries, *np.zeros((3, n_genes)))
 
     def add(self, part: slice, first: Any, second: Any, zeros: Any) -> None:
-        """Add those of some genes, from tensors (..., n_genes of the part)."""
+        """Add the sums of some genes, from tensors (..., n_genes of the part)."""
         for total, value in ((self.first, first), (self.second, second), (self.zeros, zeros)):
             total[part] += value.flatten(end_dim=-2).double().sum(0).cpu().numpy()
 
     def together(self) -> _Sums:
-        """Those of all genes."""
+        """Sums over all genes together."""
         return _Sums(self.n_entries * len(self.first), self.first.sum(), self.second.sum(), self.zeros.sum())
 
     def statistics(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _sums_of(counts: csr_matrix) -> _Sums:
 def _decoded_sums(
     model: SCVAE, adata: AnnData, n_samples: int, batch_size: int | None, seed: int
 ) -> tuple[_Sums, _Sums]:
-    """Those of the mean over the draws, and of the posterior predictive."""
+    """Sums of the posterior mean, the mean over the draws, and of the posterior predictive."""
     n_cells, n_genes, is_density = adata.n_obs, len(model.var_names), model.module.likelihood.is_density
     mean, predictive = _Sums.empty(n_cells, n_genes), _Sums.empty(n_cells * n_samples, n_genes)
     # Measured: moments, p(0) and their sums in float64 take twice as much again as what they are made of.
@@ -179,5 +179,5 @@ def _decoded_sums(
 
 
 def _probability_of_zero(px: Any) -> Any:
-    """p(0), of the shape of the counts."""
+    """Probability of a zero, of the shape of the counts."""
     return px.likelihood.log_prob_zero(px.params).exp().expand(px.batch_shape)
