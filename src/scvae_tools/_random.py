@@ -45,7 +45,7 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices):
-        seed = int(seed)  # numbers of NumPy are none to Python
+        seed = int(seed)  # `random.seed` refuses NumPy integers
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)

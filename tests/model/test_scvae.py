@@ -588,7 +588,7 @@ def test_unknown_options_are_refused_with_the_choices(options, match):
         ({"max_epochs": 0}, "`max_epochs` must be a whole number of at least 1"),
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1; found 0"),
         ({"train_size": 1.2}, r"`train_size` must be in \(0, 1\]; found 1.2"),
-        ({"lr": -1}, "`lr` must be positive; found -1"),
+        ({"lr": -1}, "`lr` must be a finite number above 0; found -1"),
         ({"precision": "bf16-mixed"}, "`precision` must be '32-true'.*found 'bf16-mixed'.*matmul_precision='medium'"),
         (
             {"matmul_precision": "low"},

@@ -451,7 +451,7 @@ class VAE(ScviModule):
         return Bound(decoded.expected(len(x)), *self.kl_terms(posterior, z, label), tight)
 
     def importance_weighted(self, decoded: Decoded, posterior: Posterior, kl_weight: float | Tensor = 1.0) -> Tensor:
-        """Importance-weighted bound, log 1/S Σ_s Σ_y q(y|x) p(x|z) [p(z) / q(z|x)]^w with z ~ q(z|x,y), s draws each, (n,).
+        """Log 1/S Σ_s Σ_y q(y|x) p(x|z) [p(z) / q(z|x)]^w with z ~ q(z|x,y), s draws each, (n,).
 
         At w = 1 the expectation of the sum is p(x), so that its log is a lower bound of log p(x) on average (Burda et
         al. 2016, arXiv:1509.00519). p(z) and q(z|x) are the mixtures themselves. With y summed out instead of drawn,
