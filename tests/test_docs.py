@@ -16,6 +16,7 @@ import pytest
 import test_all
 import test_likelihoods
 import torch
+from likelihood_cases import CASES
 from scipy import stats
 
 import scvae_tools as svt
@@ -172,8 +173,8 @@ OF_EVERY_LIKELIHOOD = [
 @pytest.fixture
 def contributed(monkeypatch):
     """The names that the examples of the page define, up to the training; its rows in our tables are taken back."""
-    monkeypatch.setattr(test_likelihoods, "CASES", test_likelihoods.CASES.copy())
-    monkeypatch.setitem(LIKELIHOODS, "geometric", None)
+    for table in (CASES, LIKELIHOODS):
+        monkeypatch.setitem(table, "geometric", None)
     names: dict = {"__name__": "contributing"}
     for block in python_blocks(DOCS / "contributing.md"):
         if "svt.tl.scvae" not in block:
@@ -194,7 +195,7 @@ def test_the_likelihood_of_the_page_is_that_of_scipy(contributed):
 
 @pytest.mark.parametrize("test", OF_EVERY_LIKELIHOOD, ids=lambda test: test.__name__.removeprefix("test_"))
 def test_the_likelihood_of_the_page_passes_what_holds_for_all(test, contributed):
-    assert "geometric" in test_likelihoods.CASES
+    assert test_likelihoods.CASES["geometric"] is not None
     test("geometric")
 
 

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from scvae_tools._files import ABANDONED, digest, write_atomically
+from scvae_tools._files import ABANDONED, digest, replacing
 from scvae_tools.model._saved_file import read_saved, write_saved
+
+
+def write_atomically(saved, path):
+    with replacing(path) as temporary:
+        torch.save(saved, temporary)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -86,12 +91,15 @@ def test_a_saved_file_can_be_read_by_whoever_may_read_new_files(tmp_path):
 
 
 def test_abandoned_files_are_removed_and_those_in_use_are_not(tmp_path):
-    ages = {"model.pt.a.tmp": ABANDONED + 60, "model.pt.b.tmp": ABANDONED - 60, "other.pt.c.tmp": ABANDONED + 60}
+    old, new = ABANDONED + 60, ABANDONED - 60
+    left = {f"model.pt.{'0a' * 16}.tmp.pt": old, f"model.pt.{'0b' * 16}.tmp": old}
+    kept = {f"model.pt.{'0c' * 16}.tmp.pt": new, f"other.pt.{'0d' * 16}.tmp.pt": old, "model.pt.mine.tmp": old}
+    ages = left | kept
     for name, age in ages.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     write_atomically({"w": torch.ones(2)}, tmp_path / "model.pt")
-    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "model.pt.b.tmp", "other.pt.c.tmp"}
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", *kept}
 
 
 def test_a_digest_depends_on_every_byte():

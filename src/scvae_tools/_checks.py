@@ -26,8 +26,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
 
 
-def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = False) -> int | None:
+def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = False, remedy: str = "") -> int | None:
     """Check a whole number of at least ``least``, or None where None is allowed, and return it.
+
+    The error ends with the ``remedy``, if there is one.
 
     Raises
     ------
@@ -38,7 +40,8 @@ def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = Fal
         return None
     if not is_whole(value) or value < least:
         alternative = ", or None" if or_none else ""
-        raise ValueError(f"`{name}` must be a whole number of at least {least}{alternative}; found {value!r}.")
+        rule = f"a whole number of at least {least}{alternative}"
+        raise ValueError(f"`{name}` must be {rule}; found {value!r}.{f' {remedy}' if remedy else ''}")
     return int(value)
 
 
@@ -60,7 +63,7 @@ def check_number(
     """
     is_within = is_number(value) and math.isfinite(value) and least <= value <= most and above < value < below
     if not is_within:
-        limits = {"at least": least, "above": above, "at most": most, "below": below}
+        limits = {"of at least": least, "above": above, "at most": most, "below": below}
         rule = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
         raise ValueError(f"`{name}` must be a finite number{f' {rule}' if rule else ''}; found {value!r}.")
     return float(value)

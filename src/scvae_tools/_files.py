@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 #: Seconds without a change after which a temporary file counts as abandoned.
 ABANDONED = 3600
-#: Mark in a temporary name, ``NAME.<random>.tmp.SUFFIX``. The suffix is kept, since some writers go by it.
-TEMPORARY = ".tmp"
+#: Part of a temporary name, ``NAME.<32 hexadecimal digits>.tmp.SUFFIX``. The suffix is kept: some writers go by it.
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 # -- the one atomic writer ---------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Several processes may write the same file, since each has a temporary path of its own.
     """
     # Not `tempfile`: only the owner may read its files.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}{path.suffix}")
+    temporary = path.with_name(f"{path.name}.{_unique()}{path.suffix}")
     try:
         yield temporary
         if temporary.is_file():
@@ -49,12 +50,21 @@ def replacing(path: Path) -> Iterator[Path]:
     _remove_abandoned(path)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether the file or folder is an unfinished one of :func:`replacing`."""
+    return TEMPORARY.search(path.name) is not None
+
+
+def _unique() -> str:
+    return f"{uuid.uuid4().hex}.tmp"
+
+
 def _rename(new: Path, path: Path) -> None:
     if not path.is_dir():
         new.replace(path)
         return
     # A folder with files in it cannot be replaced in one step.
-    former = path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}"))
+    former = path.rename(path.with_name(f"{path.name}.{_unique()}"))
     new.rename(path)
     _remove(former)
 
@@ -68,9 +78,9 @@ def _remove(path: Path) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary files of ``path`` that killed processes left behind."""
-    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}*"):
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*"):
         try:
-            if time.time() - temporary.stat().st_mtime > ABANDONED:
+            if is_temporary(temporary) and time.time() - temporary.stat().st_mtime > ABANDONED:
                 _remove(temporary)
         except OSError:  # another process has renamed or removed it, or it is not ours
             continue

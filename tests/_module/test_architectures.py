@@ -159,7 +159,7 @@ def test_each_layer_has_its_width_and_the_decoder_has_them_reversed() -> None:
 
 
 def test_a_model_of_one_width_has_the_weights_and_names_of_before() -> None:
-    """Names as saved by version 1, and the same start whether one width is given or the same one twice."""
+    """Names of 0.1.0 and of the units of the covariates; the same start from one width and from the same one twice."""
     one, each = make(n_hidden=5, n_layers=2).state_dict(), make(n_hidden=[5, 5]).state_dict()
     assert list(one) == list(each)
     assert all(torch.equal(one[name], each[name]) for name in one)
@@ -168,6 +168,7 @@ def test_a_model_of_one_width_has_the_weights_and_names_of_before() -> None:
     heads = ["z_mean", "z_variance", "decoder.heads.log_rate"]
     weights += [f"{head}.{kind}" for head in heads for kind in ("weight", "bias")]
     buffers = ["input_scale", *(f"reference_{name}" for name in ("size", "batch", "categorical", "continuous"))]
+    buffers += [f"continuous_{name}" for name in ("mean", "sd", "is_set")]
     assert set(one) == {*weights, *buffers, "encoder.gene_weight", "decoder.shared.log_r"}
 
 

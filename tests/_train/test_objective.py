@@ -135,7 +135,7 @@ def test_an_importance_weighted_bound_lets_the_posterior_be_wider(adata):
         ({"kl_weight": -1.0}, "`kl_weight` must be a finite number of at least 0; found -1.0"),
         ({"free_nats_z": np.inf}, "`free_nats_z` must be a finite number of at least 0; found inf"),
         ({"n_samples": 0}, "`n_samples` must be a whole number of at least 1; found 0"),
-        ({"n_warm_up_epochs": -1}, "`n_warm_up_epochs` must be a whole number of at least 0; found -1"),
+        ({"n_warm_up_epochs": -1}, "`n_warm_up_epochs` must be a whole number of at least 0, or None; found -1"),
         ({"n_warm_up_epochs": 21}, "at most the number of epochs of the VAE, 20 of the 20 in `max_epochs`; found 21"),
         ({"free_nats_y": 0.5}, "`free_nats_y` is of the KL of y, which a model with mixture=False has not"),
         ({"free_nats_y": 0.5, "mixture": True, "y_term": "none"}, "which a model with y_term='none' has not"),

@@ -463,10 +463,10 @@ def test_the_kl_weight_rises_evenly_to_one_for_any_number_of_cells(n_cells, batc
     plan = SimpleNamespace(stage=warm_up, trainer=SimpleNamespace(num_training_batches=n_batches, global_step=0))
     weights = []
     for plan.trainer.global_step in steps.tolist():
-        weights.append(TrainingPlan.warmth(plan))
+        weights.append(TrainingPlan.warm_up_share(plan))
     np.testing.assert_allclose(weights, steps / steps[-1])
     plan.stage = after
-    assert TrainingPlan.warmth(plan) == 1
+    assert TrainingPlan.warm_up_share(plan) == 1
 
 
 def test_training_again_goes_on_from_the_mixture():

@@ -67,7 +67,7 @@ def calibration(probs: ArrayLike, labels: ArrayLike, n_bins: int = 10, *, pool: 
     --------
     >>> calibration(adata.obsm["scvae_probs"], adata.obs["cell_type"]).expected_error
     """
-    n_bins = check_whole("n_bins", n_bins)
+    n_bins = check_whole("n_bins", n_bins, remedy="Pass, for example, 10.")
     probs = check_probabilities(probs, "`probs`")
     codes = _label_codes(labels, len(probs))
     is_known = codes >= 0

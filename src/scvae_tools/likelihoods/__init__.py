@@ -75,7 +75,7 @@ def get_likelihood(name: str, k_max: int = 0) -> Likelihood:
     if name not in LIKELIHOODS:
         known = ", ".join(map(repr, LIKELIHOODS))
         raise ValueError(f"`likelihood` must be one of {known}; found {name!r}. See docs/likelihoods.md for a choice.")
-    k_max = check_whole("k_max", k_max, least=0)
+    k_max = check_whole("k_max", k_max, least=0, remedy="Pass 0 for no categories.")
     likelihood = LIKELIHOODS[name]
     if k_max == 0:
         return likelihood

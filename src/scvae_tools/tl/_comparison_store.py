@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scvae_tools._files import replacing
+from scvae_tools._files import is_temporary, replacing
 from scvae_tools._messages import warn
 from scvae_tools._results.comparison import finished_rows
 
@@ -51,6 +51,8 @@ class Store:
 def _read_files(directory: Path) -> dict[str, dict[str, Any]]:
     results = {}
     for path in sorted(directory.glob("*.json")):
+        if is_temporary(path):
+            continue
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             results[saved["hash"]] = dict(saved["result"])
