@@ -22,7 +22,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 import scvae_tools as svt
-from scvae_tools._train import start as _start
+from scvae_tools._train import mixture_start as _start
 from scvae_tools._train.stages import default_max_epochs
 
 if TYPE_CHECKING:

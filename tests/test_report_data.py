@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 import scvae_tools as svt
-from scvae_tools._train import start as _start
+from scvae_tools._train import mixture_start as _start
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 THE_FOUR = ["poisson", "nb", "zip", "zinb"]

@@ -434,7 +434,7 @@ BAD_INPUT = {
     "plot demo kl -o x.png --set labels=3": "kl: got an unexpected keyword argument 'labels'. It takes",
     "plot demo confusion -o x.png": "confusion: missing a required argument: 'labels_key'",
     "datasets nonsense -o x.h5ad": "There is no 'nonsense'; there are",
-    "datasets simulate -o x.h5ad --set n_cells=0": "`n_cells` must be an integer of at least 1",
+    "datasets simulate -o x.h5ad --set n_cells=0": "`n_cells` must be a whole number of at least 1",
     "datasets simulate -o x.h5ad --set cells=3": "unexpected keyword argument 'cells'",
 }
 

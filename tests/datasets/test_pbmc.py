@@ -9,6 +9,7 @@ import pytest
 from scipy import sparse
 
 from scvae_tools import datasets
+from scvae_tools.datasets import _pbmc
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_recovery_inverts_scaling_and_rounding(container):
     counts[7] = 0
     log_values = np.log1p(counts * rng.uniform(1, 5, size=(50, 1))).round(3)
     given = container(log_values)
-    assert np.array_equal(datasets._recover_counts(given).toarray(), counts)
+    assert np.array_equal(_pbmc._recover_counts(given).toarray(), counts)
     assert np.array_equal(given if container is np.asarray else given.toarray(), log_values)
 
 
@@ -95,8 +96,8 @@ def test_recovery_refines_the_step_beyond_the_rounding_of_the_smallest_value():
     counts = np.arange(1, 251)[None]
     log_values = np.log1p(1.22 * counts).round(3)  # the smallest value alone puts 250 a third of a count off
     first_step = np.expm1(log_values.min())
-    assert np.abs(np.expm1(log_values) / first_step - counts).max() > datasets.MAX_DISTANCE
-    assert np.array_equal(datasets._recover_counts(log_values).toarray(), counts)
+    assert np.abs(np.expm1(log_values) / first_step - counts).max() > _pbmc.MAX_DISTANCE
+    assert np.array_equal(_pbmc._recover_counts(log_values).toarray(), counts)
 
 
 def test_recovery_refuses_values_that_are_no_multiples():
@@ -104,9 +105,9 @@ def test_recovery_refuses_values_that_are_no_multiples():
     with pytest.raises(
         ValueError, match=r"integer times the step .* within 0\.2 .* 0\.\d\d counts .* row 1\. .* install"
     ):
-        datasets._recover_counts(log_values)
+        _pbmc._recover_counts(log_values)
 
 
 def test_recovery_refuses_noise():
     with pytest.raises(ValueError, match="does not hold log1p of scaled counts"):
-        datasets._recover_counts(np.random.default_rng(0).uniform(0.5, 5, size=(20, 30)))
+        _pbmc._recover_counts(np.random.default_rng(0).uniform(0.5, 5, size=(20, 30)))

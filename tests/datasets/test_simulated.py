@@ -13,6 +13,7 @@ import torch
 from scipy import sparse
 
 from scvae_tools import datasets
+from scvae_tools.datasets import _simulated
 from scvae_tools.likelihoods import LIKELIHOODS
 
 MAKERS = {
@@ -131,7 +132,7 @@ def test_truth_is_normalised_and_batches_and_size_factors_are_as_asked():
 
 
 def test_batches_multiply_the_shares_of_every_component_by_their_effects(monkeypatch):
-    monkeypatch.setattr(datasets, "CHUNK_ENTRIES", 140)  # 7 cells of 20 genes: chunks must follow their own cells
+    monkeypatch.setattr(_simulated, "CHUNK_ENTRIES", 140)  # 7 cells of 20 genes: chunks must follow their own cells
     adata = datasets.simulate(
         3000, 20, 3, likelihood="poisson", n_batches=2, batch_effect=0.5, median_counts=200, gene_sd=0.7
     )
@@ -219,17 +220,17 @@ def test_global_random_states_are_neither_read_nor_changed(maker):
     ("arguments", "message"),
     [
         pytest.param({"likelihood": "nbb"}, "`likelihood` must be one of .*'nb'.* found 'nbb'", id="likelihood"),
-        pytest.param({"n_cells": 0}, "`n_cells` must be an integer of at least 1; found 0", id="no_cells"),
-        pytest.param({"n_genes": 2.5}, "`n_genes` must be an integer of at least 1; found 2.5", id="half_a_gene"),
-        pytest.param({"n_components": -1}, "`n_components` must be an integer", id="negative_components"),
-        pytest.param({"n_batches": 0}, "`n_batches` must be an integer", id="no_batches"),
+        pytest.param({"n_cells": 0}, "`n_cells` must be a whole number of at least 1; found 0", id="no_cells"),
+        pytest.param({"n_genes": 2.5}, "`n_genes` must be a whole number of at least 1; found 2.5", id="half_a_gene"),
+        pytest.param({"n_components": -1}, "`n_components` must be a whole number", id="negative_components"),
+        pytest.param({"n_batches": 0}, "`n_batches` must be a whole number", id="no_batches"),
         pytest.param({"n_cells": 5, "n_batches": 6}, "Every batch needs a cell; .*`n_batches=6`", id="empty_batch"),
-        pytest.param({"random_state": None}, "`random_state` must be an integer of at least 0", id="no_seed"),
-        pytest.param({"median_counts": 0}, "`median_counts` must be finite and above 0; found 0", id="no_counts"),
-        pytest.param({"dispersion": -2.0}, "`dispersion` must be finite and above 0", id="negative_dispersion"),
-        pytest.param({"dispersion": np.inf}, "`dispersion` must be finite", id="infinite_dispersion"),
-        pytest.param({"separation": np.nan}, "`separation` must be finite and at least 0; found nan", id="nan"),
-        pytest.param({"gene_sd": -1}, "`gene_sd` must be finite and at least 0", id="negative_gene_sd"),
+        pytest.param({"random_state": None}, "`random_state` must be a whole number of at least 0", id="no_seed"),
+        pytest.param({"median_counts": 0}, "`median_counts` must be a finite number above 0; found 0", id="no_counts"),
+        pytest.param({"dispersion": -2.0}, "`dispersion` must be a finite number above 0", id="negative_dispersion"),
+        pytest.param({"dispersion": np.inf}, "`dispersion` must be a finite number above 0", id="infinite_dispersion"),
+        pytest.param({"separation": np.nan}, "`separation` must be a finite number of at least 0; found nan", id="nan"),
+        pytest.param({"gene_sd": -1}, "`gene_sd` must be a finite number of at least 0", id="negative_gene_sd"),
         pytest.param({"size_factor_sd": -1}, "`size_factor_sd` must be", id="negative_size_factor_sd"),
         pytest.param({"batch_effect": -1}, "`batch_effect` must be", id="negative_batch_effect"),
         pytest.param({"dispersion_sd": -1}, "`dispersion_sd` must be", id="negative_dispersion_sd"),
@@ -278,8 +279,8 @@ def test_poisson_mixture_components_differ_but_not_in_their_totals():
 @pytest.mark.parametrize(
     ("make", "n_cells", "message"),
     [
-        (datasets.poisson_toy, 0, "`n_cells` must be an integer of at least 1; found 0"),
-        (datasets.poisson_mixture_toy, -3, "`n_cells` must be an integer of at least 1; found -3"),
+        (datasets.poisson_toy, 0, "`n_cells` must be a whole number of at least 1; found 0"),
+        (datasets.poisson_mixture_toy, -3, "`n_cells` must be a whole number of at least 1; found -3"),
         (datasets.poisson_mixture_toy, 4, "Every component needs a cell"),
     ],
 )

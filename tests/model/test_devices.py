@@ -87,7 +87,10 @@ READS_CELLS = {
     "get_marginal_ll": lambda m: m.get_marginal_ll(n_mc_samples=3),
     "get_normalized_expression": lambda m: m.get_normalized_expression(n_samples=2, transform_batch="1"),
     "get_reconstruction_error": lambda m: m.get_reconstruction_error(),
+    "iter_component_expression": lambda m: list(m.iter_component_expression(m.components, 4)) if m.is_mixture else None,
+    "iter_decoded": lambda m: list(m.iter_decoded()),
     "iter_lambda": lambda m: list(m.iter_lambda()),
+    "iter_samples": lambda m: list(m.iter_samples()),
     "posterior_predictive_sample": lambda m: m.posterior_predictive_sample(n_samples=2),
     "predict": lambda m: m.predict(soft=True) if m.is_mixture else None,
     "sample": lambda m: m.sample(10, batch="1"),
@@ -99,6 +102,7 @@ READS_NO_CELLS = {
     *("data_registry", "deregister_manager", "get_anndata_manager", "get_from_registry", "get_setup_arg"),
     *("get_state_registry", "get_var_names", "register_manager", "setup_anndata", "transfer_fields"),
     *("update_setup_method_args", "view_anndata_setup", "view_registry", "view_setup_method_args"),
+    *("counts_of_model", "other_cells", "shown"),  # of AnnData, before anything is decoded
     *("get_loadings", "get_prior", "to_device", "use_version", "minify_adata", "train"),
     *("get_importance_weights", "get_latent_library_size"),  # of scvi-tools' own prior and sizes
 }

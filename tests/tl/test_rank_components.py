@@ -487,7 +487,7 @@ def test_only_an_anndata_is_taken(model, function):
         ({"reference": "7"}, r"'rest' or a component that has cells \(0, 1, 2\); found '7'"),
         ({"n_samples": 1}, "`n_samples` must be a whole number of at least 2; found 1"),
         ({"n_samples": 20.0}, "`n_samples` must be a whole number of at least 2; found 20.0"),
-        ({"n_genes": 0}, "`n_genes` must be a whole number of at least 1; found 0"),
+        ({"n_genes": 0}, "`n_genes` must be a whole number of at least 1, or None; found 0"),
         ({"random_state": -1}, "`random_state` must be a whole number of at least 0"),
     ],
 )

@@ -201,6 +201,7 @@ def labels_to_score_by(adata: AnnData, labels_key: str | None) -> pd.Series | No
 ROLES = {
     "batch_key": Role(REGISTRY_KEYS.BATCH_KEY, _check_batch),
     "labels_key": Role(REGISTRY_KEYS.LABELS_KEY, check_categories, is_input=False),
+    # Without it the size factor of a cell is its total count.
     "size_factor_key": Role(REGISTRY_KEYS.SIZE_FACTOR_KEY, _check_size_factor, is_categorical=False),
     "categorical_covariate_keys": Role(REGISTRY_KEYS.CAT_COVS_KEY, check_categories, takes_several=True),
     "continuous_covariate_keys": Role(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_whole
-from scvae_tools._results.components import check_probabilities, count_pairs
+from scvae_tools._results.probabilities import check_probabilities, count_pairs
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -1,4 +1,8 @@
-"""Versions of the weights that a training leaves: at its end, the best, and those at early stopping."""
+"""Versions of the weights that a training leaves: at its end, the best, and those at early stopping.
+
+The module keeps the best: those of the highest validation ELBO in the last stage, or the last weights where there is no
+validation set or the KL terms were still being warmed up.
+"""
 
 from __future__ import annotations
 

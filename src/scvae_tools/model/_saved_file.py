@@ -46,7 +46,7 @@ def write_saved(
     attributes, var_names
         Numbers, strings, arrays and tables by name; names of the genes.
     versions
-        Other weights, as `scvae_tools._checkpoint.packed` makes them; None for none.
+        Other weights, as `scvae_tools._train.versions.packed` makes them; None for none.
     """
     saved = {
         "format": 1,

@@ -16,13 +16,13 @@ from scvae_tools._messages import InterruptedTraining, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
+from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import Objective
 from scvae_tools._train.progress import Progress
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import Settings, run_stage
 from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
-from scvae_tools._train.start import start_from_labels, start_mixture
 from scvae_tools._train.versions import Version, copied, renumbered
 from scvae_tools._upstream import parse_device_args, quiet
 from scvae_tools.model._inference import InferenceMixin
@@ -84,7 +84,7 @@ class TrainingMixin(InferenceMixin):
         Parameters
         ----------
         max_epochs
-            Of all stages together; None for about 4,000 steps of 128 cells.
+            Of all stages together; None for about 4,000 steps of 128 cells, but at least 20 and at most 400 epochs.
         lr, weight_decay
             Of Adam; dispersions that cells share learn at ten times the rate. The decay acts on all that is trained,
             biases and log r included: it pulls λ over the size factor, and r, towards 1.

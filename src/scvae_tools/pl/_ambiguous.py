@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._results.components import ambiguity_of_components
+from scvae_tools._results.probabilities import ambiguity_of_components
 from scvae_tools.pl._figures import TEXT, component_colours, finish, new_axes, percent
 
 if TYPE_CHECKING:

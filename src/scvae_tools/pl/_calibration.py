@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._results.calibration import calibration as reliability
-from scvae_tools._results.components import component_probabilities
+from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._figures import ACCENT, LINE, TEXT, column_of_obs, finish, new_axes
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._keys import Keys
-from scvae_tools._results.components import LARGEST_OVERLAP
+from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools.pl._figures import ABOUT_ONE, ACCENT, LINE, PALE, TEXT, finish, missing_result, new_axes, tidy
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
-from scvae_tools._results.components import component_probabilities
+from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._embedding import draw_cells, embedding_options, legend_width
 from scvae_tools.pl._figures import TEXT, component_colours, finish, missing_result, new_axes
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scvae_tools._results.components import component_probabilities
+from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._figures import (
     FONT,
     categories_of,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import entr
 
-from scvae_tools._results.components import ambiguous_positions, component_probabilities, two_most_probable
+from scvae_tools._results.probabilities import ambiguous_positions, component_probabilities, two_most_probable
 
 if TYPE_CHECKING:
     from anndata import AnnData

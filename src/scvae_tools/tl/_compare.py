@@ -17,8 +17,7 @@ from scvae_tools._version import __version__
 from scvae_tools.likelihoods import get_likelihood
 from scvae_tools.tl._comparison import Comparison
 from scvae_tools.tl._comparison_cells import Cells
-from scvae_tools.tl._comparison_store import Store
-from scvae_tools.tl._grid import (
+from scvae_tools.tl._comparison_grid import (
     OBS_KEYS,
     as_text,
     check_combinations,
@@ -27,6 +26,7 @@ from scvae_tools.tl._grid import (
     defaults_of_models,
     distinct,
 )
+from scvae_tools.tl._comparison_store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -19,7 +19,7 @@ from scvae_tools._train.progress import progress_bar
 from scvae_tools._version import __version__
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.tl._comparison_cells import Cells, hash_of_columns
-from scvae_tools.tl._grid import as_json, as_text, describe, options_of
+from scvae_tools.tl._comparison_grid import as_json, as_text, describe, options_of
 from scvae_tools.tl._results_of_model import ELBO_SAMPLES
 
 if TYPE_CHECKING:

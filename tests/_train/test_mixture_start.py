@@ -9,7 +9,7 @@ from scipy.special import xlogy
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
-from scvae_tools._train.start import LARGEST_OVERLAP, overlaps, start_mixture
+from scvae_tools._train.mixture_start import LARGEST_OVERLAP, overlaps, start_mixture
 
 
 def make_clusters(n_clusters, *, n_cells=600, distance=8.0, shares=None, seed=0):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from soft_components import PROBS, make_adata, soft_assignments
 
-from scvae_tools._results.components import ambiguity_of_components
+from scvae_tools._results.probabilities import ambiguity_of_components
 from scvae_tools.tl._ambiguous_cells import ambiguous_cells
 
 # --- ambiguous cells ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import xlogy
 
-from scvae_tools._results.components import LARGEST_OVERLAP
+from scvae_tools._results.probabilities import LARGEST_OVERLAP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
