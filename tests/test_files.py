@@ -92,8 +92,8 @@ def test_a_saved_file_can_be_read_by_whoever_may_read_new_files(tmp_path):
 
 def test_abandoned_files_are_removed_and_those_in_use_are_not(tmp_path):
     old, new = ABANDONED + 60, ABANDONED - 60
-    left = {f"model.pt.{'0a' * 16}.tmp.pt": old, f"model.pt.{'0b' * 16}.tmp": old}
-    kept = {f"model.pt.{'0c' * 16}.tmp.pt": new, f"other.pt.{'0d' * 16}.tmp.pt": old, "model.pt.mine.tmp": old}
+    left = {f"model.pt.{'0a' * 6}.tmp.pt": old, f"model.pt.{'0b' * 16}.tmp": old}
+    kept = {f"model.pt.{'0c' * 6}.tmp.pt": new, f"other.pt.{'0d' * 6}.tmp.pt": old, "model.pt.mine.tmp": old}
     ages = left | kept
     for name, age in ages.items():
         (tmp_path / name).touch()
@@ -108,3 +108,40 @@ def test_a_digest_depends_on_every_byte():
     assert len(digests) == 4
     assert digest(values.reshape(3, 4)) == digest(values) == digest(values[:5], values[5:])
     assert digest(values[:0]) == digest()
+
+
+def test_the_former_folder_comes_back_where_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "x.zarr", Path.rename
+    folder.mkdir()
+    (folder / "old").touch()
+    renamed = []
+
+    def fail_at_the_second(old, new):
+        renamed.append(old)
+        if len(renamed) == 2:
+            raise OSError("disk error")
+        return rename(old, new)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_second)
+
+    def write():
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            (temporary / "new").touch()
+
+    with pytest.raises(OSError, match="disk error"):
+        write()
+    assert [each.name for each in tmp_path.rglob("*")] == ["x.zarr", "old"]
+
+
+def test_a_folder_in_which_files_are_still_written_is_not_abandoned(tmp_path):
+    long_ago = (time.time() - ABANDONED - 60,) * 2
+    with replacing(tmp_path / "x.zarr") as slow:
+        (slow / "chunks").mkdir(parents=True)
+        (slow / "chunks" / "0").touch()
+        os.utime(slow / "chunks", long_ago)
+        os.utime(slow, long_ago)
+        with replacing(tmp_path / "x.zarr") as quick:
+            quick.mkdir()
+        assert slow.exists()
+    assert (tmp_path / "x.zarr" / "chunks" / "0").exists()

@@ -6,9 +6,9 @@ import glob
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import time
-import uuid
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 #: Seconds without a change after which a temporary file counts as abandoned.
 ABANDONED = 3600
-#: Part of a temporary name, ``NAME.<32 hexadecimal digits>.tmp.SUFFIX``. The suffix is kept: some writers go by it.
-TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+#: Part of a temporary name, ``NAME.<12 hexadecimal digits>.tmp.SUFFIX``. The suffix is kept: some writers go by it.
+#: Version 0.1.0 had 32 digits.
+TEMPORARY = re.compile(r"\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.tmp")
 
 
 # -- the one atomic writer ---------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def _unique() -> str:
-    return f"{uuid.uuid4().hex}.tmp"
+    return f"{secrets.token_hex(6)}.tmp"
 
 
 def _rename(new: Path, path: Path) -> None:
@@ -65,7 +66,11 @@ def _rename(new: Path, path: Path) -> None:
         return
     # A folder with files in it cannot be replaced in one step.
     former = path.rename(path.with_name(f"{path.name}.{_unique()}"))
-    new.rename(path)
+    try:
+        new.rename(path)
+    except BaseException:
+        former.rename(path)
+        raise
     _remove(former)
 
 
@@ -80,10 +85,15 @@ def _remove_abandoned(path: Path) -> None:
     """Remove the temporary files of ``path`` that killed processes left behind."""
     for temporary in path.parent.glob(f"{glob.escape(path.name)}.*"):
         try:
-            if is_temporary(temporary) and time.time() - temporary.stat().st_mtime > ABANDONED:
+            if is_temporary(temporary) and time.time() - _last_change(temporary) > ABANDONED:
                 _remove(temporary)
         except OSError:  # another process has renamed or removed it, or it is not ours
             continue
+
+
+def _last_change(path: Path) -> float:
+    """Time of the last change of a file, or of anything within a folder, in seconds."""
+    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def _flush(path: Path, flags: int) -> None:

@@ -41,7 +41,15 @@ def as_seed(random_state: object, rng: object) -> int:
 
 @contextmanager
 def isolated_random_state(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch inside; leave their global states as they were."""
+    """Seed Python, NumPy and torch inside; leave their global states as they were.
+
+    Raises
+    ------
+    ValueError
+        If the seed is not a whole number.
+    """
+    if not is_whole(seed):
+        raise ValueError(f"`random_state` must be a whole number; found {seed!r}.")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices):

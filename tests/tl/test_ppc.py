@@ -383,7 +383,7 @@ def test_data_that_do_not_fit_the_model_are_refused(adata, model):
     with pytest.raises(ValueError, match=r"adata.X must hold integer counts"):
         ppc(log, model)
     del adata.obs["batch"]
-    with pytest.raises(ValueError, match=r"`batch_key` must name a column of adata.obs; found 'batch'"):
+    with pytest.raises(ValueError, match=r"must have the column 'batch' in adata.obs, which was its `batch_key`"):
         ppc(adata, model)
 
 

@@ -74,7 +74,8 @@ def test_genes_that_are_missing_are_refused_or_filled(trained):
     dense[:, [2, 7]] = 0
     zeroed.X = sparse.csr_matrix(dense)
     fewer = zeroed[:, [*range(19, 7, -1), 6, 5, 4, 3, 1, 0]].copy()
-    with pytest.raises(ValueError, match="must have the genes of the model; 2 of 20 are missing, the first 'gene2'"):
+    message = r"must have the genes of the model; 2 of 20 are missing, the first 'gene2'.*fill_missing=True"
+    with pytest.raises(ValueError, match=message):
         svt.tl.predict(fewer, model)
     assert "X_scvae" not in fewer.obsm
     svt.tl.predict(fewer, model, fill_missing=True, write_lambda=True)
@@ -82,8 +83,20 @@ def test_genes_that_are_missing_are_refused_or_filled(trained):
     np.testing.assert_array_equal(fewer.obsm["X_scvae"], zeroed.obsm["X_scvae"])
     known = zeroed.to_df("scvae_lambda")[fewer.var_names]
     np.testing.assert_array_equal(fewer.layers["scvae_lambda"], known)
-    with pytest.raises(ValueError, match="20 of 20 are missing"):
+    with pytest.raises(ValueError, match=r"20 of 20 are missing.*Names such as '0'"):
         svt.tl.predict(AnnData(np.ones((3, 2), dtype=np.float32)), model, fill_missing=True)
+
+
+def test_no_cells_and_repeated_genes_are_refused_with_what_to_do(trained):
+    _, model = trained
+    with pytest.raises(svt.CountsError, match=r"at least one cell and one gene; found 0 cells.*Check the last filter"):
+        svt.tl.predict(cells(1)[:0].copy(), model)
+    new = cells(1)
+    new.var_names = ["gene1", *new.var_names[1:]]
+    with pytest.raises(ValueError, match="1 of 20 are missing"):
+        svt.tl.predict(new, model)
+    with pytest.raises(ValueError, match=r"found 'gene1' more than once.*var_names_make_unique"):
+        svt.tl.predict(new, model, fill_missing=True)
 
 
 def test_a_mask_of_the_training_leaves_the_other_genes_out():
@@ -180,7 +193,7 @@ def test_what_it_writes_can_be_saved(trained, tmp_path):
 
 BAD = {
     "no AnnData": (lambda new: new.to_df(), TypeError, "`adata` must be an AnnData"),
-    "no batch": (lambda new: AnnData(new.X, var=new.var), ValueError, "`batch_key` must name a column"),
+    "no batch": (lambda new: AnnData(new.X, var=new.var), ValueError, r"must have the column .* its `batch_key`"),
     "an unknown batch": (lambda new: with_batch(new, "z"), ValueError, r"must hold categories that the model knows"),
     "no counts": (lambda new: AnnData(new.X * 0.3, obs=new.obs, var=new.var), svt.CountsError, "integer counts"),
 }

@@ -9,6 +9,7 @@ import inspect
 import json
 import time
 import tomllib
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from scvae_tools._messages import listed
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from scvae_tools.model._scvae import SCVAE
 
@@ -95,7 +96,8 @@ def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     layer, fill = _get(given, "layer"), _get(given, "fill_missing", default=False)
     _check_genes(adata, model, fill=fill)
     _check_layer(adata, layer)
-    tl.predict(adata, model, layer=layer, fill_missing=fill, key_added=keys.key_added)
+    with _model_layer_is_x(adata, model) if layer is None else nullcontext():
+        tl.predict(adata, model, layer=layer, fill_missing=fill, key_added=keys.key_added)
     adata.uns[keys.uns]["params"]["model"] = str(given.model)
     write_adata(adata, output)
     summary: dict[str, Any] = {"cells": adata.n_obs, "genes": len(model.var_names)}
@@ -299,6 +301,22 @@ def _check_genes(adata: AnnData, model: SCVAE, *, fill: bool) -> np.ndarray:
 def _check_layer(adata: AnnData, layer: str | None) -> None:
     if layer is not None and layer not in adata.layers:
         raise ValueError(f"--layer must name a layer of the data; found {layer!r}, there are {listed(adata.layers)}.")
+
+
+@contextmanager
+def _model_layer_is_x(adata: AnnData, model: SCVAE) -> Iterator[None]:
+    """Context in which a model that was set up with a layer reads ``adata.X``, as all commands do without --layer."""
+    if model.layer is None:
+        yield
+        return
+    own = adata.layers.get(model.layer)
+    adata.layers[model.layer] = adata.X
+    try:
+        yield
+    finally:
+        del adata.layers[model.layer]
+        if own is not None:
+            adata.layers[model.layer] = own
 
 
 def _cells_of_model(adata: AnnData, model: SCVAE, given: Namespace) -> AnnData:

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, check_whole
 from scvae_tools._data.counts import read_counts
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountLoader
-from scvae_tools._data.roles import check_obs, columns_in
+from scvae_tools._data.roles import columns_in
 from scvae_tools._messages import said_before
 from scvae_tools._random import seeded
 from scvae_tools.model._setup import SetupMixin
@@ -47,7 +47,7 @@ class CellsMixin(SetupMixin):
             raise ValueError(f"{needs_counts} needs the counts, which minified data no longer hold.")
         if dataloader is None:
             adata = self._validate_anndata(adata)
-            size = batch_size or EVALUATION_BATCH_SIZE
+            size = check_whole("batch_size", batch_size, or_none=True) or EVALUATION_BATCH_SIZE
             dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
         self.module.eval()
         with seeded(0):
@@ -72,7 +72,7 @@ class CellsMixin(SetupMixin):
         indices: Sequence[int] | Sequence[bool] | None = None,
         layer: str | None = None,
         any_labels: bool = False,
-        fill_missing: bool = False,
+        fill_missing: bool | None = None,
     ) -> OtherCells:
         """Check cells that are to be shown to the model, and take what it reads of them; ``adata`` stays as it was.
 
@@ -88,7 +88,7 @@ class CellsMixin(SetupMixin):
             Whether labels that the model does not know, or none, do: no bound depends on them, but scvi-tools wants
             some.
         fill_missing
-            Whether genes that the cells lack have no counts, or are refused.
+            Whether genes that the cells lack have no counts, or are refused; None where the user has no such choice.
 
         Raises
         ------
@@ -98,7 +98,7 @@ class CellsMixin(SetupMixin):
             If genes or columns of ``obs`` that the model was trained with are missing or unfit, or no cell is chosen.
         """
         cells = np.unique(cell_positions(indices, adata.n_obs))
-        if len(cells) == 0:
+        if len(cells) == 0 and adata.n_obs > 0:
             raise ValueError("`indices` must choose at least one cell; found none. Pass None for all cells.")
         places = self._places_of_genes(adata, fill_missing=fill_missing)
         obs = self._obs_to_show(adata, any_labels=any_labels)
@@ -116,29 +116,37 @@ class CellsMixin(SetupMixin):
         """Columns of ``obs`` that the model reads, (n_cells, n_columns), checked."""
         obs_keys, label = self._obs_keys, self._obs_keys["labels_key"]
         checked = obs_keys | {"labels_key": None} if any_labels else obs_keys
-        check_obs(adata, is_new=True, **checked)
+        self._check_columns_of(adata, checked)
         obs = adata.obs[columns_in(checked)]
         if any_labels and label is not None:
             obs = obs.assign(**{label: self.label_categories[0]})
         return obs[columns_in(obs_keys)]
 
-    def _places_of_genes(self, adata: AnnData, *, fill_missing: bool) -> np.ndarray:
+    def _places_of_genes(self, adata: AnnData, *, fill_missing: bool | None) -> np.ndarray:
         """Position of each gene of the model among those of the cells, (n_genes,), −1 where they lack it."""
         wanted, names = self.var_names, pd.Index(adata.var_names.astype(str))
         if len(wanted) == len(names) and (wanted == names).all():
             return np.arange(len(names))
         missing = wanted[~pd.Index(wanted).isin(names)]
         if len(missing) == len(wanted) or (len(missing) > 0 and not fill_missing):
+            if len(missing) == len(wanted):
+                remedy = f"Names such as {names[0]!r} may be of another kind: rename adata.var_names."
+            elif fill_missing is None:
+                remedy = (
+                    "Pass the AnnData that the model was trained on, with all genes, or give new data its genes with "
+                    "SCVAE.prepare_query_anndata."
+                )
+            else:
+                remedy = "Pass data with these genes, or fill_missing=True to count them as 0."
             raise ValueError(
                 f"`adata` must have the genes of the model; {len(missing)} of {len(wanted)} are missing, the first "
-                f"{str(missing[0])!r}. Pass the AnnData that the model was trained on, with all genes, or give new "
-                "data its genes with SCVAE.prepare_query_anndata."
+                f"{str(missing[0])!r}. {remedy}"
             )
         repeated = names[names.duplicated() & names.isin(wanted)]
         if len(repeated) > 0:
             raise ValueError(
-                f"`adata` must have each gene of the model once; found {repeated[0]!r} more than once. Pass only the "
-                "genes that the model was trained on, in their order, for example adata[:, mask_var]."
+                f"`adata` must have each gene of the model once; found {repeated[0]!r} more than once. Pass each gene "
+                "once, for example after adata.var_names_make_unique()."
             )
         place_of = {name: place for place, name in enumerate(names)}  # of names that may repeat among the others
         return np.array([place_of.get(name, -1) for name in wanted])

@@ -173,7 +173,17 @@ class SetupMixin(BaseMinifiedModeModelClass):
 
     def _check_columns(self, adata: AnnData) -> None:
         """Check that ``obs`` holds what the model was set up with, of categories that it knows."""
-        obs_keys = self._obs_keys
+        self._check_columns_of(adata, self._obs_keys)
+        for key, known in self._known_categories().items():
+            found = adata.obs[key].unique().tolist()
+            if unknown := [each for each in found if each not in known]:
+                raise ValueError(
+                    f"adata.obs[{key!r}] must hold categories that the model knows, {listed(known)}; found "
+                    f"{listed(unknown)}. {self._remedy_for_categories(key, unknown, known)}"
+                )
+
+    def _check_columns_of(self, adata: AnnData, obs_keys: dict[str, Any]) -> None:
+        """Check that ``obs`` has the columns of these roles, and that they hold what their roles need."""
         for argument, role in ROLES.items():
             for key in role.keys(obs_keys[argument], argument):
                 if key not in adata.obs.columns:
@@ -183,13 +193,6 @@ class SetupMixin(BaseMinifiedModeModelClass):
                         + (self._any_label_does() if argument == "labels_key" else "Add it.")
                     )
         check_obs(adata, is_new=True, **obs_keys)
-        for key, known in self._known_categories().items():
-            found = adata.obs[key].unique().tolist()
-            if unknown := [each for each in found if each not in known]:
-                raise ValueError(
-                    f"adata.obs[{key!r}] must hold categories that the model knows, {listed(known)}; found "
-                    f"{listed(unknown)}. {self._remedy_for_categories(key, unknown, known)}"
-                )
 
     def _known_categories(self) -> dict[str, list]:
         """Categories of the batch, the labels and the covariates, by the column of ``obs``."""
