@@ -267,7 +267,7 @@ def test_predict_reads_x_by_a_model_that_was_set_up_with_a_layer(here):
     for name, layers in {"both": {"counts"}, "x": set()}.items():
         assert run(f"scvae-tools predict {name}.h5ad --model m -o {name}-new.h5ad") == 0
         found = ad.read_h5ad(f"{name}-new.h5ad")
-        np.testing.assert_allclose(found.obsm["X_scvae"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.obsm["X_scvae"], expected, rtol=1e-5, atol=1e-6)
         assert set(found.layers) - {None} == layers  # None is X, as of anndata 0.13
 
 

@@ -6,8 +6,10 @@ estimates must lie within `N_ERRORS` standard errors, taken from `REPEATS` indep
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
+import mixtures
 import mpmath
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from scvae_tools.likelihoods import LIKELIHOODS, get_likelihood
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}  #: at most a few thousand operations in float64
 N_CELLS, N_GENES = 4, 3
+make_cells = partial(mixtures.make_cells, n_cells=N_CELLS)
 
 
 # -- factories ---------------------------------------------------------------------------------------------------------
@@ -49,20 +52,6 @@ def make_vae(sizes: Sizes | None = None, **options: object) -> VAE:
             parameter.add_(0.3 * normal(*parameter.shape, seed=50 + seed))
     widen(module)
     return module.eval()
-
-
-def make_cells(sizes: Sizes | None = None, n_cells: int = N_CELLS) -> tuple[torch.Tensor, torch.Tensor, Covariates]:
-    """Counts, a third of them zero, size factors that are not their sums, and covariates."""
-    sizes = sizes or Sizes(N_GENES)
-    rng = np.random.default_rng(3)
-    x = rng.poisson(3, (n_cells, sizes.n_genes)) * (rng.random((n_cells, sizes.n_genes)) < 0.7)
-    columns = [rng.integers(n, size=(n_cells, 1)) for n in sizes.n_categories]
-    covariates = Covariates(
-        torch.tensor(rng.integers(sizes.n_batch, size=(n_cells, 1))),
-        torch.tensor(np.hstack(columns)) if columns else None,
-        torch.tensor(rng.normal(size=(n_cells, sizes.n_continuous))) if sizes.n_continuous else None,
-    )
-    return torch.tensor(x, dtype=torch.float64), torch.tensor(rng.uniform(0.5, 3, (n_cells, 1))), covariates
 
 
 def make_posterior(k: int = 3, n: int = 2, d: int = 2) -> Posterior:
@@ -560,7 +549,7 @@ def test_heads_start_at_what_the_likelihood_makes_of_the_mean_counts(
 
 
 def test_reference_cells_come_back_as_they_were_kept() -> None:
-    _, size, covariates = make_cells(COVARIATE_SIZES, N_REFERENCE_CELLS)
+    _, size, covariates = make_cells(COVARIATE_SIZES, n_cells=N_REFERENCE_CELLS)
     module = make_vae(COVARIATE_SIZES)
     module.set_reference(torch.ones(N_GENES), 1.0, size[:, 0], covariates)
     rows = [5, 0, 1023]
