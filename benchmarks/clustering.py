@@ -243,7 +243,7 @@ def cases_of_files(options: argparse.Namespace) -> Iterator[Case]:
         if reason is not None:
             print(f"{path.stem}: left out, {reason}", flush=True)
             continue
-        label = read.obs[options.labels].astype(object).to_numpy()
+        label = read.obs[options.labels].astype(object).to_numpy(copy=True)
         label[pd.isna(label) | np.isin(label.astype(str), NO_LABEL)] = np.nan
         has_batches = "batch" in read.obs and read.obs["batch"].nunique() > 1 and not options.ignore_batches
         adata = anndata.AnnData(read.X, obs=read.obs[["batch"] if has_batches else []].copy())

@@ -26,7 +26,7 @@ mpl.use("Agg")
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.glob("[!_]*.md"))  # `make docs` leaves pages of its own, which begin with _
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 MODULES = ("tl", "pl", "metrics", "datasets", "likelihoods")
 

@@ -401,7 +401,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_whole_results_only(trai
     assert len(list(tmp_path.glob("*.json"))) == 2 + len(unfinished)
     unfinished[0].write_text("{")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what is unfinished is not read
+        warnings.simplefilter("error", UserWarning)  # what is unfinished is not read
         table = compare(make_adata(), directory=tmp_path)
     assert trained == ["nb", "nb"]
     assert (table["state"] == "finished").all()
@@ -553,13 +553,13 @@ def test_a_grid_of_bounds_that_cannot_be_compared_is_warned_of_once_before_any_t
     adata, grid = make_adata(), {"likelihood": ["nb", "bernoulli", "poisson", "lomax"]}
     match = r"counts \('nb', 'poisson'\), probabilities of x > 0 \('bernoulli'\), densities \('lomax'\)\. Compare"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # not what the newest pandas says to anndata
         with pytest.raises(UserWarning, match=match):
             compare(adata, grid)
     assert trained == []
     with pytest.warns(UserWarning, match=match) as said:
         compare(adata, grid)
-    assert len(said) == 1
+    assert sum(issubclass(warning.category, UserWarning) for warning in said) == 1
     assert trained == grid["likelihood"]
 
 
@@ -570,7 +570,7 @@ def test_a_grid_of_bounds_that_cannot_be_compared_is_warned_of_once_before_any_t
 )
 def test_bounds_of_one_kind_are_compared_without_a_warning(likelihoods, trained):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # not what the newest pandas says to anndata
         compare(make_adata(), {"likelihood": likelihoods})
 
 

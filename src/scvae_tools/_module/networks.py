@@ -33,8 +33,8 @@ DISPERSIONS = ("gene", "gene-batch", "gene-cell")
 LINEAR_START = 0.1
 
 
-#: Parts that dropout can act on: hidden layers of both networks, the encoder's x, the decoder's z, the effect of y on
-#: q(z|x,y).
+#: Parts that dropout can act on: hidden layers of both networks, the encoder's x and the decoder's z, all in this file,
+#: and the effect of y on q(z|x,y), in `GMVAE.posterior`. It acts in the stages of which `Stage` says so.
 DROPOUT_PARTS = ("hidden", "input", "latent", "y")
 
 

@@ -1,4 +1,7 @@
-"""Module interface of scvi-tools: takes batches by registry keys, and returns what scvi-tools expects of a module."""
+"""Module interface of scvi-tools: takes batches by registry keys, and returns what scvi-tools expects of a module.
+
+The size factor of a cell is the registered one, or else its total count (`ScviModule.data`).
+"""
 
 from __future__ import annotations
 

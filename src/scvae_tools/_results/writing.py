@@ -1,4 +1,8 @@
-"""Writing of results into an AnnData, used by all tools."""
+"""Writing of results into an AnnData, used by all tools.
+
+What the results of a model are, such as ``obsm["X_scvae"]``, is in ``tl/_results_of_model.py``; their names are in
+``_keys.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages of a training: KL warm-up, VAE, mixture; and how many epochs each has."""
+"""Stages of a training: KL warm-up, VAE, mixture; how many epochs each has, and the default number of epochs."""
 
 from __future__ import annotations
 
