@@ -12,6 +12,7 @@ import torch
 
 import scvae_tools as svt
 from scvae_tools._data.loader import CountDataset
+from scvae_tools._train.plan import TrainingPlan
 
 N_CELLS, N_GENES = 60, 12
 
@@ -172,3 +173,18 @@ def test_all_that_a_prior_returns_is_on_the_device_of_the_module():
     module = new_model("gmvae").module.to("meta")
     for value in (module.prior.log_weights(), module.prior.entropy_of_y(), *module.prior.marginals()):
         assert value.device.type == "meta"
+
+
+@pytest.mark.parametrize("mixture", [False, "vade"])
+def test_every_stage_leaves_the_module_on_its_device(mixture, monkeypatch):
+    """Lightning moves it to the CPU at the end of a fit; the mixture would be started there, and results computed."""
+    events, model = [], new_model(mixture)
+    monkeypatch.setattr(TrainingPlan, "cpu", lambda self: events.append("moved to the CPU"))
+    original = type(model.module).to
+    monkeypatch.setattr(
+        type(model.module), "to", lambda self, *args: events.append("moved back") or original(self, *args)
+    )
+    model.train(3, progress=False)
+    ends = [at for at, event in enumerate(events) if event == "moved to the CPU"]
+    assert len(ends) >= 2
+    assert all(events[at + 1] == "moved back" for at in ends)

@@ -124,9 +124,13 @@ def _fit(
         | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"}
         | ({} if settings.checkpoint is None else settings.checkpoint.trainer_options(settings.trainer_options)),
     )
+    device = module.device
     with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
         loaders = loaders[0], loaders[1] if has_validation else None
-        interrupted = _fit_or_interrupt(trainer, plan, loaders, settings.checkpoint)
+        try:
+            interrupted = _fit_or_interrupt(trainer, plan, loaders, settings.checkpoint)
+        finally:
+            module.to(device)  # Lightning leaves it on the CPU, where all that follows would be computed
     versions = _versions(module, plan, best, interrupted=interrupted)
     if best is not None:
         best.restore(module)
