@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 import anndata
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 import scvae_tools as svt
-from scvae_tools._train import mixture_start as _start
+from scvae_tools._train import mixture_start
 from scvae_tools._train.stages import default_max_epochs
+from scvae_tools._train.tied_mixtures import TiedMixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,8 +45,8 @@ def latent_space(adata: anndata.AnnData, seed: int, n_latent: int) -> np.ndarray
 
 def merged(latent: np.ndarray, k: int, surplus: float, seed: int) -> np.ndarray:
     """One run: a mixture of so many times k components, merged to k."""
-    fine = _start._memberships(latent, round(surplus * k), np.random.default_rng(seed))
-    return next((level.label for level in _start._levels(fine) if level.n_components == k), np.zeros(len(latent)))
+    levels = mixture_start.merged_fits(torch.as_tensor(latent), [round(surplus * k)], np.random.default_rng(seed))[0]
+    return next((level.label.numpy() for level in levels if level.n_components == k), np.zeros(len(latent)))
 
 
 def partitions(latent: np.ndarray, k: int, seed: int) -> Iterator[tuple[str, list[np.ndarray]]]:
@@ -53,12 +55,13 @@ def partitions(latent: np.ndarray, k: int, seed: int) -> Iterator[tuple[str, lis
     yield "Ward", [AgglomerativeClustering(k).fit_predict(latent)]
     tied = GaussianMixture(k, covariance_type="tied", n_init=50, random_state=seed)
     yield "one covariance, likeliest of 50", [tied.fit_predict(latent)]
-    for surplus in _start.SURPLUS:
+    for surplus in mixture_start.SURPLUS:
         runs = [merged(latent, k, surplus, 100 * seed + run) for run in range(8)]
         yield f"merged from {surplus:g} k, single runs", runs
     for name, wanted in (("taken, k known", k), ("taken, k unknown", None)):
-        mixture, _ = _start.start_mixture(latent, wanted, random_state=seed)
-        yield name, [_start._log_joint(latent, mixture).argmax(1)]
+        start, _ = mixture_start.start_mixture(latent, wanted, random_state=seed)
+        mixture = TiedMixtures(*(torch.as_tensor(each)[None] for each in start))
+        yield name, [mixture.log_joint(torch.as_tensor(latent))[0].argmax(0).numpy()]
 
 
 def main() -> None:

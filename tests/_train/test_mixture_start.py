@@ -9,6 +9,7 @@ from scipy.special import xlogy
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
+from scvae_tools._train import mixture_start as _start
 from scvae_tools._train.mixture_start import LARGEST_OVERLAP, overlaps, start_mixture
 
 
@@ -71,6 +72,11 @@ def test_the_mixture_has_the_moments_of_the_clusters():
     assert adjusted_rand_score(truth, partition(latent, start)) == 1
 
 
+def overlaps_of(probs):
+    """Overlaps of probabilities (n, k), (k, k)."""
+    return overlaps(torch.as_tensor(probs).T[None])[0].numpy()
+
+
 def test_overlap_is_the_entropy_lost_by_merging_over_the_cells_of_the_smaller():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), size=50)
@@ -81,14 +87,46 @@ def test_overlap_is_the_entropy_lost_by_merging_over_the_cells_of_the_smaller():
     for i, j in ((0, 1), (2, 0), (3, 2)):
         merged = np.c_[np.delete(probs, [i, j], axis=1), probs[:, i] + probs[:, j]]
         expected = (entropy(probs) - entropy(merged)) / min(probs[:, i].sum(), probs[:, j].sum())
-        assert overlaps(probs)[i, j] == pytest.approx(expected)
-    assert np.all(np.diag(overlaps(probs)) == 0)
+        assert overlaps_of(probs)[i, j] == pytest.approx(expected)
+    assert np.all(np.diag(overlaps_of(probs)) == 0)
 
 
 def test_two_halves_of_one_component_overlap_by_twice_log_two():
     halves = np.c_[np.full((10, 2), 0.5), np.zeros(10)]
-    assert overlaps(halves)[0, 1] == pytest.approx(2 * np.log(2))
-    assert overlaps(halves)[0, 2] == 0
+    assert overlaps_of(halves)[0, 1] == pytest.approx(2 * np.log(2))
+    assert overlaps_of(halves)[0, 2] == 0
+
+
+def merged_one_by_one(probs):
+    """Partition and largest overlap for each number of components, from the definition, for probabilities (n, k)."""
+    probs = probs[:, probs.sum(0) > 0]
+    found = {}
+    while True:
+        k, table = probs.shape[1], overlaps_of(probs)
+        if len(np.unique(probs.argmax(1))) == k:
+            found[k] = probs.argmax(1), table.max()
+        if k == 1:
+            return found
+        i, j = sorted(np.unravel_index(table.argmax(), table.shape))
+        probs[:, i] += probs[:, j]
+        probs = np.delete(probs, j, axis=1)
+
+
+@pytest.mark.parametrize("n_empty", [0, 1, 3])
+def test_runs_that_are_merged_at_once_are_those_merged_one_by_one(n_empty):
+    """Also where some components hold no cell, in the first run, in the last, or in all."""
+    rng = np.random.default_rng(n_empty)
+    probs = rng.dirichlet(np.full(9, 0.1), size=(4, 60))
+    probs[:2, :, [0, 4, 8][:n_empty]] = 0.0
+    probs /= probs.sum(2, keepdims=True)
+    levels = _start._levels(torch.as_tensor(probs).mT.contiguous())
+    for own, each in zip(levels, probs, strict=True):
+        expected = merged_one_by_one(each.copy())
+        assert [level.n_components for level in own] == sorted(expected, reverse=True)
+        for level in own:
+            label, overlap = expected[level.n_components]
+            np.testing.assert_array_equal(level.label.numpy(), label)
+            assert level.overlap == pytest.approx(overlap, abs=1e-9)
 
 
 @pytest.mark.parametrize("n_components", [5, None])

@@ -10,16 +10,15 @@ whatever their size. Figures in docs/clustering.md.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import xlogy
+import torch
+from torch import Tensor
 
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, n_fits_at_once, one_hot
 
 #: Number of runs, each from another start; the result of one is taken.
 N_RUNS = 16
@@ -50,13 +49,17 @@ class MixtureStart(NamedTuple):
 class _Level(NamedTuple):
     """A partition on the way from fine components to one."""
 
-    label: np.ndarray  # (n,)
+    label: Tensor  # (n,)
     overlap: float  # of the two components that are merged next
     n_components: int
 
 
 def start_mixture(
-    latent: np.ndarray, n_components: int | tuple[int, int] | None, *, random_state: int
+    latent: np.ndarray,
+    n_components: int | tuple[int, int] | None,
+    *,
+    random_state: int,
+    device: torch.device | str = "cpu",
 ) -> tuple[MixtureStart, pd.DataFrame]:
     """Find the components of a latent space.
 
@@ -68,6 +71,8 @@ def start_mixture(
         k; or the smallest and largest that may be found; or None for any.
     random_state
         Seed.
+    device
+        Device that computes, in float64; the CPU in place of a device that has no such numbers.
 
     Returns
     -------
@@ -75,9 +80,12 @@ def start_mixture(
     over runs of the largest overlap between two of so many components, in nats per cell of the smaller;
     ``share_of_runs`` that would stop there; ``chosen``.
     """
-    latent = np.asarray(latent, dtype=np.float64)
+    latent = _on_device(latent, device)
     rng = np.random.default_rng(random_state)
-    sample = latent if len(latent) <= LARGEST_SAMPLE else rng.choice(latent, LARGEST_SAMPLE, replace=False)
+    sample = latent
+    if len(latent) > LARGEST_SAMPLE:
+        chosen = rng.choice(len(latent), LARGEST_SAMPLE, replace=False)
+        sample = latent[torch.as_tensor(chosen, device=latent.device)]
     runs = _runs(sample, n_components, rng)
     found = np.array([_count(levels) for levels in runs])
     low, high = (1, len(sample)) if n_components is None else np.broadcast_to(n_components, 2)
@@ -85,14 +93,20 @@ def start_mixture(
     partitions = [level.label for levels in runs for level in levels if level.n_components == k]
     # It can be that no run has k components: where k is nearly the number of cells, or where cells are equal.
     partitions = partitions or [_k_means(sample, k, random_state)]
-    label = max(partitions, key=lambda each: _quality(sample, each))
+    label = max(partitions, key=lambda each: _quality(sample, each, k))
     if len(sample) < len(latent):
-        label = _log_joint(latent, _mixture(sample, label, k)).argmax(1)
-    return _mixture(latent, label, k), _table(runs, found, k)
+        label = _nearest(latent, _mixture(sample, label, k))
+    return _as_start(_mixture(latent, label, k)), _table(runs, found, k)
 
 
 def start_from_labels(
-    latent: np.ndarray, label: np.ndarray, n_labels: int, n_components: int, *, random_state: int
+    latent: np.ndarray,
+    label: np.ndarray,
+    n_labels: int,
+    n_components: int,
+    *,
+    random_state: int,
+    device: torch.device | str = "cpu",
 ) -> MixtureStart:
     """Mixture with one component for each label, and further components for cells unlike all labels.
 
@@ -105,36 +119,48 @@ def start_from_labels(
     n_labels, n_components
         Number of labels and of components. The components beyond the labels are found among the cells without a label:
         those farthest from every label.
-    random_state
-        Seed.
+    random_state, device
+        As in `start_mixture`.
     """
-    latent = np.asarray(latent, dtype=np.float64)
-    known = label >= 0
-    labelled = _mixture(latent[known], label[known], n_labels)
-    whole = np.where(known, label, _log_joint(latent, labelled).argmax(1))
-    n_new, unknown = n_components - n_labels, latent[~known]
+    latent = _on_device(latent, device)
+    label = torch.as_tensor(np.asarray(label, dtype=np.int64), device=latent.device)
+    is_known = label >= 0
+    labelled = _mixture(latent[is_known], label[is_known], n_labels)
+    whole = torch.where(is_known, label, _nearest(latent, labelled))
+    n_new, unknown = n_components - n_labels, latent[~is_known]
     if n_new > 0 and len(unknown) >= n_components:
-        parts, _ = start_mixture(unknown, n_components, random_state=random_state)
-        factor = np.linalg.cholesky(np.linalg.inv(labelled.covariance))
-        distance = np.linalg.norm((parts.means[:, None] - labelled.means) @ factor, axis=-1).min(1)
-        farthest = np.argsort(-distance)[:n_new]
-        part = _log_joint(unknown, parts).argmax(1)
-        for new, each in enumerate(farthest):
-            whole[np.flatnonzero(~known)[part == each]] = n_labels + new
-    return _mixture(latent, whole, n_components)
+        parts, _ = start_mixture(unknown.cpu().numpy(), n_components, random_state=random_state, device=device)
+        parts = TiedMixtures(*(torch.as_tensor(each, device=latent.device)[None] for each in parts))
+        factor = torch.linalg.cholesky(torch.linalg.inv(labelled.covariance[0]))
+        distance = (
+            torch.linalg.vector_norm((parts.means[0][:, None] - labelled.means[0]) @ factor, dim=-1).min(1).values
+        )
+        part, position = _nearest(unknown, parts), (~is_known).nonzero()[:, 0]
+        for new, each in enumerate(distance.argsort(descending=True, stable=True)[:n_new]):
+            whole[position[part == each]] = n_labels + new
+    return _as_start(_mixture(latent, whole, n_components))
 
 
-def _runs(latent: np.ndarray, n_components: int | tuple[int, int] | None, rng: np.random.Generator) -> list[list]:
+def _on_device(latent: np.ndarray, device: torch.device | str) -> Tensor:
+    has_double = torch.device(device).type != "mps"
+    return torch.as_tensor(np.asarray(latent, dtype=np.float64), device=device if has_double else "cpu")
+
+
+def _as_start(mixture: TiedMixtures) -> MixtureStart:
+    return MixtureStart(*(each[0].cpu().numpy() for each in mixture))
+
+
+def _runs(latent: Tensor, n_components: int | tuple[int, int] | None, rng: np.random.Generator) -> list[list[_Level]]:
     """Levels of each run, from fine components to a single one."""
     most = max(1, len(latent) // CELLS_PER_COMPONENT)
     if isinstance(n_components, int | np.integer):
         fine = [max(n_components, min(most, round(n_components * SURPLUS[i % 4]))) for i in range(N_RUNS)]
-        return [list(_levels(_memberships(latent, n, rng))) for n in fine]
+        return merged_fits(latent, fine, rng)
     n_fine = N_FINE if n_components is None else max(N_FINE, round(1.5 * n_components[1]))
     lowest = 1 if n_components is None else n_components[0]
     while True:
         n_fine = max(lowest, min(n_fine, most))
-        runs = [list(_levels(_memberships(latent, n_fine, rng))) for _ in range(N_RUNS)]
+        runs = merged_fits(latent, [n_fine] * N_RUNS, rng)
         n_clear = np.median([_count(levels, CLEARLY_APART) for levels in runs])
         has_room = n_clear < MOST * n_fine
         if has_room or n_components is not None or n_fine >= min(most, LARGEST_N_FINE):
@@ -142,53 +168,76 @@ def _runs(latent: np.ndarray, n_components: int | tuple[int, int] | None, rng: n
         n_fine = round(n_fine * N_FINE_GROWTH)
 
 
-def _memberships(latent: np.ndarray, n_components: int, rng: np.random.Generator) -> np.ndarray:
-    """Probabilities of the components of a mixture with one covariance, from one k-means start, (n, k)."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
+def merged_fits(latent: Tensor, n_fine: list[int], rng: np.random.Generator) -> list[list[_Level]]:
+    """Levels of a run for each number of fine components; runs with the same number are computed together."""
+    seeds = rng.integers(2**31, size=len(n_fine)).tolist()
+    levels: dict[int, list[_Level]] = {}
+    for n in sorted(set(n_fine)):
+        runs = [run for run, own in enumerate(n_fine) if own == n]
+        n_at_once = n_fits_at_once(latent, n)
+        for start in range(0, len(runs), n_at_once):
+            part = runs[start : start + n_at_once]
+            probs = fit_tied_mixtures(latent, n, [seeds[run] for run in part])
+            levels |= dict(zip(part, _levels(probs), strict=True))
+    return [levels[run] for run in range(len(n_fine))]
 
-    seed = int(rng.integers(2**31))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture = GaussianMixture(n_components, covariance_type="tied", random_state=seed)
-        return mixture.fit(latent).predict_proba(latent)
 
-
-def _k_means(latent: np.ndarray, n_components: int, random_state: int) -> np.ndarray:
+def _k_means(latent: Tensor, n_components: int, random_state: int) -> Tensor:
+    """Partition by k-means, the best of ten, (n,)."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(n_components, n_init=10, random_state=random_state % 2**32).fit_predict(latent)
+        label = KMeans(n_components, n_init=10, random_state=random_state % 2**32).fit_predict(latent.cpu().numpy())
+    return torch.as_tensor(label, device=latent.device)
 
 
-def _levels(probs: np.ndarray) -> Iterator[_Level]:
-    """Merge the two components that overlap most, until one is left."""
-    probs = probs[:, probs.sum(0) > 0].copy()
+def _levels(probs: Tensor) -> list[list[_Level]]:
+    """Merge the two components that overlap most until one is left, for each run of probabilities (r, k, n)."""
+    levels: list[list[_Level]] = [[] for _ in probs]
+    run = torch.arange(len(probs), device=probs.device)
+    entropy, size = _terms(probs)
     overlap = overlaps(probs)
-    while True:
-        k = probs.shape[1]
-        label = probs.argmax(1)
+    for k in range(probs.shape[1], 0, -1):
+        label = probs.max(1).indices
+        largest, at = _with_empty_first(overlap, size).flatten(1).max(1)
+        # Not where a component is no cell's most probable one.
+        is_whole = one_hot(label, k).amax(2).all(1)
+        for levels_of_run, own, value, whole in zip(levels, label, largest.tolist(), is_whole.tolist(), strict=True):
+            if whole:
+                levels_of_run.append(_Level(own.to(torch.int32), value, k))
         if k == 1:
-            yield _Level(label, 0.0, 1)
-            return
-        i, j = sorted(np.unravel_index(overlap.argmax(), overlap.shape))
-        if len(np.unique(label)) == k:  # else a component is no cell's most probable one
-            yield _Level(label, float(overlap[i, j]), k)
-        probs[:, i] += probs[:, j]
-        probs = np.delete(probs, j, axis=1)
-        overlap = np.delete(np.delete(overlap, j, axis=0), j, axis=1)
-        overlap[i] = overlap[:, i] = _overlap_with(probs, i)
+            return levels
+        first, second = torch.minimum(at // k, at % k), torch.maximum(at // k, at % k)
+        probs[run, first] += probs[run, second]
+        # All but the second, in their order.
+        kept = torch.arange(k - 1, device=probs.device).expand(len(probs), -1)
+        kept = kept + (kept >= second[:, None])
+        probs, overlap = probs[run[:, None], kept], overlap[run[:, None, None], kept[:, :, None], kept[:, None]]
+        entropy, size = entropy[run[:, None], kept], size[run[:, None], kept]
+        merged = probs[run, first]
+        new = _overlap_with(probs, entropy, size, merged, *_terms(merged[:, None]))
+        new[run, first] = 0.0
+        overlap[run, first], overlap[run, :, first] = new, new
+        entropy[run, first], size[run, first] = (each[:, 0] for each in _terms(merged[:, None]))
+    return levels
 
 
-def overlaps(probs: np.ndarray) -> np.ndarray:
-    """Overlap of each two components, in nats per cell of the smaller, (k, k), 0 on the diagonal.
+def _with_empty_first(overlap: Tensor, size: Tensor) -> Tensor:
+    """Overlaps (r, k, k), infinite for each two of which one holds no cell, (r, k), so that it is merged at once."""
+    is_empty = size == 0
+    is_other = ~torch.eye(size.shape[1], dtype=torch.bool, device=size.device)
+    return overlap.masked_fill((is_empty[:, :, None] | is_empty[:, None]) & is_other, torch.inf)
+
+
+def overlaps(probs: Tensor) -> Tensor:
+    """Overlap of each two components, in nats per cell of the smaller, (r, k, k), 0 on the diagonal.
 
     Parameters
     ----------
     probs
-        Probability of each component, (n, k).
+        Probability of each component, (r, k, n), of r mixtures.
 
     Notes
     -----
@@ -197,15 +246,28 @@ def overlaps(probs: np.ndarray) -> np.ndarray:
     Σ_n [(p_i + p_j) log(p_i + p_j) − p_i log p_i − p_j log p_j] / min(Σ_n p_i, Σ_n p_j), from 0 for two that share no
     cell to 2 log 2 for two halves of one.
     """
-    return np.stack([_overlap_with(probs, i) for i in range(probs.shape[1])])
+    r, k, _ = probs.shape
+    entropy, size = _terms(probs)
+    each = probs.new_zeros(r, k, k)
+    for i in range(k - 1):
+        others = slice(i + 1, None)
+        one = probs[:, i], entropy[:, i, None], size[:, i, None]
+        each[:, i, others] = _overlap_with(probs[:, others], entropy[:, others], size[:, others], *one)
+    return each + each.mT
 
 
-def _overlap_with(probs: np.ndarray, i: int) -> np.ndarray:
-    both = probs + probs[:, [i]]
-    own, size = xlogy(probs, probs).sum(0), probs.sum(0)
-    lost = (xlogy(both, both).sum(0) - own - own[i]) / np.maximum(np.minimum(size, size[i]), np.finfo(float).tiny)
-    lost[i] = 0.0
-    return lost
+def _terms(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_n p log p and Σ_n p of probabilities (r, k, n), (r, k) each."""
+    return torch.xlogy(probs, probs).sum(2), probs.sum(2)
+
+
+def _overlap_with(
+    probs: Tensor, entropy: Tensor, size: Tensor, one: Tensor, entropy_of_one: Tensor, size_of_one: Tensor
+) -> Tensor:
+    """Overlaps of components (r, k, n) with one of each run (r, n), (r, k)."""
+    both = probs + one[:, None]
+    lost = torch.xlogy(both, both).sum(2) - entropy - entropy_of_one
+    return lost / torch.minimum(size, size_of_one).clamp(min=torch.finfo(probs.dtype).tiny)
 
 
 def _count(levels: list[_Level], largest_overlap: float = LARGEST_OVERLAP) -> int:
@@ -213,35 +275,34 @@ def _count(levels: list[_Level], largest_overlap: float = LARGEST_OVERLAP) -> in
     return next(level.n_components for level in levels if level.overlap < largest_overlap)
 
 
-def _quality(latent: np.ndarray, label: np.ndarray) -> float:
+def _quality(latent: Tensor, label: Tensor, n_components: int) -> float:
     """Quality of a partition, in nats per cell; see `OVERLAP_WEIGHT`."""
-    log_joint = _log_joint(latent, _mixture(latent, label))
-    log_density = np.logaddexp.reduce(log_joint, axis=1)
-    each = overlaps(np.exp(log_joint - log_density[:, None]))
-    largest = np.sort(each[np.triu_indices(len(each), 1)])[-N_LARGEST_OVERLAPS:]
-    return log_density.mean() - OVERLAP_WEIGHT * (largest.mean() if len(largest) else 0.0)
+    log_joint = _mixture(latent, label, n_components).log_joint(latent)
+    log_density = log_joint.logsumexp(1, keepdim=True)
+    each = overlaps(log_joint.sub_(log_density).exp_())[0]
+    pairs = each[torch.triu(torch.ones_like(each, dtype=torch.bool), diagonal=1)]
+    largest = pairs.sort().values[-N_LARGEST_OVERLAPS:]
+    return float(log_density.mean() - OVERLAP_WEIGHT * (largest.mean() if len(largest) else 0.0))
 
 
-def _mixture(latent: np.ndarray, label: np.ndarray, n_components: int | None = None) -> MixtureStart:
-    """Weights, means and covariance of a partition, whose labels are 0, 1, ..., k − 1."""
-    size = np.bincount(label, minlength=n_components or 0).astype(float)
-    one_hot = np.eye(len(size))[label]
+def _mixture(latent: Tensor, label: Tensor, n_components: int) -> TiedMixtures:
+    """Weights, means and covariance of a partition (n,), whose labels are 0, 1, ..., k − 1."""
+    parts = one_hot(label[None].long(), n_components)[0]  # (k, n)
+    size = parts.sum(1)
     # A component without cells starts as a rare one in the middle of all.
-    means = np.where(size[:, None] > 0, one_hot.T @ latent / np.maximum(size, 1)[:, None], latent.mean(0))
-    residual = latent - means[label]
+    means = torch.where(size[:, None] > 0, parts @ latent / size[:, None].clamp(min=1), latent.mean(0))
+    residual = latent - means[label.long()]
     covariance = residual.T @ residual / len(latent)
     # A direction in which no cell differs must not make the matrix singular.
-    covariance += np.eye(len(covariance)) * 1e-6 * np.trace(covariance).clip(1e-6) / len(covariance)
-    weights = np.maximum(size, 0.5)
-    return MixtureStart(weights / weights.sum(), means, covariance)
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    covariance += identity * 1e-6 * covariance.trace().clamp(min=1e-6) / len(covariance)
+    weights = size.clamp(min=0.5)
+    return TiedMixtures((weights / weights.sum())[None], means[None], covariance[None])
 
 
-def _log_joint(latent: np.ndarray, mixture: MixtureStart) -> np.ndarray:
-    """Log π_k N(z; μ_k, Σ), (n, k)."""
-    from scipy.stats import multivariate_normal
-
-    each = [multivariate_normal(mean, mixture.covariance).logpdf(latent) for mean in mixture.means]
-    return np.log(mixture.weights) + np.stack(each, axis=1)
+def _nearest(latent: Tensor, mixture: TiedMixtures) -> Tensor:
+    """Most probable component of each cell, (n,)."""
+    return mixture.log_joint(latent)[0].max(0).indices
 
 
 def _table(runs: list[list[_Level]], found: np.ndarray, chosen: int) -> pd.DataFrame:

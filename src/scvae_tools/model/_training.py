@@ -366,12 +366,13 @@ class TrainingMixin(InferenceMixin):
         """Set the mixture from the latent means of the training cells, and from their labels where these are known."""
         self._state.is_trained = True
         mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
+        options = {"random_state": random_state, "device": self.module.device}
         if self.is_supervised:
             label = self._components_of_labels()[self.train_indices]
-            start = start_from_labels(mean, label, len(self.labels), self.n_components, random_state=random_state)
+            start = start_from_labels(mean, label, len(self.labels), self.n_components, **options)
         else:
             wanted = self.n_components or self._state.n_components  # a number, a range, or None
-            start, curve = start_mixture(mean, wanted, random_state=random_state)
+            start, curve = start_mixture(mean, wanted, **options)
         if self.n_components is None:
             self._state.component_curve = curve
             self.module.build_mixture(len(start.weights))
