@@ -8,6 +8,7 @@ differences of larger terms, and no way of summing them is exact to more than th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ import scvae_tools as svt
 from scvae_tools._module import gene_sum as _blocked
 from scvae_tools._module.bounds import Posterior
 from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.decoded import DecodedRows, Heads
+from scvae_tools._module.dense_counts import DenseCounts
 from scvae_tools._module.memory import Buffers
 from scvae_tools._module.mixture_vaes import GMVAE, VaDE
 from scvae_tools._module.networks import DISPERSIONS
@@ -62,8 +65,24 @@ PATTERNS = {
     "one row": make_counts(1),
     "an empty cell and an empty gene": with_an_empty_cell(),
 }
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Blocks of so many genes of counts that are held as a dense matrix."""
+
+    n_genes: int | None
+
+
 #: Genes in a block. Two and three do not divide the seven.
-BLOCKS = {"one block": None, "one gene a block": 1, "two genes a block": 2, "three genes a block": 3}
+BLOCKS = {
+    "one block": None,
+    "one gene a block": 1,
+    "two genes a block": 2,
+    "three genes a block": 3,
+    "dense counts, one block": Dense(None),
+    "dense counts, three genes a block": Dense(3),
+}
 #: Name and k_max of likelihoods with categories.
 PIECEWISE = {"poisson above 2": ("poisson", 2), "zinb above 1": ("zinb", 1)}
 #: Dispersions of the likelihoods that have one: all of the first, one of the others, to save time.
@@ -85,7 +104,7 @@ class Problem:
     log_size: torch.Tensor  # (p,)
     batch: torch.Tensor  # (p,)
     features: torch.Tensor  # (p, h)
-    heads: _blocked.Heads
+    heads: Heads
 
     def leaves(self) -> list[torch.Tensor]:
         return [self.features, *self.heads.tensors()]
@@ -120,18 +139,28 @@ class Problem:
         log_prob = self.likelihood.log_prob(self.x, self.params())
         return (log_prob - self.likelihood.log_base_measure(self.x)).sum(1)
 
-    def rows(self) -> _blocked.DecodedRows:
+    def rows(self) -> DecodedRows:
         """Each row a cell of its own."""
-        return _blocked.DecodedRows(Counts.of(self.x).by_gene, self.log_size, self.batch, N_BATCH)
+        return DecodedRows(Counts.of(self.x).by_gene, self.log_size, self.batch, N_BATCH)
+
+    def dense_rows(self, rows: DecodedRows | None = None) -> DecodedRows:
+        """The same with the counts of all cells as a matrix; of other cells than the rows if these are given."""
+        rows = self.rows() if rows is None else rows
+        by_gene = rows.counts
+        x = torch.zeros(len(rows.batch), len(by_gene.start) - 1, dtype=by_gene.value.dtype)
+        x[by_gene.column, by_gene.row()] = by_gene.value
+        return replace(rows, counts=x)
 
     def blocked(
         self,
         expected_gradient: torch.Tensor | None = None,
-        n_genes: int | None = None,
-        rows: _blocked.DecodedRows | None = None,
+        n_genes: int | Dense | None = None,
+        rows: DecodedRows | None = None,
         buffers: Buffers | None = None,
     ) -> torch.Tensor:
         """The same by the engine, with so many genes in a block."""
+        if isinstance(n_genes, Dense):
+            return self.blocked(expected_gradient, n_genes.n_genes, self.dense_rows(rows), buffers)
         return _blocked.log_likelihood(
             self.likelihood,
             self.rows() if rows is None else rows,
@@ -165,7 +194,7 @@ def make_problem(
         0.5 * normal(n_rows, seed=1),
         torch.arange(n_rows) // 2 % (N_BATCH - 1),
         normal(n_rows, n_hidden, seed=2).requires_grad_(),
-        _blocked.Heads(decoded, shared),
+        Heads(decoded, shared),
     )
 
 
@@ -321,13 +350,22 @@ def test_gradients_are_added_up_over_passes(name: str, dispersion: str, is_expec
     assert_same(problem, [array(leaf.grad) for leaf in problem.leaves()], [4 * gradient for gradient in once])
 
 
+@pytest.mark.parametrize("is_sparse", [True, False])
 @pytest.mark.parametrize("is_expected", [False, True])
 @every_case
-def test_data_and_parameters_are_left_as_they_were(name: str, dispersion: str, is_expected: bool) -> None:
+def test_data_and_parameters_are_left_as_they_were(
+    name: str, dispersion: str, is_expected: bool, is_sparse: bool
+) -> None:
     problem = make_problem(name, dispersion)
     expected_gradient = make_expected_gradients(len(problem.x))["weighted"]
-    rows = problem.rows()
-    held = [*problem.leaves(), rows.log_size, rows.batch, expected_gradient, *rows.by_gene]
+    rows = problem.rows() if is_sparse else problem.dense_rows()
+    held = [
+        *problem.leaves(),
+        rows.log_size,
+        rows.batch,
+        expected_gradient,
+        *(rows.counts if is_sparse else [rows.counts]),
+    ]
     before = [array(value).copy() for value in held]
     problem.blocked(expected_gradient if is_expected else None, n_genes=3, rows=rows).backward(expected_gradient)
     for value, copy in zip(held, before, strict=True):
@@ -421,11 +459,11 @@ def test_rows_without_weight_leave_no_trace(name: str, dispersion: str) -> None:
     expected_gradient = torch.zeros(len(problem.x), dtype=torch.float64)
     expected_gradient[kept] = make_expected_gradients(3)["weighted"]
     rest = problem.at(kept)
-    expected = gradients(rest, rest.dense(), expected_gradient[kept])
-    for value in (problem.blocked(expected_gradient, n_genes=3), problem.blocked(n_genes=3)):
+    of_rest = gradients(rest, rest.dense(), expected_gradient[kept])
+    for value in (problem.blocked(expected, n) for n in (3, Dense(3)) for expected in (expected_gradient, None)):
         by_features, *others = gradients(problem, value, expected_gradient)
         np.testing.assert_array_equal(by_features[[1, 4]], 0)
-        assert_same(problem, [by_features[kept.numpy()], *others], expected)
+        assert_same(problem, [by_features[kept.numpy()], *others], of_rest)
 
 
 def test_an_expected_gradient_may_add_up_to_nothing() -> None:
@@ -532,16 +570,17 @@ def test_rows_that_repeat_cells_equal_a_dense_index(
 
 @pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("repeats", REPEATS)
+@pytest.mark.parametrize("n_genes", [3, Dense(3)], ids=["sparse", "dense"])
 @every_case
 def test_the_gradient_by_the_log_of_the_size_factors_is_that_of_the_dense_formula(
-    name: str, dispersion: str, repeats: str, is_expected: bool
+    name: str, dispersion: str, n_genes: int | Dense, repeats: str, is_expected: bool
 ) -> None:
     cells, cell = make_problem(name, dispersion, with_an_empty_cell()), torch.tensor(REPEATS[repeats])
     problem = replace(cells.at(cell), features=normal(len(cell), N_HIDDEN, seed=8).requires_grad_())
     problem.log_size.requires_grad_()
     rows = replace(cells.rows(), cell=cell, log_size=problem.log_size)
     expected_gradient = make_expected_gradients(len(cell))["weighted"]
-    value = problem.blocked(expected_gradient if is_expected else None, 3, rows=rows)
+    value = problem.blocked(expected_gradient if is_expected else None, n_genes, rows=rows)
     leaves = [problem.log_size, *problem.leaves()]
     found = torch.autograd.grad(value, leaves, -2 * expected_gradient)  # off by a common factor
     expected = torch.autograd.grad(problem.dense(), leaves, -2 * expected_gradient)
@@ -579,14 +618,15 @@ def test_the_log_of_the_sum_of_the_rates_is_exact_in_float32_where_the_sum_overf
 
 @pytest.mark.parametrize("is_expected", [False, True])
 @pytest.mark.parametrize("share", [0.07, 0.6])
+@pytest.mark.parametrize("n_genes", [37, Dense(37)], ids=["sparse", "dense"])
 @every_case
 def test_float32_is_as_close_to_float64_as_required(
-    name: str, dispersion: str, share: float, is_expected: bool
+    name: str, dispersion: str, n_genes: int | Dense, share: float, is_expected: bool
 ) -> None:
     exact = make_problem(name, dispersion, make_counts(40, 501, share), n_hidden=16)
     problem = exact.to(torch.float32)
     expected_gradient = make_expected_gradients(40)["weighted"].float()
-    value = problem.blocked(expected_gradient if is_expected else None, n_genes=37)
+    value = problem.blocked(expected_gradient if is_expected else None, n_genes=n_genes)
     assert value.dtype == torch.float32
     np.testing.assert_allclose(array(value), array(exact.dense()), rtol=SINGLE)
     found = torch.autograd.grad(value, problem.leaves(), expected_gradient)
@@ -710,6 +750,9 @@ OF_MODULES = [
     ("poisson above 2", "gene"),
 ]
 KINDS = {"vae": VAE, "gmvae": GMVAE, "vade": VaDE}
+#: Forms in which the counts of a batch are held.
+FORMS = {"sparse": Counts.of, "dense": DenseCounts}
+every_form = pytest.mark.parametrize("form", FORMS)
 N_CELLS, N_SAMPLES, N_COMPONENTS, N_LATENT = 12, 2, 4, 3
 TERMS = ("log_likelihood", "kl_z", "kl_y")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -759,10 +802,10 @@ def _shared_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Posterior, "sample_each", sample_each)
 
 
-def bound_and_gradients(module: VAE, *, is_averaged: bool = False) -> dict[str, torch.Tensor]:
+def bound_and_gradients(module: VAE, *, is_averaged: bool = False, form: str = "sparse") -> dict[str, torch.Tensor]:
     """Terms of the bound, and the gradients of its loss, by name."""
-    cells = make_cells(module.z_mean.weight.dtype)
-    bound = module.bound(*cells, n_samples=N_SAMPLES, is_averaged=is_averaged)
+    x, *others = make_cells(module.z_mean.weight.dtype)
+    bound = module.bound(FORMS[form](x), *others, n_samples=N_SAMPLES, is_averaged=is_averaged)
     bound.loss(kl_weight=0.7).backward()
     trained = {name: p.grad for name, p in module.named_parameters() if p.grad is not None and p.numel()}
     assert set(trained) >= {"encoder.gene_weight", "decoder.heads.log_rate.weight", "z_mean.weight"}
@@ -778,25 +821,28 @@ def assert_same_bounds(found: dict[str, torch.Tensor], expected: dict[str, torch
 @pytest.mark.usefixtures("_shared_noise")
 @pytest.mark.parametrize("is_averaged", [False, True])
 @pytest.mark.parametrize(("name", "dispersion"), OF_MODULES)
+@every_form
 @every_kind
 def test_the_engines_give_the_same_bound_and_gradients(
-    kind: str, name: str, dispersion: str, is_averaged: bool
+    kind: str, form: str, name: str, dispersion: str, is_averaged: bool
 ) -> None:
     """In float32, against the dense engine in float64: in float32 that one is as far off, by the same rounding."""
     options = {**named(name), "dispersion": dispersion, "encode_covariates": True}
     blocked, dense = make_module(kind, "blocked", **options), make_module(kind, "dense", torch.float64, **options)
-    assert_same_bounds(bound_and_gradients(blocked, is_averaged=is_averaged), bound_and_gradients(dense))
+    assert_same_bounds(bound_and_gradients(blocked, is_averaged=is_averaged, form=form), bound_and_gradients(dense))
 
 
 @pytest.mark.usefixtures("_shared_noise")
 @pytest.mark.parametrize(("name", "dispersion"), OF_MODULES)
+@every_form
 @every_kind
-def test_the_engines_differ_by_nothing_but_rounding(kind: str, name: str, dispersion: str) -> None:
+def test_the_engines_differ_by_nothing_but_rounding(kind: str, form: str, name: str, dispersion: str) -> None:
     """In float64. Tolerance: the series of the negative binomial, `STIRLING` of gradients of order 1."""
-    blocked, dense = (
-        bound_and_gradients(make_module(kind, engine, torch.float64, dispersion=dispersion, **named(name)))
+    modules = (
+        make_module(kind, engine, torch.float64, dispersion=dispersion, **named(name))
         for engine in ("blocked", "dense")
     )
+    blocked, dense = map(functools.partial(bound_and_gradients, form=form), modules)
     for term, value in blocked.items():
         np.testing.assert_allclose(array(value), array(dense[term]), rtol=1e-9, atol=SIZES.n_genes * STIRLING)
 
@@ -841,12 +887,38 @@ def test_a_loss_that_is_no_average_is_refused_where_an_average_was_expected() ->
 @every_likelihood
 @every_kind
 def test_the_engines_give_the_same_importance_weighted_bound(kind: str, name: str) -> None:
-    found = []
-    for engine in ("blocked", "dense"):
+    found, (x, *others) = [], make_cells()
+    for engine, form in (("blocked", "sparse"), ("blocked", "dense"), ("dense", "sparse")):
         module = make_module(kind, engine, likelihood=name).eval()
         with seeded(3), torch.inference_mode():
-            found.append(module.importance_weighted_bound(*make_cells(), n_samples=7, chunk=3))
-    np.testing.assert_allclose(*map(array, found), rtol=SINGLE)
+            found.append(array(module.importance_weighted_bound(FORMS[form](x), *others, n_samples=7, chunk=3)))
+    np.testing.assert_allclose(found[0], found[2], rtol=SINGLE)
+    np.testing.assert_allclose(found[1], found[2], rtol=SINGLE)
+
+
+@pytest.mark.usefixtures("_shared_noise")
+@every_likelihood
+@every_kind
+def test_the_importance_weighted_objective_is_the_same_in_both_forms(kind: str, name: str) -> None:
+    found, (x, *others) = [], make_cells(torch.float64)
+    for form in FORMS:
+        module = make_module(kind, "blocked", torch.float64, likelihood=name)
+        bound = module.bound(FORMS[form](x), *others, n_samples=N_SAMPLES, importance_kl_weight=0.6)
+        bound.loss().backward()
+        found.append({"bound": bound.importance_weighted, "weight": module.decoder.heads.log_rate.weight.grad})
+    for key, value in found[0].items():
+        np.testing.assert_allclose(array(found[1][key]), array(value), rtol=1e-6, err_msg=key)  # of pairs left out
+
+
+@every_kind
+def test_rates_and_probabilities_are_the_same_in_both_forms(kind: str) -> None:
+    module, (x, size, covariates) = make_module(kind, "blocked").eval(), make_cells()
+    with torch.inference_mode():
+        rates = [array(module.rate(form(x), size, covariates)) for form in FORMS.values()]
+        posteriors = [module.posterior(module.encode(form(x), size, covariates)) for form in FORMS.values()]
+        probabilities = [array(module.probabilities(posterior)) for posterior in posteriors]
+    np.testing.assert_allclose(*rates, rtol=SINGLE)
+    np.testing.assert_allclose(*probabilities, rtol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["blocked", "dense"])

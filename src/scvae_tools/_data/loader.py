@@ -117,13 +117,13 @@ class CountLoader(DataLoader):
     ) -> None:
         self.indices = indices
         # A sampler of whole batches, and no collation: one row access of the CSR matrix makes the batch.
-        batches = _Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last)
+        batches = Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last)
         dataset = CountDataset(manager, likelihood) if dataset is None else dataset
         super().__init__(dataset, batch_size=None, sampler=batches, **options)
 
 
-class _Batches:
-    """Positions of the cells of each batch."""
+class Batches:
+    """Positions of the cells of each batch; parameters as in `CountLoader`."""
 
     def __init__(self, indices: np.ndarray, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
         self.indices, self.batch_size, self.shuffle = indices, batch_size, shuffle

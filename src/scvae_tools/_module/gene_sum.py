@@ -24,69 +24,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from scvae_tools._module.dense_sweep import DenseSweep
 from scvae_tools._module.memory import Buffers, keep_freed_memory
 from scvae_tools._module.sparse import Compressed, rows_of_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from scvae_tools._module.decoded import DecodedRows, Heads
     from scvae_tools.likelihoods import Likelihood, Params
 
 #: Entries of a block, rows x genes, by kind of device. On the CPU a few such matrices fit into the cache, and starting
 #: an operation costs little compared with the operation. On other devices the limit is memory.
 BLOCK_ENTRIES = {"cpu": 2**19}
 BLOCK_ENTRIES_ELSEWHERE = 2**26
-
-
-@dataclass(frozen=True)
-class DecodedRows:
-    """Data of the p rows that are decoded, without their features.
-
-    Parameters
-    ----------
-    by_gene
-        Non-zeros of the n cells, by gene.
-    log_size
-        Offset of the log rates of each row, (p,): the log of its size factor. Where the rates add up to the size
-        factor, the log of their sum is subtracted.
-    batch, n_batch
-        Code of the batch of each cell, (n,), and the number of batches.
-    cell
-        Cell of each row, (p,); None where the rows are the cells.
-    """
-
-    by_gene: Compressed
-    log_size: Tensor
-    batch: Tensor
-    n_batch: int
-    cell: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Weights and values that turn features into parameters, by the name of the head.
-
-    Parameters
-    ----------
-    decoded
-        Weight (g, n_hidden) and bias (g,) of each head that differs between rows.
-    shared
-        Value of each head that all rows share, (g,), or all rows of a batch, (g, n_batch).
-    """
-
-    decoded: dict[str, tuple[Tensor, Tensor]]
-    shared: dict[str, Tensor]
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the heads, in the order that `like` expects."""
-        return [tensor for pair in self.decoded.values() for tensor in pair] + list(self.shared.values())
-
-    def like(self, tensors: tuple[Tensor, ...]) -> Heads:
-        """Heads of the same names with other tensors, in the order of `tensors`."""
-        each = iter(tensors)
-        return Heads(
-            {name: (next(each), next(each)) for name in self.decoded}, {name: next(each) for name in self.shared}
-        )
 
 
 def log_likelihood(
@@ -126,7 +77,8 @@ def log_likelihood(
         In `backward`, if the expected gradient was not the actual one, up to a common factor.
     """
     n_genes = _n_genes_of_a_block(features, block_entries)
-    sweep = _Sweep(likelihood, rows, heads, n_genes, buffers or Buffers())
+    sweep_of = _Sweep if isinstance(rows.counts, Compressed) else DenseSweep
+    sweep = sweep_of(likelihood, rows, heads, n_genes, buffers or Buffers())
     expected_gradient = expected_gradient if torch.is_grad_enabled() else None
     return _LogLikelihood.apply(sweep, expected_gradient, rows.log_size, features, *heads.tensors())
 
@@ -143,7 +95,12 @@ def _n_genes_of_a_block(features: Tensor, block_entries: int | None) -> int:
 class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sweep: _Sweep, expected_gradient: Tensor | None, log_size: Tensor, features: Tensor, *tensors: Tensor
+        ctx: Any,
+        sweep: _Sweep | DenseSweep,
+        expected_gradient: Tensor | None,
+        log_size: Tensor,
+        features: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
         sweep.needs_log_size = ctx.needs_input_grad[2]
         ctx.sweep = sweep
@@ -184,7 +141,7 @@ def _common_factor(gradient: Tensor, expected_gradient: Tensor) -> Tensor | None
 
 
 class _Sweep:
-    """One pass over the blocks of genes."""
+    """One pass over the blocks of genes of sparse counts."""
 
     needs_log_size = False  #: whether the gradient by the log of the size factors is asked for
 
@@ -194,7 +151,7 @@ class _Sweep:
     ) -> None:
         self.likelihood, self.heads, self.block_genes, self.buffers = likelihood, heads, block_genes, buffers
         self.log_size, self.batch, self.n_batch = rows.log_size.detach(), rows.batch, rows.n_batch
-        self.by_gene = rows.by_gene._replace(value=rows.by_gene.value.to(heads.tensors()[0].dtype))
+        self.by_gene = rows.counts._replace(value=rows.counts.value.to(heads.tensors()[0].dtype))
         gene = self.by_gene.row()
         constants = self._constants(rows, gene)
         if rows.cell is not None:

@@ -64,6 +64,8 @@ class MixtureVAE(VAE):
             check_choice("weights", weights, WEIGHTS)
         self.y_term, self.weights = y_term, weights
         self.component_of_label = component_of_label
+        codes = None if component_of_label is None else torch.as_tensor(component_of_label)
+        self.register_buffer("component_codes", codes, persistent=False)  # the same, on the device of the module
         self.n_components = None
         self._mixture_options = {"covariance": covariance, "weights": weights}
         # A buffer, so that it is saved; mirrored in a plain bool, so that no step has to read it from the device.
@@ -107,7 +109,7 @@ class MixtureVAE(VAE):
         if self.component_of_label is None or self.y_term != "cross-entropy" or not self.is_mixture:
             return None
         code = self.moved(tensors)[REGISTRY_KEYS.LABELS_KEY][:, 0].long()
-        component = torch.as_tensor(self.component_of_label, device=code.device)
+        component = self.component_codes
         return torch.where(code < len(component), component[code.clamp(max=len(component) - 1)], -1)
 
     def permute_components(self, order: Tensor) -> None:

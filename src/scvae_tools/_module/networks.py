@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
 
 from scvae_tools._checks import check_whole, is_number, is_whole
-from scvae_tools._module.gene_sum import Heads, log_sum_exp
+from scvae_tools._module.decoded import Heads
+from scvae_tools._module.gene_sum import log_sum_exp
 from scvae_tools._module.memory import Buffers
 from scvae_tools._module.sparse import Counts, SparseProduct
 
 if TYPE_CHECKING:
     from scvae_tools._module.covariates import Covariates, Sizes
+    from scvae_tools._module.dense_counts import DenseCounts
     from scvae_tools.likelihoods import Likelihood, Params
 
 NORMALIZATIONS = ("layer", "batch", "none")
@@ -197,10 +199,10 @@ class Encoder(nn.Module):
         for parameter in (self.gene_weight, first.weight, first.bias):
             nn.init.uniform_(parameter, -bound, bound) if parameter.numel() else None
 
-    def forward(self, x: Counts, covariates: Covariates) -> Tensor:
+    def forward(self, x: Counts | DenseCounts, covariates: Covariates) -> Tensor:
         (first, *rest), *layers = self.layers.fc_layers
         if self.training and self.input_dropout.p > 0:  # a zero stays zero, dropped or not
-            x = x.times(self.input_dropout(torch.ones_like(x.by_cell.value, dtype=self.gene_weight.dtype)))
+            x = x.thinned(self.input_dropout)
         if x.density < LARGEST_SPARSE_DENSITY:
             features = SparseProduct.apply(self.gene_weight, x.by_cell, x.by_gene, self.buffers)
         else:

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding_bag
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from scvae_tools._module.dense_counts import DenseCounts
     from scvae_tools._module.memory import Buffers
 
 
@@ -58,9 +59,9 @@ class Counts:
         self.by_cell, self.by_gene, self.log_base_measure = by_cell, by_gene, log_base_measure
 
     @classmethod
-    def of(cls, x: Counts | Tensor) -> Counts:
+    def of(cls, x: Counts | DenseCounts | Tensor) -> Counts | DenseCounts:
         """Counts of a dense or sparse tensor (n, g); counts stay as they are."""
-        if isinstance(x, Counts):
+        if not isinstance(x, Tensor):
             return x
         if x.layout is not torch.strided:
             return cls.of_coordinates(*_coordinates(x), x.shape)
@@ -111,14 +112,20 @@ class Counts:
         by_gene = self.by_gene._replace(value=function(self.by_gene.value, self.by_gene.column))
         return Counts(by_cell, by_gene)
 
-    def times(self, factor: Tensor) -> Counts:
-        """Counts with each non-zero multiplied by a factor, (nnz,), in the order by cell."""
+    def thinned(self, dropout: Callable[[Tensor], Tensor]) -> Counts:
+        """Counts of which ``dropout`` sets some non-zeros to zero."""
+        factor = dropout(torch.ones_like(self.by_cell.value))
         # Within a gene both orders have the cells in the same order.
         by_gene = factor[torch.argsort(self.by_cell.column, stable=True)]
         return Counts(
             self.by_cell._replace(value=self.by_cell.value * factor),
             self.by_gene._replace(value=self.by_gene.value * by_gene),
         )
+
+    def sum_over_counts(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Σ f(x) over the non-zeros of each cell, (n,)."""
+        each = function(self.by_gene.value)
+        return each.new_zeros(len(self)).index_add_(0, self.by_gene.column, each)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Self:
         """Counts on another device; called by Lightning and scvi-tools.

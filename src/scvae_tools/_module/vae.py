@@ -16,6 +16,8 @@ from scvae_tools._checks import check_choice, check_whole
 from scvae_tools._module import gene_sum
 from scvae_tools._module.bounds import Bound, Decoded, Posterior, StandardNormal, cross_entropy, log_softplus
 from scvae_tools._module.covariates import Covariates, Sizes
+from scvae_tools._module.decoded import DecodedRows
+from scvae_tools._module.dense_counts import DenseCounts
 from scvae_tools._module.gene_sum import sum_over_genes
 from scvae_tools._module.memory import Buffers
 from scvae_tools._module.networks import (
@@ -289,7 +291,7 @@ class VAE(ScviModule):
 
     # -- inference -------------------------------------------------------------------------------------------------
 
-    def encode(self, x: Counts | Tensor, size: Tensor, covariates: Covariates) -> Tensor:
+    def encode(self, x: Counts | DenseCounts | Tensor, size: Tensor, covariates: Covariates) -> Tensor:
         """Features of the encoder, (n, n_features)."""
         scaled, seen = (size * self.input_scale)[:, 0], ENCODER_INPUTS[self.encoder_input]
         return self.encoder(Counts.of(x).map(lambda value, cell: seen(value, scaled[cell])), covariates)
@@ -312,7 +314,7 @@ class VAE(ScviModule):
 
     def log_likelihood(
         self,
-        x: Counts | Tensor,
+        x: Counts | DenseCounts | Tensor,
         z: Tensor,
         log_size: Tensor,
         covariates: Covariates,
@@ -341,8 +343,8 @@ class VAE(ScviModule):
         log_factor = self.decoder.log_factor(features, own_size).expand(*z.shape[:-1], 1)
         n_copies = math.prod(z.shape[:-2])
         own = torch.arange(len(x), device=z.device) if cell is None else cell
-        rows = gene_sum.DecodedRows(
-            x.by_gene,
+        rows = DecodedRows(
+            x.value if isinstance(x, DenseCounts) else x.by_gene,
             log_factor.flatten(),
             covariates.batch[:, 0],
             self.sizes.n_batch,
@@ -359,16 +361,15 @@ class VAE(ScviModule):
         )
         return kernel.reshape(z.shape[:-1]) + self.log_base_measure(x).to(kernel)[own]
 
-    def log_base_measure(self, x: Counts) -> Tensor:
+    def log_base_measure(self, x: Counts | DenseCounts) -> Tensor:
         """Σ_g log b(x_g) of each cell, (n,), without the zeros, where b is 1."""
         if x.log_base_measure is not None:
             return x.log_base_measure
-        each = self.likelihood.log_base_measure(x.by_gene.value.to(self.z_mean.weight))
-        return each.new_zeros(len(x)).index_add_(0, x.by_gene.column, each)
+        return x.sum_over_counts(lambda value: self.likelihood.log_base_measure(value.to(self.z_mean.weight)))
 
     def decode_draws(
         self,
-        x: Counts,
+        x: Counts | DenseCounts,
         z: Tensor,
         posterior: Posterior,
         log_size: Tensor,
@@ -380,7 +381,8 @@ class VAE(ScviModule):
 
         Only pairs of cell and component with q(y|x) above the machine epsilon of float32 are decoded. The other pairs
         change the result by less than its rounding error. They would cost as much as the rest, and fill the gradients
-        with denormal numbers, on which a CPU is fifty times slower.
+        with denormal numbers, on which a CPU is fifty times slower. Of `DenseCounts` all pairs are decoded, since their
+        number must not depend on the data.
         """
         s, k, n, _ = z.shape
         if k == 1:
@@ -388,7 +390,11 @@ class VAE(ScviModule):
             log_likelihood = self.log_likelihood(x, z[:, 0], log_size, covariates, expected_gradient=expected)
             cell = torch.arange(n, device=z.device)
             return Decoded(z[:, 0], log_likelihood, cell, torch.zeros_like(cell), z.new_ones(n))
-        cell, component = torch.nonzero(torch.finfo(torch.float32).eps < posterior.q_y, as_tuple=True)  # (p,)
+        if isinstance(x, DenseCounts):
+            pair = torch.arange(n * k, device=z.device)
+            cell, component = pair // k, pair % k
+        else:
+            cell, component = torch.nonzero(torch.finfo(torch.float32).eps < posterior.q_y, as_tuple=True)  # (p,)
         weight = posterior.q_y[cell, component]
         weight = weight / weight.new_zeros(n).index_add(0, cell, weight)[cell]
         expected = (-weight.detach() / (s * n)).expand(s, -1) if is_averaged else None
@@ -411,7 +417,7 @@ class VAE(ScviModule):
 
     def bound(
         self,
-        x: Counts | Tensor,
+        x: Counts | DenseCounts | Tensor,
         size: Tensor,
         covariates: Covariates,
         n_samples: int = 1,
@@ -466,7 +472,7 @@ class VAE(ScviModule):
         return each.reshape(s, n, k).logsumexp((0, 2)) - math.log(s)
 
     def importance_weighted_bound(
-        self, x: Counts | Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32
+        self, x: Counts | DenseCounts | Tensor, size: Tensor, covariates: Covariates, n_samples: int, chunk: int = 32
     ) -> Tensor:
         """Log 1/S Σ_s p(x|z_s) p(z_s) / q(z_s|x) with z_s ~ q(z|x): a lower bound of log p(x), (n,).
 
@@ -505,7 +511,9 @@ class VAE(ScviModule):
         typical = self.log_size(self.reference_size.median())
         return self.likelihood.rate(params | {"log_rate": log_share + typical}) * (-typical).exp()
 
-    def rate(self, x: Counts | Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None) -> Tensor:
+    def rate(
+        self, x: Counts | DenseCounts | Tensor, size: Tensor, covariates: Covariates, genes: Tensor | None = None
+    ) -> Tensor:
         """λ at the posterior means, Σ_y q(y|x) λ(E[z|x,y]), in counts, (n, g)."""
         covariates = self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))

@@ -43,7 +43,7 @@ KEY = "scvae_tools"
 
 
 #: Arguments of `SCVAE.train` without an effect on the result: where to compute, and what to show.
-WITHOUT_EFFECT = ("self", "checkpoint", "progress", "accelerator", "devices", "trainer_options")
+WITHOUT_EFFECT = ("self", "checkpoint", "progress", "accelerator", "devices", "hold_on_device", "trainer_options")
 
 
 #: Name of the weights in `fingerprint`.

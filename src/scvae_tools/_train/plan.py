@@ -106,6 +106,8 @@ class TrainingPlan(lightning.LightningModule):
         self.lr, self.weight_decay = lr, weight_decay
         self.history: list[dict] = []
         self.row: dict = {}
+        self._sums: Tensor | None = None  #: of the terms over the cells so far
+        self._first_bad: Tensor | None = None  #: which terms were not finite in the first batch with any
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         shared = {id(parameter) for parameter in self.module.decoder.shared.parameters()}
@@ -117,7 +119,8 @@ class TrainingPlan(lightning.LightningModule):
             if parameter.requires_grad:
                 groups[id(parameter) in shared]["params"].append(parameter)
         groups = [group for group in groups if group["params"]]
-        return torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=True)
+        capturable = self.device.type == "cuda"  # its count of steps stays on the device
+        return torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=True, capturable=capturable)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
@@ -144,7 +147,7 @@ class TrainingPlan(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.module.train()
         self.module.drop_out(enable=self.stage.drops_out)
-        self._reset("train")
+        self._reset()
         self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
         self.row["kl_weight"] = self.warm_up_share() * self.objective.kl_weight
 
@@ -165,7 +168,7 @@ class TrainingPlan(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.close_training()
-        self._reset("validation")
+        self._reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._add(self.module.bound(*self.module.data(batch)))
@@ -178,19 +181,24 @@ class TrainingPlan(lightning.LightningModule):
         self.log_dict({name: self.row[name] for name in self._names("train")}, batch_size=1)
         self.history.append(self.row)
 
-    def _reset(self, subset: str) -> None:
-        self._sums = torch.zeros(len(TERMS), device=self.device)
+    def _reset(self) -> None:
+        if self._sums is None:
+            self._sums = torch.zeros(len(TERMS), device=self.device)
+            self._first_bad = torch.zeros(len(TERMS), dtype=torch.bool, device=self.device)
+        self._sums.zero_()  # the memory stays the same, for a step that was recorded
+        self._first_bad.zero_()
         self._n_cells = 0
-        self._first_bad = torch.zeros(len(TERMS), dtype=torch.bool, device=self.device)
-        self._subset = subset
 
     def _add(self, bound: Bound) -> None:
-        with torch.no_grad():
-            sums = torch.stack([getattr(bound, term).sum() for term in TERMS])
-            # Only the first bad batch tells which term it was: after it, the weights are not finite either.
-            self._first_bad = torch.where(self._first_bad.any(), self._first_bad, ~torch.isfinite(sums))
-            self._sums += sums
-            self._n_cells += len(bound.kl_z)
+        self._add_terms(bound)
+        self._n_cells += len(bound.kl_z)
+
+    @torch.no_grad()
+    def _add_terms(self, bound: Bound) -> None:
+        sums = torch.stack([getattr(bound, term).sum() for term in TERMS])
+        # Only the first bad batch tells which term it was: after it, the weights are not finite either.
+        self._first_bad |= ~torch.isfinite(sums) & ~self._first_bad.any()
+        self._sums += sums
 
     def _close(self, subset: str) -> dict[str, float]:
         """Put the means of the terms into the row; return them by their names in the row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 from copy import deepcopy
@@ -15,12 +16,14 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from scvae_tools._messages import warn
+from scvae_tools._train.device_plan import DevicePlan
 from scvae_tools._train.plan import NonFiniteError, Objective, TrainingPlan
 from scvae_tools._train.versions import KeepBest, Version, copied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from scvae_tools._data.resident import ResidentCells
     from scvae_tools._module.vae import VAE
     from scvae_tools._train.checkpoint import Checkpointer
     from scvae_tools._train.progress import Progress
@@ -44,6 +47,7 @@ class Settings:
     matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
+    cells: ResidentCells | None = None  #: cells that are held on the device, whose positions are the batches
     recorder: Callback | None = None  #: callback that adds columns to the history
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
 
@@ -104,14 +108,19 @@ def _fit(
     lr: float,
 ) -> Trained:
     options = {"lr": lr, "weight_decay": settings.weight_decay, "objective": settings.objective}
-    plan = TrainingPlan(module, stage, first_epoch=first_epoch, **options)
+    plan_of, clips = TrainingPlan, {"gradient_clip_val": settings.gradient_clip}
+    if settings.cells is not None:
+        plan_of = functools.partial(
+            DevicePlan, cells=settings.cells, steps=loaders[0], gradient_clip=settings.gradient_clip
+        )
+        clips = {}  # Lightning clips only where it optimises
+    plan = plan_of(module, stage, first_epoch=first_epoch, **options)
     has_validation = loaders[1] is not None and len(loaders[1]) > 0
     best = KeepBest(settings.patience) if has_validation and not stage.warms_up else None
     trainer = lightning.Trainer(
         max_epochs=stage.max_epochs,
         accelerator=settings.accelerator,
         devices=settings.devices,
-        gradient_clip_val=settings.gradient_clip,
         callbacks=_callbacks(settings, best),
         num_sanity_val_steps=0,
         **{
@@ -121,6 +130,7 @@ def _fit(
             "enable_model_summary": False,
             "log_every_n_steps": 10**9,
         }
+        | clips
         | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"}
         | ({} if settings.checkpoint is None else settings.checkpoint.trainer_options(settings.trainer_options)),
     )

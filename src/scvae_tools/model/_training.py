@@ -11,7 +11,8 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from scvae_tools._checks import check_choice, check_number, check_share, check_whole
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches, CountDataset
+from scvae_tools._data.resident import StepLoader, held_on_device
 from scvae_tools._messages import InterruptedTraining, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
@@ -28,12 +29,12 @@ from scvae_tools._upstream import parse_device_args, quiet
 from scvae_tools.model._inference import InferenceMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import pandas as pd
 
-    from scvae_tools._data.loader import CountDataset
+    from scvae_tools._data.resident import ResidentCells
     from scvae_tools._module.vae import VAE
 
 
@@ -72,6 +73,7 @@ class TrainingMixin(InferenceMixin):
         gradient_clip: float = 100.0,
         accelerator: str = "auto",
         devices: int | str = "auto",
+        hold_on_device: bool | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         progress: bool = True,
         record_rates: bool = False,
@@ -117,6 +119,11 @@ class TrainingMixin(InferenceMixin):
             Largest norm of the gradient.
         accelerator, devices
             Of Lightning.
+        hold_on_device
+            Whether the counts are copied to the device that trains, where all batches are then formed, and on a CUDA
+            device each step is recorded once and repeated. None to do so on a CUDA device of which they take at most
+            half of the free memory. The result is the same but for rounding. It cannot be had together with
+            ``trainer_options`` that change how a step is taken; None then leaves the counts where they are.
         matmul_precision
             Precision of torch's matrix products during training (``torch.set_float32_matmul_precision``): ``"medium"``
             takes bfloat16 where the processor has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
@@ -168,17 +175,19 @@ class TrainingMixin(InferenceMixin):
         accelerator, devices, device = parse_device_args(accelerator, devices, return_device="torch")
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
         bar = Progress(stages, enable=progress)
-        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience)
-        settings.accelerator, settings.devices, settings.matmul_precision = accelerator, devices, matmul_precision
-        settings.progress, settings.trainer_options = bar, trainer_options
+        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
+        settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
         with seeded(random_state), quiet(), self._former_split_on_error():
             self._split(train_size, validation_indices)
             self._standardize_covariates()
-            loaders = self._loaders(batch_size, pin_memory=device.type == "cuda")
+            dataset = CountDataset(self.adata_manager, self.module.likelihood)
+            hold = _whether_to_hold(hold_on_device, devices, trainer_options)
+            settings.cells = held_on_device(dataset, device, hold=hold)
+            loaders = self._loaders(batch_size, dataset, settings.cells, pin_memory=device.type == "cuda")
             if record_rates:
-                settings.recorder = RateRecorder(loaders[0].dataset, self.train_indices, random_state)
+                settings.recorder = RateRecorder(dataset, self.train_indices, random_state)
             if checkpoint is not None:
-                settings.checkpoint = self._checkpointer(checkpoint, loaders[0].dataset, arguments)
+                settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
             self.to_device(device)
             try:
                 self._run(stages, loaders, settings, random_state)
@@ -286,16 +295,23 @@ class TrainingMixin(InferenceMixin):
         sd[is_constant] = np.inf
         self.module.standardize_continuous(torch.as_tensor(mean), torch.as_tensor(sd))
 
-    def _loaders(self, batch_size: int, *, pin_memory: bool) -> tuple[Iterable, Iterable | None]:
+    def _loaders(
+        self, batch_size: int, dataset: CountDataset, cells: ResidentCells | None, *, pin_memory: bool
+    ) -> tuple:
+        """Loaders of training and validation cells, the latter None where there are none."""
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
         drops = self.module.normalization == "batch" and len(self.train_indices) % batch_size == 1
-        options = {"shuffle": True, "drop_last": drops, "batch_size": batch_size, "pin_memory": pin_memory}
-        train = self._make_data_loader(self.adata, self.train_indices, **options)
+        pin_memory = pin_memory and cells is None
+        options = {"pin_memory": pin_memory, "dataset": dataset if cells is None else cells}
+        if cells is None:
+            options_of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size}
+            train = self._make_data_loader(self.adata, self.train_indices, **options_of_steps, **options)
+        else:
+            train = StepLoader(Batches(self.train_indices, batch_size, shuffle=True, drop_last=drops))
         if len(self.validation_indices) == 0:
             return train, None
         # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
-        options = {"batch_size": max(batch_size, EVALUATION_BATCH_SIZE), "pin_memory": pin_memory}
-        options["dataset"] = train.dataset
+        options["batch_size"] = max(batch_size, EVALUATION_BATCH_SIZE)
         return train, self._make_data_loader(self.adata, self.validation_indices, **options)
 
     def _run(self, stages: list[Stage], loaders: tuple, settings: Settings, random_state: int) -> None:
@@ -415,6 +431,31 @@ class TrainingMixin(InferenceMixin):
         order = torch.as_tensor(order, device=self.module.device)
         self._state.versions = renumbered(self.module, self._state.versions, order)
         self.module.permute_components(order)
+
+
+#: Options of Lightning's trainer that leave the steps as they are.
+OPTIONS_BESIDE_STEPS = {
+    *("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
+    *("enable_progress_bar", "log_every_n_steps", "benchmark", "deterministic", "detect_anomaly", "inference_mode"),
+}
+
+
+def _whether_to_hold(
+    hold_on_device: bool | None,  # noqa: FBT001
+    devices: int | str | list,
+    trainer_options: dict[str, Any],
+) -> bool | None:
+    """Return whether to hold the counts on the device, None for where there is room; see `TrainingMixin.train`."""
+    check_choice("hold_on_device", hold_on_device, (None, True, False))
+    others = [name for name in trainer_options if name not in OPTIONS_BESIDE_STEPS]
+    is_single = len(devices) == 1 if isinstance(devices, list) else str(devices) == "1"
+    others += [] if is_single else ["devices"]
+    if others and hold_on_device:
+        raise ValueError(
+            "`hold_on_device=True` takes the steps of the training by itself, so that options of Lightning's trainer "
+            f"cannot change them; found {listed(others)}. Leave them out, or leave out `hold_on_device`."
+        )
+    return False if others else hold_on_device
 
 
 def check_training_arguments(

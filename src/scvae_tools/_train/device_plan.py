@@ -1,0 +1,138 @@
+"""Training plan for cells that are held on a device: the host hands over positions, and repeats a recorded step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scvae_tools._messages import warn
+from scvae_tools._train.plan import TrainingPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scvae_tools._data.resident import ResidentCells, StepLoader
+
+#: Steps that are taken before a step is recorded, as torch asks for, so that all memory it keeps is there.
+N_STEPS_BEFORE = 3
+
+
+class DevicePlan(TrainingPlan):
+    """Training plan whose "batches" are the positions of the cells of many steps, (n_steps, batch_size).
+
+    The steps are those of `TrainingPlan`. Lightning, which takes part of a millisecond for each batch, sees one of many
+    steps, so the plan optimises by itself.
+
+    Parameters
+    ----------
+    cells
+        Cells on the device that trains.
+    steps
+        Loader of the positions.
+    gradient_clip
+        Largest norm of the gradient; None for any.
+    options
+        Module, stage and options of `TrainingPlan`.
+    """
+
+    def __init__(
+        self, *options: Any, cells: ResidentCells, steps: StepLoader, gradient_clip: float | None, **named: Any
+    ) -> None:
+        super().__init__(*options, **named)
+        self.automatic_optimization = False
+        self.cells, self.steps, self.gradient_clip = cells, steps, gradient_clip
+        self.n_steps_of_epoch = 0
+        self._share: Tensor | None = None  #: of the KL weight, on the device
+        self._recorded: RecordedStep | None = None
+
+    def warm_up_share(self) -> float:
+        if not self.stage.warms_up:
+            return 1.0
+        done = self.current_epoch * self.steps.n_steps + self.n_steps_of_epoch
+        return min(1.0, done / max(self.steps.n_steps * self.stage.max_epochs, 1))
+
+    def on_train_epoch_start(self) -> None:
+        self.n_steps_of_epoch = 0
+        super().on_train_epoch_start()
+        if self._recorded is None:
+            self._share = torch.ones((), device=self.device)
+            self._recorded = RecordedStep(self._step, self.steps.n_cells_of_step, self.device)
+
+    def teardown(self, stage: str) -> None:
+        self._recorded = None  # it holds this plan, and memory of the device
+
+    def training_step(self, positions: Tensor, batch_index: int) -> None:
+        for own in positions:
+            if self.stage.warms_up:
+                self._share.fill_(self.warm_up_share())
+            self._recorded(own)
+            self._n_cells += len(own)
+            self.n_steps_of_epoch += 1
+
+    def _step(self, positions: Tensor) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        bound, loss = self.objective.loss(self.module, self.cells[positions], self._share)
+        loss.backward()
+        self.configure_gradient_clipping(optimizer, self.gradient_clip, None)
+        optimizer.step()
+        self._add_terms(bound)
+
+
+class RecordedStep:
+    """Function of the positions of cells that is recorded as a CUDA graph, and then repeated.
+
+    On other devices than a CUDA device, and for another number of cells, the function is called. So it is where it
+    cannot be recorded; a warning says why.
+
+    Parameters
+    ----------
+    function
+        Function of positions (batch_size,) without a result, all of whose effects are on the device.
+    batch_size
+        Number of cells of a step.
+    device
+        Device of the positions.
+    """
+
+    def __init__(self, function: Callable[[Tensor], None], batch_size: int, device: torch.device) -> None:
+        self.function, self.batch_size = function, batch_size
+        self.can_record, self.n_before, self.graph = device.type == "cuda", 0, None
+        self.positions = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def __call__(self, positions: Tensor) -> None:
+        if not self.can_record or len(positions) != self.batch_size:
+            self.function(positions)
+            return
+        if self.graph is None and self.n_before < N_STEPS_BEFORE:
+            self.n_before += 1
+            self._on_side_stream(positions)
+            return
+        if self.graph is None and not self._record():
+            self.function(positions)
+            return
+        self.positions.copy_(positions)
+        self.graph.replay()
+
+    def _on_side_stream(self, positions: Tensor) -> None:
+        stream = torch.cuda.Stream(self.positions.device)
+        stream.wait_stream(torch.cuda.current_stream(self.positions.device))
+        with torch.cuda.stream(stream):
+            self.function(positions)
+        torch.cuda.current_stream(self.positions.device).wait_stream(stream)
+
+    def _record(self) -> bool:
+        """Record the function, which changes nothing; return whether that was possible."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.function(self.positions)
+        except RuntimeError as error:
+            self.can_record = False
+            reason = str(error).splitlines()[0]
+            warn(f"A training step cannot be recorded as a CUDA graph ({reason}); training goes on without, slower.")
+            return False
+        self.graph = graph
+        return True

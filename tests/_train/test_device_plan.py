@@ -1,0 +1,228 @@
+"""Training on cells that are held on a device: the same steps as with batches from the host, here on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from training_cases import BATCH_SIZE, CASES, new_model
+
+from scvae_tools._data import resident
+from scvae_tools._train import device_plan
+from scvae_tools._train.device_plan import DevicePlan, RecordedStep
+from scvae_tools._train.plan import NonFiniteError, TrainingPlan
+
+ELBO = ["elbo_train", "elbo_validation", "kl_weight"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def trained(hold, *, training=None, **options):
+    model = new_model(**options)
+    model.train(
+        **{"max_epochs": 6, "batch_size": BATCH_SIZE, "progress": False, "hold_on_device": hold} | (training or {})
+    )
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*(densit|Bounds)")
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_model_is_trained(case):
+    """Tolerance: Adam divides by the size of gradients, also of those near 0, where rounding shows."""
+    expected, found = (trained(hold, **CASES[case]) for hold in (False, True))
+    assert found.history[["epoch", "stage"]].equals(expected.history[["epoch", "stage"]])
+    columns = [name for name in ELBO if name in expected.history]
+    np.testing.assert_allclose(found.history[columns], expected.history[columns], rtol=2e-3, atol=1e-3)
+    np.testing.assert_array_equal(found.history["kl_weight"], expected.history["kl_weight"])
+    latent = [model.get_latent_representation() for model in (found, expected)]
+    np.testing.assert_allclose(*latent, atol=0.02)
+
+
+@pytest.mark.parametrize("mixture", [False, "gmvae", "vade"])
+def test_parts_are_dropped_out_here_too(mixture):
+    rates = {"hidden": 0.3, "input": 0.2, "latent": 0.1} | ({"y": 0.5} if mixture == "gmvae" else {})
+    found, expected = (trained(hold, mixture=mixture, dropout_rate=rates) for hold in (True, False))
+    assert np.isfinite(found.history[ELBO]).all(axis=None)
+    end = [model.history["elbo_validation"].iloc[-1] for model in (found, expected)]
+    np.testing.assert_allclose(*end, rtol=0.05)
+
+
+def test_the_steps_are_taken_by_the_plan_that_holds_the_cells(monkeypatch):
+    made = []
+    monkeypatch.setattr(DevicePlan, "on_train_start", lambda self: made.append(type(self.cells)), raising=False)
+    trained(True)
+    assert made == [resident.ResidentCells] * 2  # warm-up and VAE
+    trained(None)  # the CPU
+    trained(False)
+    assert len(made) == 2
+
+
+def test_groups_of_any_size_give_the_same_model(monkeypatch):
+    histories = []
+    for n_steps in (1, 2, 100):
+        monkeypatch.setattr(resident, "STEPS_AT_ONCE", n_steps)
+        histories.append(trained(True, mixture="gmvae").history[ELBO])
+    pd.testing.assert_frame_equal(histories[0], histories[1])
+    pd.testing.assert_frame_equal(histories[0], histories[2])
+
+
+class StoppedError(Exception):
+    """What a process that is killed does not say."""
+
+
+@pytest.mark.parametrize("mixture", [False, "gmvae"])
+def test_a_training_that_is_killed_goes_on_to_the_last_bit(mixture, tmp_path, monkeypatch):
+    whole = trained(True, mixture=mixture, training={"max_epochs": 10})
+    original, epochs = TrainingPlan.on_train_epoch_start, []
+
+    def stop(plan):
+        epochs.append(1)
+        if len(epochs) == 8:
+            raise StoppedError
+        original(plan)
+
+    monkeypatch.setattr(TrainingPlan, "on_train_epoch_start", stop)
+    with contextlib.suppress(StoppedError):
+        trained(True, mixture=mixture, training={"max_epochs": 10, "checkpoint": tmp_path})
+    assert len(epochs) == 8
+    monkeypatch.setattr(TrainingPlan, "on_train_epoch_start", original)
+    resumed = trained(True, mixture=mixture, training={"max_epochs": 10, "checkpoint": tmp_path})
+    pd.testing.assert_frame_equal(resumed.history, whole.history, check_exact=True)
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(resumed.module.state_dict()[name], value), name
+
+
+def test_a_term_that_is_not_finite_is_named():
+    model = new_model()
+    with torch.no_grad():
+        model.module.z_mean.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="log_likelihood became NaN or infinite in epoch 1"):
+        model.train(3, progress=False, hold_on_device=True)
+
+
+def test_lambda_is_recorded_here_too():
+    model = trained(True, training={"record_rates": True})
+    assert (model.history[["rate_at_zeros", "max_rate"]] > 0).all(axis=None)
+
+
+def test_options_that_change_the_steps_are_refused_or_leave_the_cells_on_the_host():
+    with pytest.raises(ValueError, match=r"takes the steps of the training by itself.*found 'accumulate_grad_batches'"):
+        trained(True, training={"accumulate_grad_batches": 2})
+    trained(None, training={"accumulate_grad_batches": 2, "max_epochs": 2})
+    with pytest.raises(ValueError, match="cannot change them; found 'devices'"):
+        trained(True, training={"devices": 2, "accelerator": "cpu"})
+    with pytest.raises(ValueError, match="`hold_on_device` must be"):
+        trained("yes")
+
+
+# -- recording, without a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """CUDA graphs that note what is done with them: what is recorded runs when it is replayed, and only then."""
+    done = SimpleNamespace(recorded=0, replayed=0, on_side=0, is_recording=False, fails=False)
+
+    class Graph:
+        def replay(self):
+            done.replayed += 1
+            self.function()
+
+    @contextlib.contextmanager
+    def record(graph):
+        done.recorded += 1
+        done.is_recording = True
+        try:
+            yield
+            if done.fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            done.is_recording = False
+
+    @contextlib.contextmanager
+    def on_stream(_):
+        done.on_side += 1
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    return done
+
+
+def a_recorded_step(fake_graphs, batch_size=4):
+    called = []
+
+    def function(positions):
+        if not fake_graphs.is_recording:
+            called.append(positions.tolist())
+
+    step = RecordedStep(function, batch_size, torch.device("cpu"))
+    step.can_record = True
+    torch.cuda.CUDAGraph.function = lambda self: function(step.positions)
+    return step, called
+
+
+def test_every_step_is_taken_once_whether_it_is_recorded_or_not(fake_graphs):
+    step, called = a_recorded_step(fake_graphs)
+    given = [[i, i + 1, i + 2, i + 3] for i in range(7)]
+    given.insert(5, [1, 2])  # the end of an epoch
+    for positions in given:
+        step(torch.tensor(positions))
+    assert called == given
+    assert fake_graphs.on_side == device_plan.N_STEPS_BEFORE
+    assert fake_graphs.recorded == 1
+    assert fake_graphs.replayed == len(given) - 1 - device_plan.N_STEPS_BEFORE
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(fake_graphs):
+    step, called = a_recorded_step(fake_graphs)
+    fake_graphs.fails = True
+    given = [[i, i + 1, i + 2, i + 3] for i in range(6)]
+    match = r"\(operation not permitted when stream is capturing\); training goes on"
+    for i, positions in enumerate(given):
+        first = i == device_plan.N_STEPS_BEFORE
+        with pytest.warns(UserWarning, match=match) if first else contextlib.nullcontext():
+            step(torch.tensor(positions))
+    assert called == given
+    assert fake_graphs.recorded == 1
+
+
+def test_on_the_cpu_nothing_is_recorded():
+    step = RecordedStep(lambda positions: None, 4, torch.device("cpu"))
+    assert not step.can_record
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*(densit|Bounds)", "error:.*cannot be recorded")
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_step_trains_the_model_of_the_cpu(case):
+    """With another noise: bounds are compared, and that steps were repeated."""
+    training = CASES[case].get("training", {}) | {"max_epochs": 30, "early_stopping": False}
+    options = {name: value for name, value in CASES[case].items() if name != "training"}
+    of_gpu = trained(None, training=training | {"accelerator": "gpu"}, **options)
+    of_cpu = trained(False, training=training | {"accelerator": "cpu"}, **options)
+    end = [model.history["elbo_train"].iloc[-3:].mean() for model in (of_gpu, of_cpu)]
+    np.testing.assert_allclose(*end, rtol=0.03)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_recorded_steps_are_the_steps_that_are_not_recorded(monkeypatch):
+    """With the same random numbers, and in a precision in which rounding does not show."""
+    histories = []
+    for n_before in (3, 10**9):
+        monkeypatch.setattr(device_plan, "N_STEPS_BEFORE", n_before)
+        model = trained(True, mixture="vade", training={"accelerator": "gpu", "matmul_precision": "highest"})
+        histories.append(model.history[ELBO])
+    np.testing.assert_allclose(*histories, rtol=2e-3)
