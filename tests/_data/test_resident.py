@@ -114,7 +114,6 @@ def test_a_gpu_holds_counts_that_take_half_of_its_free_memory(share, is_held, mo
     dataset = make_dataset(make_counts())
     free = int(n_bytes_on_device(dataset) / share)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(resident, "ResidentCells", lambda dataset, device: (dataset, device))
     device = torch.device("cuda")
     assert held_on_device(dataset, device, hold=None) == ((dataset, device) if is_held else None)

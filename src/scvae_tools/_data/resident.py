@@ -10,7 +10,6 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scvae_tools._messages import inform
 from scvae_tools._module.dense_counts import DenseCounts
 
 if TYPE_CHECKING:
@@ -119,9 +118,6 @@ def held_on_device(dataset: CountDataset, device: torch.device, *, hold: bool | 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else np.inf
     if hold is None:
         hold = device.type == "cuda" and size <= LARGEST_SHARE * free
-    if device.type == "cuda":
-        where = f"are held there, {size / 1e9:.2g} GB" if hold else "stay in the memory of the host"
-        inform("Training on %s (%s); the counts %s.", device, torch.cuda.get_device_name(device), where)
     if not hold:
         return None
     if size > free:

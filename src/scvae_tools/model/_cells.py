@@ -13,7 +13,8 @@ from anndata import AnnData
 
 from scvae_tools._checks import cell_positions, check_whole
 from scvae_tools._data.counts import read_counts
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountLoader
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, CountLoader
+from scvae_tools._data.resident import ResidentCells, held_on_device
 from scvae_tools._data.roles import columns_in
 from scvae_tools._messages import said_before
 from scvae_tools._random import seeded
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 
+#: Share of the cells from which on it pays to copy all of them to a device, in order to read these.
+SMALLEST_SHARE_TO_COPY = 0.1
+
+
 class CellsMixin(SetupMixin):
     """Reading of cells by `SCVAE`."""
 
     _data_loader_cls = CountLoader
+    _held: ResidentCells | None = None  #: cells of the model on the device that trains, while it does
 
     @torch.inference_mode()
     def _batches(
@@ -48,12 +54,29 @@ class CellsMixin(SetupMixin):
         if dataloader is None:
             adata = self._validate_anndata(adata)
             size = check_whole("batch_size", batch_size, or_none=True) or EVALUATION_BATCH_SIZE
+            held = self._cells_on_device(adata, indices)
+            # Batches that are formed on the device are not formed in other processes.
+            options |= {} if held is None else {"dataset": held, "num_workers": 0}
             dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
         self.module.eval()
         with seeded(0):
             batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
         for tensors in batches:
             yield self.module.moved(tensors)
+
+    def _cells_on_device(self, adata: AnnData, indices: Sequence[int] | None) -> ResidentCells | None:
+        """Cells on the device of the model, or None where their batches are made by the host.
+
+        They are copied to a CUDA device for one pass over many of them: that takes less time than the batches.
+        """
+        if self._held is not None and adata is self.adata:
+            return self._held
+        if self.module.device.type != "cuda" or self.minified_data_type is not None:
+            return None
+        if len(cell_positions(indices, adata.n_obs)) < SMALLEST_SHARE_TO_COPY * adata.n_obs:
+            return None
+        manager = self.get_anndata_manager(adata, required=True)
+        return held_on_device(CountDataset(manager, self.module.likelihood), self.module.device, hold=None)
 
     def _make_data_loader(self, adata: AnnData, indices: Sequence[int] | None = None, **options: Any) -> Iterable:
         """Loader of cells given by position or by one boolean each."""

@@ -13,7 +13,7 @@ from scvi import REGISTRY_KEYS
 from scvae_tools._checks import check_choice, check_number, check_share, check_whole
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches, CountDataset
 from scvae_tools._data.resident import StepLoader, held_on_device
-from scvae_tools._messages import InterruptedTraining, listed, warn
+from scvae_tools._messages import InterruptedTraining, inform, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
@@ -177,12 +177,11 @@ class TrainingMixin(InferenceMixin):
         bar = Progress(stages, enable=progress)
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
-        with seeded(random_state), quiet(), self._former_split_on_error():
+        hold = _whether_to_hold(hold_on_device, devices, trainer_options)
+        with seeded(random_state), quiet(), self._former_split_on_error(), self._holding_cells(device, hold) as dataset:
             self._split(train_size, validation_indices)
             self._standardize_covariates()
-            dataset = CountDataset(self.adata_manager, self.module.likelihood)
-            hold = _whether_to_hold(hold_on_device, devices, trainer_options)
-            settings.cells = held_on_device(dataset, device, hold=hold)
+            settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, settings.cells, pin_memory=device.type == "cuda")
             if record_rates:
                 settings.recorder = RateRecorder(dataset, self.train_indices, random_state)
@@ -224,6 +223,19 @@ class TrainingMixin(InferenceMixin):
             of_training=arguments,
         )
         return Checkpointer(directory, identity, dataset)
+
+    @contextlib.contextmanager
+    def _holding_cells(self, device: torch.device, hold: bool | None) -> Iterator[CountDataset]:  # noqa: FBT001
+        """Context in which the cells are held on the device that trains, if they are; say which, unless the CPU."""
+        dataset = CountDataset(self.adata_manager, self.module.likelihood)
+        self._held = held_on_device(dataset, device, hold=hold)
+        if device.type != "cpu":
+            where = "stay in the memory of the host" if self._held is None else "are held there"
+            inform("Training on the device %s; the counts %s.", device, where)
+        try:
+            yield dataset
+        finally:
+            self._held = None
 
     @contextlib.contextmanager
     def _former_split_on_error(self) -> Iterator[None]:
