@@ -124,6 +124,21 @@ def test_options_that_change_the_steps_are_refused_or_leave_the_cells_on_the_hos
         trained("yes")
 
 
+def test_a_device_without_memory_says_what_to_pass(monkeypatch):
+    def fail(plan, positions, index):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(DevicePlan, "training_step", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 10**8, 8 * 10**10))
+    model = new_model()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    match = r"than cpu has; found 0\.5 of 80\.0 GB free\. Pass a smaller `batch_size`.*hold_on_device=False: the counts"
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=match):
+        model.train(2, progress=False, hold_on_device=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert model._held is None
+
+
 # -- recording, without a GPU ------------------------------------------------------------------------------------------
 
 
@@ -275,6 +290,43 @@ def test_a_step_stays_on_the_device_and_looks_at_no_number(case, is_warming_up):
             loss = functional_call(step, tensors, (positions, share))
     assert loss.device.type == "cuda"
     assert loss.shape == ()
+
+
+#: What is computed of a batch beside the loss.
+EVALUATIONS = {
+    "bound": lambda module, data: module.bound(*data).elbo,
+    "rate": lambda module, data: module.rate(*data),
+    "probabilities": lambda module, data: module.probabilities(module.posterior(module.encode(*data))),
+    "moments": lambda module, data: module.posterior(module.encode(*data)).moments()[1],
+    "importance-weighted bound": lambda module, data: module.importance_weighted_bound(*data, n_samples=3),
+    "decoded": lambda module, data: module.decode(module.posterior(module.encode(*data)).moments()[0], *data[1:]).mean,
+}
+
+
+class Evaluation(torch.nn.Module):
+    def __init__(self, module, name, cells):
+        super().__init__()
+        self.module, self.name, self.cells = module, name, cells
+
+    def forward(self, positions):
+        return EVALUATIONS[self.name](self.module, self.module.data(self.cells[positions]))
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of torch for CUDA")
+@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("case", ["nb", "constrained_poisson", "gmvae", "vade", "covariates", "small counts apart"])
+def test_what_is_computed_of_a_batch_stays_on_the_device(case, name):
+    model = new_model(**CASES[case])
+    module, mode = model.module.eval(), FakeTensorMode()
+    if CASES[case].get("mixture"):
+        module.set_mixture(torch.full((3,), 1 / 3), torch.randn(3, 3), torch.eye(3), torch.ones(3))
+    cells = on_fake_device(ResidentCells(CountDataset(model.adata_manager, module.likelihood), "cpu"), mode)
+    evaluation = Evaluation(module, name, cells)
+    tensors = {key: fake(value, mode) for key, value in [*evaluation.named_parameters(), *evaluation.named_buffers()]}
+    with mode, torch.no_grad():
+        found = functional_call(evaluation, tensors, (torch.empty(5, dtype=torch.long, device="cuda:0"),))
+    assert found.device.type == "cuda"
+    assert 5 in found.shape
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

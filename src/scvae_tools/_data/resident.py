@@ -58,6 +58,12 @@ class ResidentCells(Dataset):
         held[:-1] = torch.from_numpy(np.require(values, requirements="W")).to(kind)
         return held
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on the device."""
+        held = (self.start, self.gene, self.value, self.log_base_measure, *self.columns.values())
+        return sum(each.nbytes for each in held)
+
     def __len__(self) -> int:
         return len(self.start) - 1
 

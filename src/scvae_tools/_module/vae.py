@@ -91,7 +91,7 @@ class VAE(ScviModule):
         Whether λ is multiplied by the size factor; otherwise λ = exp(f), as in the original scVAE.
     engine
         How log p(x|z) is summed over the genes: ``"blocked"`` never holds all parameters of a batch, ``"dense"`` does,
-        ``"auto"`` takes the faster. The results are the same but for rounding.
+        ``"auto"`` is ``"blocked"``, which is the faster but for a few genes. The results are the same but for rounding.
     """
 
     n_components = 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scvae_tools._messages import warn
+from scvae_tools._messages import inform, warn
 from scvae_tools._train.plan import TrainingPlan
 
 if TYPE_CHECKING:
@@ -135,4 +135,5 @@ class RecordedStep:
             warn(f"A training step cannot be recorded as a CUDA graph ({reason}); training goes on without, slower.")
             return False
         self.graph = graph
+        inform("The training step is recorded as a CUDA graph, and repeated.")
         return True

@@ -115,7 +115,8 @@ class SCVAE(TrainingMixin, PersistenceMixin):
         Whether λ = size · exp(f(z)), or exp(f(z)) alone as in the original.
     engine
         How log p(x|z) is summed over the genes: ``"blocked"``, ``"dense"`` (all parameters of a batch in memory), or
-        ``"auto"`` for the faster. The results are the same but for rounding.
+        ``"auto"``, which is ``"blocked"``. The results are the same but for rounding. Where the counts are held on a
+        device (``hold_on_device`` of `train`), another sum of the same formulas takes their place.
     random_state
         Seed of the initial weights.
 

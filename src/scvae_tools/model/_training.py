@@ -234,6 +234,8 @@ class TrainingMixin(InferenceMixin):
             inform("Training on the device %s; the counts %s.", device, where)
         try:
             yield dataset
+        except torch.cuda.OutOfMemoryError as error:
+            raise torch.cuda.OutOfMemoryError(_no_memory(device, self._held)) from error
         finally:
             self._held = None
 
@@ -468,6 +470,16 @@ def _whether_to_hold(
             f"cannot change them; found {listed(others)}. Leave them out, or leave out `hold_on_device`."
         )
     return False if others else hold_on_device
+
+
+def _no_memory(device: torch.device, cells: ResidentCells | None) -> str:
+    """Message for a device whose memory is full."""
+    free, total = (each / 1e9 for each in torch.cuda.mem_get_info(device))
+    counts = "" if cells is None else f", or hold_on_device=False: the counts take {cells.n_bytes / 1e9:.2g} GB of it"
+    return (
+        f"Training needs more memory than {device} has; found {free:.1f} of {total:.1f} GB free. Pass a smaller "
+        f"`batch_size` or `n_hidden`{counts}."
+    )
 
 
 def check_training_arguments(
