@@ -33,6 +33,8 @@ def _hash(cells: Cells, combination: dict[str, Any], n_importance_samples: int, 
     """Digest of everything that the results of a combination depend on."""
     plain = combination["mixture"] is False
     params = {name: value for name, value in combination.items() if not (plain and name in OF_MIXTURES)}
+    if params.get("hold_on_device") is None:  # so that results from before there was this argument are found
+        params.pop("hold_on_device", None)
     obs_keys = obs_keys_of(combination, inputs_only=True)
     params |= obs_keys | {"mixture": "gmvae" if params["mixture"] is True else params["mixture"]}
     obs = hash_of_columns(cells.obs[columns]).hex() if (columns := columns_in(obs_keys)) else ""

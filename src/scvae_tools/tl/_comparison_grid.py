@@ -168,6 +168,7 @@ def _check_types(combination: dict[str, Any], defaults: dict[str, Any]) -> None:
 def _check_training(combination: dict[str, Any]) -> None:
     check_training_arguments(combination["max_epochs"], combination["batch_size"], 0.5, combination["lr"])
     check_choice("matmul_precision", combination["matmul_precision"], (None, "highest", "high", "medium"))
+    check_choice("hold_on_device", combination["hold_on_device"], (None, True, False))
     as_seed(combination["random_state"], None)
     for name in ("weight_decay", "patience", "gradient_clip"):
         if not combination[name] >= 0:
