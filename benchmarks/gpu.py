@@ -27,6 +27,8 @@ import torch
 from throughput import BUILDERS, SILENT, build_ours, cells, make_uniform, simulated, take_turns
 
 import scvae_tools as svt
+from scvae_tools._data import windows
+from scvae_tools._train import device_plan
 from scvae_tools._train.mixture_start import start_mixture
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 #: Cells of a timed epoch, and those that are simulated for it.
 N_CELLS, N_SIMULATED = 20_480, 2_048
-MILLION, N_EPOCHS_OF_MILLION = 1_000_000, 20
+MILLION, N_EPOCHS_OF_MILLION, N_CELLS_IN_WINDOWS = 1_000_000, 20, 200_000
 #: Genes and median counts of the simulated sets.
 FEW, MANY = (2_000, 1_500.0), (27_998, 4_400.0)
 #: How a step of ours may be taken: recorded and repeated, launched each time, or with batches from the host.
@@ -65,23 +67,32 @@ class EpochTimer(lightning.Callback):
 class Training:
     """A side that trains: a turn of it gives the cells a second."""
 
-    def __init__(self, side: str, model: object, n_epochs: int, *, recorded: bool = True, **options: object) -> None:
-        self.model, self.n_epochs, self.recorded = model, n_epochs, recorded
+    def __init__(
+        self,
+        side: str,
+        model: object,
+        n_epochs: int,
+        *,
+        recorded: bool = True,
+        room: float | None = None,
+        **options: object,
+    ) -> None:
+        self.model, self.n_epochs, self.recorded, self.room = model, n_epochs, recorded, room
         self.options = {"train_size": 1.0, "accelerator": "gpu", **SILENT[side], **options}
         if side == "ours":
             self.options["early_stopping"] = False
         self(1)
 
     def __call__(self, n_epochs: int | None = None) -> float:
-        from scvae_tools._train import device_plan
-
-        timer, before = EpochTimer(), device_plan.N_STEPS_BEFORE
+        timer, before = EpochTimer(), (device_plan.N_STEPS_BEFORE, windows.free_memory)
         if not self.recorded:
             device_plan.N_STEPS_BEFORE = 10**9
+        if self.room is not None:
+            windows.free_memory = lambda _: self.room / windows.LARGEST_SHARE
         try:
             self.model.train(1 + (n_epochs or self.n_epochs), callbacks=[timer], **self.options)
         finally:
-            device_plan.N_STEPS_BEFORE = before
+            device_plan.N_STEPS_BEFORE, windows.free_memory = before
         return timer.n_epochs * self.model.adata.n_obs / timer.seconds
 
 
@@ -142,6 +153,17 @@ def with_ratio(found: dict[str, np.ndarray], beside: str) -> dict:
     return medians | ratios
 
 
+def in_windows(repeats: int) -> dict:
+    """Cells in windows of an eighth each beside cells that are all there."""
+    adata = repeated(FEW, N_CELLS_IN_WINDOWS)
+    room = adata.X.nnz * 5 / 4  # for two windows
+    sides = {
+        name: Training("ours", build_ours(adata.copy()), n_epochs=2, batch_size=1024, room=each)
+        for name, each in (("windows", room), ("all there", None))
+    }
+    return with_ratio(take_turns(sides, repeats), "all there")
+
+
 def main_call(repeats: int, folder: Path) -> dict:
     """Seconds of ``svt.tl.scvae`` with its defaults, ZINB and k unknown; the first call of a process apart."""
     adata = anndata.read_h5ad(folder / "pbmc_10x_4k.h5ad")
@@ -198,6 +220,7 @@ def rows(folder: Path) -> dict[str, Callable[[int], dict]]:
         "ZINB, 27,998 genes, batch 128": partial(likelihoods, shape=MANY, batch_size=128),
         "mixtures, 2,000 genes, batch 128": partial(mixtures, shape=FEW, batch_size=128),
         "mixtures, 27,998 genes, batch 128": partial(mixtures, shape=MANY, batch_size=128),
+        "windows, 2,000 genes, batch 1,024": in_windows,
         "million": a_million,
     }
 

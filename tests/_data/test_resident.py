@@ -11,7 +11,7 @@ from scvi import REGISTRY_KEYS
 import scvae_tools as svt
 from scvae_tools._data import resident
 from scvae_tools._data.loader import Batches, CountDataset
-from scvae_tools._data.resident import ResidentCells, StepLoader, held_on_device, n_bytes_on_device, smallest_type
+from scvae_tools._data.resident import ResidentCells, n_bytes_on_device, smallest_type
 from scvae_tools.likelihoods import LIKELIHOODS
 
 N_CELLS, N_GENES = 30, 9
@@ -99,52 +99,32 @@ def test_the_base_measure_is_the_same_in_parts(monkeypatch):
     assert torch.equal(ResidentCells(dataset, "cpu").log_base_measure, whole)
 
 
-def test_the_host_keeps_the_counts_unless_it_is_told_otherwise():
-    dataset = make_dataset(make_counts())
-    assert held_on_device(dataset, torch.device("cpu"), hold=None) is None
-    assert held_on_device(dataset, torch.device("cpu"), hold=False) is None
-    assert isinstance(held_on_device(dataset, torch.device("cpu"), hold=True), ResidentCells)
-
-
-@pytest.mark.parametrize(("share", "is_held"), [(0.4, True), (0.6, False)])
-def test_a_gpu_holds_counts_that_take_half_of_its_free_memory(share, is_held, monkeypatch):
-    """Without a GPU: what it would say, and what would be made."""
-    dataset = make_dataset(make_counts())
-    free = int(n_bytes_on_device(dataset) / share)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    monkeypatch.setattr(resident, "ResidentCells", lambda dataset, device: (dataset, device))
-    device = torch.device("cuda")
-    assert held_on_device(dataset, device, hold=None) == ((dataset, device) if is_held else None)
-    assert held_on_device(dataset, device, hold=True) == (dataset, device)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 20))
-    with pytest.raises(ValueError, match=r"GB on cuda; found 0\.0 GB free\. Leave it out"):
-        held_on_device(dataset, device, hold=True)
-
-
 @pytest.mark.parametrize(
-    ("n_cells", "batch_size", "drop_last", "shapes"),
+    ("n_cells", "batch_size", "drop_single", "shapes"),
     [
         (20, 5, False, [(3, 5), (1, 5)]),
         (22, 5, False, [(3, 5), (1, 5), (1, 2)]),
-        (22, 5, True, [(3, 5), (1, 5)]),
+        (22, 5, True, [(3, 5), (1, 5), (1, 2)]),
+        (21, 5, False, [(3, 5), (1, 5), (1, 1)]),
+        (21, 5, True, [(3, 5), (1, 5)]),
         (17, 5, False, [(3, 5), (1, 2)]),
         (3, 5, False, [(1, 3)]),
     ],
 )
-def test_groups_of_steps_are_the_batches_in_their_order(n_cells, batch_size, drop_last, shapes, monkeypatch):
+def test_groups_of_steps_are_the_batches_in_their_order(n_cells, batch_size, drop_single, shapes, monkeypatch):
     monkeypatch.setattr(resident, "STEPS_AT_ONCE", 3)
-    indices = np.random.default_rng(0).permutation(100)[:n_cells]
-    steps = StepLoader(Batches(indices, batch_size, shuffle=True, drop_last=drop_last))
-    groups, batches = [], []
-    for into, source in ((groups, steps), (batches, Batches(indices, batch_size, shuffle=True, drop_last=drop_last))):
+    indices = np.random.default_rng(0).permutation(N_CELLS)[:n_cells]
+    steps = ResidentCells(make_dataset(make_counts()), "cpu").steps(indices, batch_size, drop_single=drop_single)
+    drops, groups, batches = drop_single and n_cells % batch_size == 1, [], []
+    for into, source in ((groups, steps), (batches, Batches(indices, batch_size, shuffle=True, drop_last=drops))):
         torch.manual_seed(0)
         if source is steps:
             into.extend(source)
         else:
             torch.empty((), dtype=torch.int64).random_()  # a loader draws a seed for its workers
             into.extend(source)
-    assert [tuple(group.shape) for group in groups] == shapes
+    assert [(number, tuple(positions.shape)) for number, positions in groups] == [(0, shape) for shape in shapes]
     assert len(steps) == len(shapes)
     assert steps.n_steps == len(batches)
-    found = [step.tolist() for group in groups for step in group]
+    found = [step.tolist() for _, group in groups for step in group]
     assert found == [batch.tolist() for batch in batches]

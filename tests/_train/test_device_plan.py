@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_cases import BATCH_SIZE, CASES, new_model
 
-from scvae_tools._data import resident
+from scvae_tools._data import resident, windows
 from scvae_tools._data.loader import CountDataset
 from scvae_tools._data.resident import ResidentCells
 from scvae_tools._train import device_plan
@@ -75,12 +75,48 @@ def test_groups_of_any_size_give_the_same_model(monkeypatch):
     pd.testing.assert_frame_equal(histories[0], histories[2])
 
 
+@pytest.fixture
+def in_windows(monkeypatch):
+    """A device that has room for a third of the cells at a time."""
+    monkeypatch.setattr(windows, "RUN_LENGTH", 4)
+    model = new_model()
+    free = 2 * 0.66 * resident.n_bytes_on_device(CountDataset(model.adata_manager, model.module.likelihood))
+    monkeypatch.setattr(windows, "free_memory", lambda device: free)
+
+
+@pytest.mark.usefixtures("in_windows")
+@pytest.mark.parametrize("case", ["nb", "gmvae", "vade", "covariates", "batch norm", "no validation", "k unknown"])
+def test_windows_train_a_model_that_is_as_good(case):
+    """In another order of the cells."""
+    options = CASES[case] | {"training": CASES[case].get("training", {}) | {"max_epochs": 30}}
+    found, expected = (trained(hold, **options) for hold in (True, False))
+    column = "elbo_validation" if case != "no validation" else "elbo_train"
+    end = [model.history[column].iloc[-3:].mean() for model in (found, expected)]
+    np.testing.assert_allclose(*end, rtol=0.03)
+
+
+@pytest.mark.usefixtures("in_windows")
+def test_windows_are_what_is_trained_on(monkeypatch):
+    used = []
+    original = windows.CellWindows.of_window
+    monkeypatch.setattr(
+        windows.CellWindows,
+        "of_window",
+        lambda self, parts, number: used.append(len(parts)) or original(self, parts, number),
+    )
+    trained(True, mixture="vade")
+    assert set(used) >= {1, 4}  # the validation cells, and the training cells
+
+
 class StoppedError(Exception):
     """What a process that is killed does not say."""
 
 
 @pytest.mark.parametrize("mixture", [False, "gmvae"])
-def test_a_training_that_is_killed_goes_on_to_the_last_bit(mixture, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["all", "windows"])
+def test_a_training_that_is_killed_goes_on_to_the_last_bit(mixture, form, tmp_path, monkeypatch, request):
+    if form == "windows":
+        request.getfixturevalue("in_windows")
     whole = trained(True, mixture=mixture, training={"max_epochs": 10})
     original, epochs = TrainingPlan.on_train_epoch_start, []
 

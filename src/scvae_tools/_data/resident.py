@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -10,17 +11,19 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from scvae_tools._data.loader import Batches
 from scvae_tools._module.dense_counts import DenseCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from scvae_tools._data.loader import Batches, CountDataset
+    from scipy.sparse import csr_matrix
+
+    from scvae_tools._data.loader import CountDataset
+    from scvae_tools.likelihoods import Likelihood
 
 #: Types in which counts are held: the first that holds all of them exactly.
 COUNT_TYPES = (torch.uint8, torch.int16, torch.int32, torch.float32)
-#: Share of the free memory of a device that the counts may take. The rest is for the training.
-LARGEST_SHARE = 0.5
 #: Training steps whose positions are handed over at a time. Lightning takes a fraction of a millisecond for each
 #: "batch", as long as a device takes for a step.
 STEPS_AT_ONCE = 64
@@ -28,35 +31,38 @@ STEPS_AT_ONCE = 64
 GATHERED_ENTRIES = 2**24
 
 
-class ResidentCells(Dataset):
-    """Cells of a `CountDataset`, copied to a device; ``resident[positions]`` is a batch with `DenseCounts`.
+class DeviceCells(Dataset):
+    """Cells on a device; ``cells[positions]`` is a batch with `DenseCounts`.
 
     The counts are held as CSR. To form a batch, as many entries are read from each cell as the fullest one has: those
     after the last non-zero of a cell repeat it. So no shape depends on the counts, and the host waits for nothing.
 
-    Parameters
+    Attributes
     ----------
-    dataset
-        Cells in the memory of the host.
-    device
-        Device that holds them.
+    start
+        Place of the first entry of each cell, and of the end of the last one, (n + 1,).
+    gene, value
+        Genes and counts, one entry more than there are, so that there is one to read where no cell has any.
+    columns
+        Columns of obs by registry key, (n, n_columns) each.
+    log_base_measure
+        Σ log b(x) of each cell, (n,).
+    n_genes, width
+        Number of genes, and of entries that are read from each cell.
     """
 
-    def __init__(self, dataset: CountDataset, device: torch.device | str) -> None:
-        counts = dataset.counts
-        self.n_genes, self.device = counts.shape[1], torch.device(device)
-        self.start = torch.as_tensor(counts.indptr.astype(np.int64), device=device)
-        self.width = max(1, int(np.diff(counts.indptr).max(initial=0)))
-        self.gene = self._held(counts.indices, torch.int32)
-        self.value = self._held(counts.data, smallest_type(counts.data))
-        self.columns = {key: torch.as_tensor(column, device=device) for key, column in dataset.columns.items()}
-        self.log_base_measure = self._log_base_measure(dataset)
+    start: Tensor
+    gene: Tensor
+    value: Tensor
+    columns: dict[str, Tensor]
+    log_base_measure: Tensor
+    n_genes: int
+    width: int
 
-    def _held(self, values: np.ndarray, kind: torch.dtype) -> Tensor:
-        """Values on the device, and one entry more, so that there is one to read where no cell has any."""
-        held = torch.zeros(len(values) + 1, dtype=kind, device=self.device)
-        held[:-1] = torch.from_numpy(np.require(values, requirements="W")).to(kind)
-        return held
+    @property
+    def device(self) -> torch.device:
+        """Device of the cells."""
+        return self.start.device
 
     @property
     def n_bytes(self) -> int:
@@ -81,17 +87,62 @@ class ResidentCells(Dataset):
         value = torch.where(end > start, self.value[at].float(), 0.0)
         return self.gene[at].long(), value
 
-    def _log_base_measure(self, dataset: CountDataset) -> Tensor:
+    def base_measures(self, likelihood: Likelihood) -> Tensor:
         """Σ log b(x) of each cell, (n,)."""
         n_at_once = max(1, GATHERED_ENTRIES // self.width)
         parts = torch.arange(len(self), device=self.device).split(n_at_once)
-        return torch.cat([self._log_base_measure_of(part, dataset) for part in parts])
+        return torch.cat([self._base_measures_of(part, likelihood) for part in parts])
 
-    def _log_base_measure_of(self, positions: Tensor, dataset: CountDataset) -> Tensor:
+    def _base_measures_of(self, positions: Tensor, likelihood: Likelihood) -> Tensor:
         n_entries = (self.start[positions + 1] - self.start[positions])[:, None]
         is_entry = torch.arange(self.width, device=self.device) < n_entries
-        each = dataset.likelihood.log_base_measure(self._entries(positions)[1])
+        each = likelihood.log_base_measure(self._entries(positions)[1])
         return torch.where(is_entry, each, 0.0).sum(1)
+
+
+class ResidentCells(DeviceCells):
+    """All cells of a `CountDataset`, copied to a device.
+
+    Parameters
+    ----------
+    dataset
+        Cells in the memory of the host.
+    device
+        Device that holds them.
+    """
+
+    def __init__(self, dataset: CountDataset, device: torch.device | str) -> None:
+        counts = dataset.counts
+        self.n_genes, self.width = counts.shape[1], width_of(counts)
+        self.start = torch.as_tensor(counts.indptr.astype(np.int64), device=device)
+        self.gene = _held(counts.indices, torch.int32, device)
+        self.value = _held(counts.data, smallest_type(counts.data), device)
+        self.columns = {key: torch.as_tensor(column, device=device) for key, column in dataset.columns.items()}
+        self.log_base_measure = self.base_measures(dataset.likelihood)
+
+    def of_window(self, windows: Sequence[np.ndarray], number: int) -> ResidentCells:
+        """Cells from which the batches of a window are formed: all."""
+        return self
+
+    def batches(self, indices: np.ndarray, batch_size: int) -> Iterable[dict[str, DenseCounts | Tensor]]:
+        """Batches of cells in the order of their positions."""
+        return DataLoader(self, batch_size=None, sampler=Batches(indices, batch_size, shuffle=False, drop_last=False))
+
+    def steps(self, indices: np.ndarray, batch_size: int, *, drop_single: bool) -> StepLoader:
+        """Loader of the positions of the training steps, in a new order in each epoch."""
+        drops = drop_single and len(indices) % batch_size == 1
+        return StepLoader(_Resident(Batches(indices, batch_size, shuffle=True, drop_last=drops)), batch_size)
+
+
+def _held(values: np.ndarray, kind: torch.dtype, device: torch.device | str) -> Tensor:
+    held = torch.zeros(len(values) + 1, dtype=kind, device=device)
+    held[:-1] = torch.from_numpy(np.require(values, requirements="W")).to(kind)
+    return held
+
+
+def width_of(counts: csr_matrix) -> int:
+    """Number of entries of the fullest cell, at least 1."""
+    return max(1, int(np.diff(counts.indptr).max(initial=0)))
 
 
 def smallest_type(counts: np.ndarray) -> torch.dtype:
@@ -102,38 +153,6 @@ def smallest_type(counts: np.ndarray) -> torch.dtype:
     return next(kind for kind in COUNT_TYPES if kind == torch.float32 or largest <= torch.iinfo(kind).max)
 
 
-def held_on_device(dataset: CountDataset, device: torch.device, *, hold: bool | None) -> ResidentCells | None:
-    """Cells on a device, or None where they stay in the memory of the host.
-
-    Parameters
-    ----------
-    dataset
-        Cells.
-    device
-        Device that trains.
-    hold
-        Whether to hold them there; None to do so on a CUDA device where they take at most `LARGEST_SHARE` of its free
-        memory.
-
-    Raises
-    ------
-    ValueError
-        If the device has no room for cells that are to be held there.
-    """
-    size = n_bytes_on_device(dataset)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else np.inf
-    if hold is None:
-        hold = device.type == "cuda" and size <= LARGEST_SHARE * free
-    if not hold:
-        return None
-    if size > free:
-        raise ValueError(
-            f"`hold_on_device=True` needs {size / 1e9:.1f} GB on {device}; found {free / 1e9:.1f} GB free. Leave it "
-            "out: the counts then stay in the memory of the host."
-        )
-    return ResidentCells(dataset, device)
-
-
 def n_bytes_on_device(dataset: CountDataset) -> int:
     """Bytes that `ResidentCells` of a data set take."""
     counts = dataset.counts
@@ -141,45 +160,65 @@ def n_bytes_on_device(dataset: CountDataset) -> int:
     return counts.nnz * (4 + smallest_type(counts.data).itemsize) + 12 * (counts.shape[0] + 1) + columns
 
 
-class StepLoader(DataLoader):
-    """Loader of the positions of the cells of many training steps, (n_steps, batch_size).
+class Steps(Protocol):
+    """Windows of cells and the batches of their training steps, drawn anew in each epoch."""
 
-    The last step of an epoch, where it has fewer cells, comes by itself.
+    sizes: list[list[int]]  #: numbers of cells of the steps of each window, the same in each epoch
+    windows: Sequence[np.ndarray]  #: positions of the cells of each window of this epoch
+
+    def draw(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+        """Draw an epoch: the number of each window, and the batches of its steps, by the place in the window."""
+
+
+class StepLoader(DataLoader):
+    """Loader of groups of training steps: the number of a window, and the places of the cells (n_steps, batch_size).
+
+    A group has at most `STEPS_AT_ONCE` steps, all of one window and of one size.
 
     Parameters
     ----------
-    batches
-        Positions of the cells of each step, of which ``n_steps`` make an epoch, of ``n_cells_of_step`` each.
+    steps
+        Windows and batches.
+    batch_size
+        Cells of a step, but for the last ones of the windows.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        self.n_steps, self.n_cells_of_step = len(batches), batches.batch_size
-        super().__init__(_Given(), batch_size=None, sampler=_Groups(batches))
+    def __init__(self, steps: Steps, batch_size: int) -> None:
+        self.steps, self.n_cells_of_step = steps, batch_size
+        self.n_steps = sum(map(len, steps.sizes))
+        super().__init__(_Given(), batch_size=None, sampler=_Groups(steps))
 
 
 class _Given(Dataset):
     """Data set whose items are their own positions."""
 
-    def __getitem__(self, positions: Tensor) -> Tensor:
-        return positions
+    def __getitem__(self, group: tuple[int, Tensor]) -> tuple[int, Tensor]:
+        return group
 
 
 class _Groups:
-    """Batches of one size, `STEPS_AT_ONCE` at a time."""
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return sum(-(-len(list(same)) // STEPS_AT_ONCE) for sizes in self.steps.sizes for _, same in groupby(sizes))
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for number, batches in self.steps.draw():
+            for _, same in groupby(batches, key=len):
+                while group := list(islice(same, STEPS_AT_ONCE)):
+                    yield number, torch.as_tensor(np.stack(group))
+
+
+class _Resident:
+    """Steps on cells that are all there: one window."""
+
+    windows = ()
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
+        n_whole, rest = divmod(batches.n_used, batches.batch_size)
+        self.sizes = [[batches.batch_size] * n_whole + [rest] * (rest > 0)]
 
-    def __len__(self) -> int:
-        n_whole, rest = divmod(self.batches.n_used, self.batches.batch_size)
-        return -(-n_whole // STEPS_AT_ONCE) + (rest > 0)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        group: list[np.ndarray] = []
-        for batch in self.batches:
-            if group and (len(group) == STEPS_AT_ONCE or len(batch) < len(group[0])):
-                yield torch.as_tensor(np.stack(group))
-                group = []
-            group.append(batch)
-        if group:
-            yield torch.as_tensor(np.stack(group))
+    def draw(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+        yield 0, iter(self.batches)

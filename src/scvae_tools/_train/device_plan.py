@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from scvae_tools._train.plan import TrainingPlan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from scvae_tools._data.resident import ResidentCells, StepLoader
+    from scvae_tools._data.resident import DeviceCells, ResidentCells, StepLoader
+    from scvae_tools._data.windows import CellWindows
 
 #: Steps that are taken before a step is recorded, as torch asks for, so that all memory it keeps is there.
 N_STEPS_BEFORE = 3
@@ -28,9 +30,9 @@ class DevicePlan(TrainingPlan):
     Parameters
     ----------
     cells
-        Cells on the device that trains.
+        Cells on the device that trains, or windows of them.
     steps
-        Loader of the positions.
+        Loader of the groups of steps, from ``cells.steps``.
     gradient_clip
         Largest norm of the gradient; None for any.
     options
@@ -38,14 +40,19 @@ class DevicePlan(TrainingPlan):
     """
 
     def __init__(
-        self, *options: Any, cells: ResidentCells, steps: StepLoader, gradient_clip: float | None, **named: Any
+        self,
+        *options: Any,
+        cells: ResidentCells | CellWindows,
+        steps: StepLoader,
+        gradient_clip: float | None,
+        **named: Any,
     ) -> None:
         super().__init__(*options, **named)
         self.automatic_optimization = False
         self.cells, self.steps, self.gradient_clip = cells, steps, gradient_clip
         self.n_steps_of_epoch = 0
         self._share: Tensor | None = None  #: of the KL weight, on the device
-        self._recorded: RecordedStep | None = None
+        self._recorded: dict[DeviceCells, RecordedStep] = {}  #: a step for each place of a window
 
     def warm_up_share(self) -> float:
         if not self.stage.warms_up:
@@ -56,25 +63,29 @@ class DevicePlan(TrainingPlan):
     def on_train_epoch_start(self) -> None:
         self.n_steps_of_epoch = 0
         super().on_train_epoch_start()
-        if self._recorded is None:
+        if self._share is None:
             self._share = torch.ones((), device=self.device)
-            self._recorded = RecordedStep(self._step, self.steps.n_cells_of_step, self.device)
 
     def teardown(self, stage: str) -> None:
-        self._recorded = None  # it holds this plan, and memory of the device
+        self._recorded.clear()  # they hold this plan, and memory of the device
 
-    def training_step(self, positions: Tensor, batch_index: int) -> None:
+    def training_step(self, group: tuple[int, Tensor], batch_index: int) -> None:
+        number, positions = group
+        cells = self.cells.of_window(self.steps.steps.windows, number)
+        if cells not in self._recorded:
+            step = functools.partial(self._step, cells)
+            self._recorded[cells] = RecordedStep(step, self.steps.n_cells_of_step, self.device)
         for own in positions:
             if self.stage.warms_up:
                 self._share.fill_(self.warm_up_share())
-            self._recorded(own)
+            self._recorded[cells](own)
             self._n_cells += len(own)
             self.n_steps_of_epoch += 1
 
-    def _step(self, positions: Tensor) -> None:
+    def _step(self, cells: DeviceCells, positions: Tensor) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         optimizer.zero_grad()
-        bound, loss = self.objective.loss(self.module, self.cells[positions], self._share)
+        bound, loss = self.objective.loss(self.module, cells[positions], self._share)
         loss.backward()
         self.configure_gradient_clipping(optimizer, self.gradient_clip, None)
         optimizer.step()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from scvae_tools._data.resident import ResidentCells
+    from scvae_tools._data.windows import CellWindows
     from scvae_tools._module.vae import VAE
     from scvae_tools._train.checkpoint import Checkpointer
     from scvae_tools._train.progress import Progress
@@ -47,7 +48,9 @@ class Settings:
     matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
-    cells: ResidentCells | None = None  #: cells that are held on the device, whose positions are the batches
+    cells: ResidentCells | CellWindows | None = (
+        None  #: cells that are held on the device, whose positions are the batches
+    )
     recorder: Callback | None = None  #: callback that adds columns to the history
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
 

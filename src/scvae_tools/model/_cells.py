@@ -14,8 +14,8 @@ from anndata import AnnData
 from scvae_tools._checks import cell_positions, check_whole
 from scvae_tools._data.counts import read_counts
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, CountLoader
-from scvae_tools._data.resident import ResidentCells, held_on_device
 from scvae_tools._data.roles import columns_in
+from scvae_tools._data.windows import held_on_device
 from scvae_tools._messages import said_before
 from scvae_tools._random import seeded
 from scvae_tools.model._setup import SetupMixin
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from scipy.sparse import csr_matrix
+
+    from scvae_tools._data.resident import ResidentCells
+    from scvae_tools._data.windows import CellWindows
 
 
 #: Share of the cells from which on it pays to copy all of them to a device, in order to read these.
@@ -34,7 +37,7 @@ class CellsMixin(SetupMixin):
     """Reading of cells by `SCVAE`."""
 
     _data_loader_cls = CountLoader
-    _held: ResidentCells | None = None  #: cells of the model on the device that trains, while it does
+    _held: ResidentCells | CellWindows | None = None  #: cells of the model on the device that trains, while it does
 
     @torch.inference_mode()
     def _batches(
@@ -55,16 +58,17 @@ class CellsMixin(SetupMixin):
             adata = self._validate_anndata(adata)
             size = check_whole("batch_size", batch_size, or_none=True) or EVALUATION_BATCH_SIZE
             held = self._cells_on_device(adata, indices)
-            # Batches that are formed on the device are not formed in other processes.
-            options |= {} if held is None else {"dataset": held, "num_workers": 0}
-            dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
+            if held is None:
+                dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
+            else:
+                dataloader = held.batches(cell_positions(indices, adata.n_obs), size)
         self.module.eval()
         with seeded(0):
             batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
         for tensors in batches:
             yield self.module.moved(tensors)
 
-    def _cells_on_device(self, adata: AnnData, indices: Sequence[int] | None) -> ResidentCells | None:
+    def _cells_on_device(self, adata: AnnData, indices: Sequence[int] | None) -> ResidentCells | CellWindows | None:
         """Cells on the device of the model, or None where their batches are made by the host.
 
         They are copied to a CUDA device for one pass over many of them: that takes less time than the batches.

@@ -11,8 +11,8 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from scvae_tools._checks import check_choice, check_number, check_share, check_whole
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches, CountDataset
-from scvae_tools._data.resident import StepLoader, held_on_device
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset
+from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
@@ -121,8 +121,9 @@ class TrainingMixin(InferenceMixin):
             Of Lightning.
         hold_on_device
             Whether the counts are copied to the device that trains, where all batches are then formed, and on a CUDA
-            device each step is recorded once and repeated. None to do so on a CUDA device of which they take at most
-            half of the free memory. The result is the same but for rounding. It cannot be had together with
+            device each step is recorded once and repeated. None to do so on CUDA devices alone. Where they would take
+            more than half of the free memory of the device, windows of cells are copied there one after the other, and
+            batches are drawn within a window. The result is the same but for rounding. It cannot be had together with
             ``trainer_options`` that change how a step is taken; None then leaves the counts where they are.
         matmul_precision
             Precision of torch's matrix products during training (``torch.set_float32_matmul_precision``): ``"medium"``
@@ -182,7 +183,7 @@ class TrainingMixin(InferenceMixin):
             self._split(train_size, validation_indices)
             self._standardize_covariates()
             settings.cells = self._held
-            loaders = self._loaders(batch_size, dataset, settings.cells, pin_memory=device.type == "cuda")
+            loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
             if record_rates:
                 settings.recorder = RateRecorder(dataset, self.train_indices, random_state)
             if checkpoint is not None:
@@ -230,7 +231,8 @@ class TrainingMixin(InferenceMixin):
         dataset = CountDataset(self.adata_manager, self.module.likelihood)
         self._held = held_on_device(dataset, device, hold=hold)
         if device.type != "cpu":
-            where = "stay in the memory of the host" if self._held is None else "are held there"
+            in_windows = " in windows" if isinstance(self._held, CellWindows) else ""
+            where = "stay in the memory of the host" if self._held is None else f"are held there{in_windows}"
             inform("Training on the device %s; the counts %s.", device, where)
         try:
             yield dataset
@@ -309,24 +311,23 @@ class TrainingMixin(InferenceMixin):
         sd[is_constant] = np.inf
         self.module.standardize_continuous(torch.as_tensor(mean), torch.as_tensor(sd))
 
-    def _loaders(
-        self, batch_size: int, dataset: CountDataset, cells: ResidentCells | None, *, pin_memory: bool
-    ) -> tuple:
+    def _loaders(self, batch_size: int, dataset: CountDataset, *, pin_memory: bool) -> tuple:
         """Loaders of training and validation cells, the latter None where there are none."""
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
-        drops = self.module.normalization == "batch" and len(self.train_indices) % batch_size == 1
-        pin_memory = pin_memory and cells is None
-        options = {"pin_memory": pin_memory, "dataset": dataset if cells is None else cells}
-        if cells is None:
-            options_of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size}
-            train = self._make_data_loader(self.adata, self.train_indices, **options_of_steps, **options)
-        else:
-            train = StepLoader(Batches(self.train_indices, batch_size, shuffle=True, drop_last=drops))
-        if len(self.validation_indices) == 0:
-            return train, None
+        drop_single, held = self.module.normalization == "batch", self._held
         # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
-        options["batch_size"] = max(batch_size, EVALUATION_BATCH_SIZE)
-        return train, self._make_data_loader(self.adata, self.validation_indices, **options)
+        size = max(batch_size, EVALUATION_BATCH_SIZE)
+        has_validation = len(self.validation_indices) > 0
+        if held is not None:
+            train = held.steps(self.train_indices, batch_size, drop_single=drop_single)
+            return train, held.batches(self.validation_indices, size) if has_validation else None
+        options = {"pin_memory": pin_memory, "dataset": dataset}
+        drops = drop_single and len(self.train_indices) % batch_size == 1
+        of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size}
+        train = self._make_data_loader(self.adata, self.train_indices, **of_steps, **options)
+        if not has_validation:
+            return train, None
+        return train, self._make_data_loader(self.adata, self.validation_indices, batch_size=size, **options)
 
     def _run(self, stages: list[Stage], loaders: tuple, settings: Settings, random_state: int) -> None:
         """Run the stages; after an interruption set a mixture all the same, so that every result exists."""
@@ -472,7 +473,7 @@ def _whether_to_hold(
     return False if others else hold_on_device
 
 
-def _no_memory(device: torch.device, cells: ResidentCells | None) -> str:
+def _no_memory(device: torch.device, cells: ResidentCells | CellWindows | None) -> str:
     """Message for a device whose memory is full."""
     free, total = (each / 1e9 for each in torch.cuda.mem_get_info(device))
     counts = "" if cells is None else f", or hold_on_device=False: the counts take {cells.n_bytes / 1e9:.2g} GB of it"

@@ -1,0 +1,253 @@
+"""Windows of cells on a device: for counts that take more of its memory than a training leaves.
+
+Two windows have a place on the device. While batches are formed from one, the next is gathered in pinned memory and
+copied to the other. A window of a training consists of short runs of cells from all over the data, in a new order in
+each epoch, and batches are drawn within it.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from scvae_tools._data.loader import Batches
+from scvae_tools._data.resident import (
+    DeviceCells,
+    ResidentCells,
+    StepLoader,
+    n_bytes_on_device,
+    smallest_type,
+    width_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from scvae_tools._data.loader import CountDataset
+    from scvae_tools._module.dense_counts import DenseCounts
+
+#: Share of the free memory of a device that the counts may take. The rest is for the training.
+LARGEST_SHARE = 0.5
+#: Cells that stay together in the windows of a training.
+RUN_LENGTH = 64
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; infinite where this is not known."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def held_on_device(
+    dataset: CountDataset, device: torch.device, *, hold: bool | None
+) -> ResidentCells | CellWindows | None:
+    """Cells on a device, all of them or in windows; or None where they stay in the memory of the host.
+
+    Parameters
+    ----------
+    dataset
+        Cells.
+    device
+        Device that trains.
+    hold
+        Whether to hold them there; None for CUDA devices only. They are held in windows where all would take more than
+        `LARGEST_SHARE` of the free memory.
+    """
+    if not (device.type == "cuda" if hold is None else hold):
+        return None
+    room = LARGEST_SHARE * free_memory(device)
+    return ResidentCells(dataset, device) if n_bytes_on_device(dataset) <= room else CellWindows(dataset, device, room)
+
+
+class CellWindows:
+    """Cells of a `CountDataset`, of which one window at a time is on a device, and the next on its way.
+
+    Parameters
+    ----------
+    dataset
+        Cells in the memory of the host.
+    device
+        Device.
+    n_bytes
+        Bytes of the device that both windows may take together.
+
+    Raises
+    ------
+    ValueError
+        If two cells have no room.
+    """
+
+    def __init__(self, dataset: CountDataset, device: torch.device, n_bytes: float) -> None:
+        self.dataset, self.device = dataset, device
+        self.n_cells, n_entries = _capacity(dataset, n_bytes / 2)
+        self.places = [_Place(dataset, device, self.n_cells, n_entries) for _ in range(2)]
+        self.n_bytes = sum(place.n_bytes for place in self.places)
+        self._thread = ThreadPoolExecutor(1)
+        self._present: np.ndarray | None = None  #: window in the first place
+        self._coming: tuple[np.ndarray, Future] | None = None  #: window on its way to the second
+
+    def of_window(self, windows: Sequence[np.ndarray], number: int) -> DeviceCells:
+        """Cells of a window, by their place in it; the window after it is copied from now on."""
+        window = windows[number]
+        if window is not self._present:
+            if self._coming is None or self._coming[0] is not window:
+                self._begin(window)
+            self._coming[1].result()
+            self._coming = None
+            self.places.reverse()
+            self._present = window
+            self.places[0].wait()
+            if number + 1 < len(windows):
+                self._begin(windows[number + 1])
+        return self.places[0]
+
+    def _begin(self, window: np.ndarray) -> None:
+        """Begin to copy a window to the second place, when all that was begun with that place is done."""
+        if self._coming is not None:
+            self._coming[1].result()
+        place = self.places[1]
+        place.release()
+        self._coming = window, self._thread.submit(place.fill, window)
+
+    def batches(self, indices: np.ndarray, batch_size: int) -> Iterable[dict[str, DenseCounts | Tensor]]:
+        """Batches of cells in the order of their positions."""
+        return _WindowBatches(self, indices, min(batch_size, self.n_cells))
+
+    def steps(self, indices: np.ndarray, batch_size: int, *, drop_single: bool) -> StepLoader:
+        """Loader of the positions of the training steps, in a new order in each epoch."""
+        return StepLoader(_WindowSteps(np.sort(indices), batch_size, self.n_cells, drop_single), batch_size)
+
+
+def _capacity(dataset: CountDataset, n_bytes: float) -> tuple[int, int]:
+    """Number of cells of a window, whichever they are, and of their entries."""
+    counts = dataset.counts
+    largest = np.cumsum(np.sort(np.diff(counts.indptr))[::-1].astype(np.int64))
+    bytes_of_cell = 12 + sum(column.nbytes for column in dataset.columns.values()) / counts.shape[0]
+    size = largest * (4 + smallest_type(counts.data).itemsize) + bytes_of_cell * np.arange(1, len(largest) + 1)
+    n_cells = int(np.searchsorted(size, n_bytes, side="right"))
+    if n_cells < 1:
+        raise ValueError(
+            f"A window of cells must hold at least one; found {n_bytes / 1e9:.3g} GB for a cell of {size[0] / 1e9:.3g}."
+        )
+    return n_cells, int(largest[n_cells - 1])
+
+
+class _Place(DeviceCells):
+    """Place on a device for the cells of a window, at most so many, with so many entries."""
+
+    def __init__(self, dataset: CountDataset, device: torch.device, n_cells: int, n_entries: int) -> None:
+        self.dataset = dataset
+        self.n_genes, self.width = dataset.counts.shape[1], width_of(dataset.counts)
+        kind, is_cuda = smallest_type(dataset.counts.data), device.type == "cuda"
+        shapes = {"start": (n_cells + 1, torch.int64), "gene": (n_entries + 1, torch.int32)}
+        shapes["value"] = n_entries + 1, kind
+        self._gathered = {name: torch.zeros(n, dtype=k, pin_memory=is_cuda) for name, (n, k) in shapes.items()}
+        self.start, self.gene, self.value = (each.to(device, copy=True) for each in self._gathered.values())
+        self._gathered_columns = {
+            key: torch.zeros(n_cells, *column.shape[1:], dtype=torch.from_numpy(column[:0]).dtype, pin_memory=is_cuda)
+            for key, column in dataset.columns.items()
+        }
+        self.columns = {key: each.to(device, copy=True) for key, each in self._gathered_columns.items()}
+        self.log_base_measure = torch.zeros(n_cells, device=device)
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        self._copied = self._used = None
+
+    def release(self) -> None:
+        """Note that what was begun so far is the last that reads the present cells."""
+        if self._stream is not None:
+            self._used = torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self) -> None:
+        """Let all that is begun from now on wait for the copy."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._copied)
+
+    def fill(self, window: np.ndarray) -> None:
+        """Gather the cells at some positions, and copy them."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the memory in which they are gathered is free again
+        n_entries = self._gather(window)
+        if self._stream is None:
+            self._copy(n_entries)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used)
+            self._copy(n_entries)
+            self._copied = self._stream.record_event()
+
+    def _gather(self, window: np.ndarray) -> int:
+        """Put the cells one after the other, those that are neighbours together; return the number of entries."""
+        counts, (start, gene, value) = self.dataset.counts, (each.numpy() for each in self._gathered.values())
+        ends = np.cumsum(counts.indptr[window + 1] - counts.indptr[window], dtype=np.int64)
+        start[1 : len(window) + 1], start[len(window) + 1 :] = ends, ends[-1]
+        firsts = np.flatnonzero(np.diff(window, prepend=window[0] - 2) != 1)
+        for first, last in zip(firsts, np.append(firsts[1:], len(window)) - 1, strict=True):
+            source = slice(counts.indptr[window[first]], counts.indptr[window[last] + 1])
+            into = slice(start[first], start[last + 1])
+            gene[into], value[into] = counts.indices[source], counts.data[source]
+        for key, column in self.dataset.columns.items():
+            self._gathered_columns[key].numpy()[: len(window)] = column[window]
+        return int(ends[-1])
+
+    def _copy(self, n_entries: int) -> None:
+        self.start.copy_(self._gathered["start"], non_blocking=True)
+        for name in ("gene", "value"):
+            getattr(self, name)[:n_entries].copy_(self._gathered[name][:n_entries], non_blocking=True)
+        for key, column in self.columns.items():
+            column.copy_(self._gathered_columns[key], non_blocking=True)
+        self.log_base_measure.copy_(self.base_measures(self.dataset.likelihood))
+
+
+class _WindowBatches:
+    """Batches of cells in the order of their positions, window after window."""
+
+    def __init__(self, source: CellWindows, indices: np.ndarray, batch_size: int) -> None:
+        self.source, self.batch_size = source, batch_size
+        n_cells = source.n_cells // batch_size * batch_size
+        self.windows = [indices[low : low + n_cells] for low in range(0, len(indices), n_cells)]
+        self.n_batches = math.ceil(len(indices) / batch_size)
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[dict[str, DenseCounts | Tensor]]:
+        for number, window in enumerate(self.windows):
+            for low in range(0, len(window), self.batch_size):
+                # The place is asked for each time: something else may have read other windows in between.
+                cells = self.source.of_window(self.windows, number)
+                yield cells[np.arange(low, min(low + self.batch_size, len(window)))]
+
+
+class _WindowSteps:
+    """Steps on windows that consist of short runs of cells, both in a new order in each epoch."""
+
+    def __init__(self, indices: np.ndarray, batch_size: int, n_cells: int, drop_single: bool) -> None:  # noqa: FBT001
+        self.indices, self.batch_size, self.drop_single = indices, batch_size, drop_single
+        self.run_length = min(RUN_LENGTH, n_cells)
+        n_runs = n_cells // self.run_length
+        even = batch_size // math.gcd(batch_size, self.run_length)  # runs that are whole steps together
+        self.n_of_window = (n_runs - n_runs % even if n_runs >= even else n_runs) * self.run_length
+        self.windows: Sequence[np.ndarray] = ()
+        n_windows = math.ceil(len(indices) / self.n_of_window)
+        each = [min(self.n_of_window, len(indices) - i * self.n_of_window) for i in range(n_windows)]
+        self.sizes = [[len(step) for step in self._batches(n)] for n in each]
+
+    def _batches(self, n: int, *, shuffle: bool = False) -> Iterator[np.ndarray]:
+        drops = self.drop_single and n % self.batch_size == 1
+        return iter(Batches(np.arange(n), self.batch_size, shuffle=shuffle, drop_last=drops))
+
+    def draw(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+        n_whole = len(self.indices) // self.run_length
+        runs = self.indices[: n_whole * self.run_length].reshape(n_whole, self.run_length)
+        order = runs[torch.randperm(n_whole).numpy()].ravel()
+        order = np.append(order, self.indices[len(order) :])  # the short run last, so that all epochs have one length
+        # Within a window the cells are in their order, so that neighbours are copied together.
+        lows = range(0, len(order), self.n_of_window)
+        self.windows = [np.sort(order[low : low + self.n_of_window]) for low in lows]
+        for number, window in enumerate(self.windows):
+            yield number, self._batches(len(window), shuffle=True)
