@@ -16,6 +16,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from scvae_tools._data.structure import check_structures
 from scvae_tools._messages import inform, listed
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that are not unique are dealt with here
             adata = READERS[kind](path, **options)
+            check_structures(adata, ReadingError)
     except ReadingError:
         raise
     except Exception as error:
@@ -160,7 +162,9 @@ def _read_10x_h5(path: Path, genome: str | None) -> AnnData:
         genomes = _genomes(file) if "matrix" not in file else []
     if genomes:
         genome = _chosen_genome(genomes, genome, path)
-    return _gene_expression(sc.read_10x_h5(path, genome=genome, gex_only=False))
+    adata = sc.read_10x_h5(path, genome=genome, gex_only=False)
+    check_structures(adata, ReadingError)
+    return _gene_expression(adata)
 
 
 def _chosen_genome(genomes: list[str], genome: str | None, path: Path) -> str:

@@ -16,6 +16,7 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
+from scvae_tools._data.structure import check_structure, whole_of_view
 from scvae_tools._messages import inform, listed, warn
 
 if TYPE_CHECKING:
@@ -70,9 +71,13 @@ def read_counts(
     """
     require_anndata(adata)
     where = _name(layer)
+    if (whole := whole_of_view(adata)) is not None:  # of which the view's matrix is taken by compiled code
+        _check_structure(_get_matrix(whole, layer), where, whole)
     matrix = _get_matrix(adata, layer)
     _check_not_empty(adata, where)
     mask = resolve_mask_var(adata, mask_var)
+    matrix = _in_memory(matrix)
+    _check_structure(matrix, where, adata)
     found = _Found(_canonical(_to_csr(matrix, mask, where)), where, adata, mask)
     _check_values(found, layer)
     _check_integers(found, layer, allow=allow_non_integer)
@@ -84,7 +89,7 @@ def read_counts(
 
 def load_counts(matrix: object) -> csr_matrix:
     """Counts that `read_counts` has accepted, as CSR float32; without a copy where they are held so already."""
-    return _to_float32(_canonical(_to_csr(matrix, None, "The matrix")))
+    return _to_float32(_canonical(_to_csr(_in_memory(matrix), None, "The matrix")))
 
 
 def require_anndata(adata: object) -> None:
@@ -209,10 +214,16 @@ def _check_boolean(values: object, name: str) -> None:
         raise CountsError(f"{name} must be True or False; found missing values. Fill them with .fillna(False).")
 
 
+def _in_memory(matrix: object) -> object:
+    return matrix.to_memory() if isinstance(matrix, CSRDataset | CSCDataset) else matrix
+
+
+def _check_structure(matrix: object, where: str, adata: AnnData) -> None:
+    check_structure(matrix, where, (adata.obs_names, adata.var_names), CountsError)
+
+
 def _to_csr(matrix: object, mask: np.ndarray | None, where: str) -> csr_matrix:
     """Convert any supported form to CSR of a plain number type, sharing memory where it is one already."""
-    if isinstance(matrix, CSRDataset | CSCDataset):
-        matrix = matrix.to_memory()
     _check_form(matrix, where)
     if sparse.issparse(matrix):
         return _compressed_to_csr(matrix, mask)
