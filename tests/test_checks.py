@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from fractions import Fraction
 
+import anndata
 import numpy as np
 import pytest
 
 import scvae_tools as svt
-from scvae_tools._checks import cell_positions, check_choice, check_number, check_share, check_whole
+from scvae_tools._checks import cell_positions, check_choice, check_key, check_number, check_share, check_whole
 
 WHOLE = [3, np.int64(3), np.uint8(3), np.int32(3)]
 NOT_WHOLE = [0, -1, 2.0, np.float32(2), True, np.True_, "3", None, float("nan"), [3]]
@@ -125,3 +126,49 @@ def test_the_whole_numbers_among_the_arguments_are_all_here():
             if type(parameter.default) is int or (name.startswith("n_") and parameter.default is None)
         }
         assert whole - {"patience", "random_state"} <= set(known), function
+
+
+UNUSABLE_KEYS = ["a/b", "", " ", "_index", ".", "..", "a\0b", None, 5, True, ("a",), np.array("a")]
+
+
+@pytest.mark.parametrize("value", UNUSABLE_KEYS, ids=repr)
+def test_keys_that_files_cannot_hold_are_refused(value):
+    match = r"`key` must be a text without a slash, .* Pass another, such as key='results'"
+    with pytest.raises(ValueError, match=match):
+        check_key("key", value)
+
+
+@pytest.mark.parametrize("value", ["scvae", "Größe 2", "a.b", "_a", np.str_("x")], ids=repr)
+def test_other_keys_are_those_that_files_hold(value, tmp_path):
+    assert check_key("key", value) == value
+    adata = anndata.AnnData(np.ones((2, 2), dtype=np.float32), obsm={value: np.ones((2, 1))}, uns={value: {"a": 1}})
+    adata.obs[str(value)] = [1, 2]
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    read = anndata.read_h5ad(tmp_path / "x.h5ad")
+    assert value in read.obs
+    assert value in read.obsm
+    assert value in read.uns
+
+
+def test_no_key_is_none_where_that_means_something():
+    assert check_key("key", None, or_none=True) is None
+
+
+#: Tools that store results, with what they need beside the AnnData.
+STORES = [name for name in svt.tl.__all__ if "key_added" in inspect.signature(getattr(svt.tl, name)).parameters]
+
+
+@pytest.mark.parametrize("value", ["a/b", "", 5], ids=repr)
+@pytest.mark.parametrize("name", STORES)
+def test_every_tool_refuses_such_a_key_before_anything_else(name, value):
+    assert len(STORES) >= 7
+    adata, tool = svt.datasets.poisson_toy(20), getattr(svt.tl, name)
+    needed = {"scvae": {}, "compare": {"grid": {"likelihood": ["nb"]}, "n_components": 2}}.get(name)
+    needed = {"model": svt.SCVAE(_set_up(adata), mixture=False, n_hidden=4)} if needed is None else needed
+    with pytest.raises(ValueError, match="`key_added` must be a text without a slash"):
+        tool(adata, key_added=value, **needed)
+
+
+def _set_up(adata):
+    svt.SCVAE.setup_anndata(adata)
+    return adata

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+#: Names with a meaning of their own in h5ad and zarr files.
+RESERVED_KEYS = ("_index", ".", "..")
+
+
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number."""
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
@@ -43,6 +47,27 @@ def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = Fal
         rule = f"a whole number of at least {least}{alternative}"
         raise ValueError(f"`{name}` must be {rule}; found {value!r}.{f' {remedy}' if remedy else ''}")
     return int(value)
+
+
+def check_key(name: str, value: object, *, or_none: bool = False) -> str | None:
+    """Check a key under which results are stored, or None where None is allowed, and return it.
+
+    AnnData takes any key, but cannot write each to a file, or read it again.
+
+    Raises
+    ------
+    ValueError
+        If the value is no text, is empty, holds a slash or the character 0, or is a name that files use themselves.
+    """
+    if value is None and or_none:
+        return None
+    is_text = isinstance(value, str)
+    if not is_text or not value.strip() or "/" in value or "\0" in value or value in RESERVED_KEYS:
+        raise ValueError(
+            f"`{name}` must be a text without a slash, which h5ad and zarr files can hold as a name; found {value!r}. "
+            f"Pass another, such as {name}='results'."
+        )
+    return str(value)
 
 
 def check_number(

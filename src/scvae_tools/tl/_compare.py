@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._checks import check_whole
+from scvae_tools._checks import check_key, check_whole
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import check_obs, labels_to_score_by, obs_keys_of
 from scvae_tools._messages import warn
@@ -184,7 +184,7 @@ def compare(
     check_combinations(cells, combinations, values, defaults)
     _warn_of_kinds({combination["likelihood"] for combination in combinations})
 
-    store = Store(adata.uns.get(key_added), directory)
+    store = Store(adata.uns.get(check_key("key_added", key_added)), directory)
     fixed |= {"layer": layer, "mask_var": mask_var if isinstance(mask_var, str) else None, "labels_key": labels_key}
     fixed |= {"n_importance_samples": n_importance_samples, "allow_non_integer": allow_non_integer}
     split = {"random_state": seed, "train_size": float(train_size), "test_size": float(test_size)}

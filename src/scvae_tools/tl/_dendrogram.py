@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scvae_tools._checks import check_key
 from scvae_tools._keys import Keys
 from scvae_tools._results.writing import write_uns
 from scvae_tools.tl._models import components_of, positions_of, require_two
@@ -68,6 +69,7 @@ def dendrogram(adata: AnnData, model: SCVAE, *, key: str = "scvae", key_added: s
     from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
+    check_key("key_added", key_added, or_none=True)
     components = components_of(adata, model, key)
     require_two(components, f"`adata.obs[{key!r}]` must have at least two components to join")
     at = positions_of(model, components)

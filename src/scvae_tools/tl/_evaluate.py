@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools import metrics
-from scvae_tools._checks import check_whole
+from scvae_tools._checks import check_key, check_whole
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._data.roles import column_of_obs, labels_to_score_by
 from scvae_tools._messages import listed, warn
@@ -152,6 +152,7 @@ def evaluate(
     >>> svt.tl.evaluate(adata, model, labels_key="cell_type", clusterers="k-means")
     """
     require_anndata(adata)
+    check_key("key_added", key_added)
     require_encoder_of_counts(model, "svt.tl.evaluate")
     require_writable(adata)
     n_samples = check_whole("n_samples", n_samples)

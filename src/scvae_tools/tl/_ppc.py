@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_whole
+from scvae_tools._checks import check_key, check_whole
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._keys import Keys
 from scvae_tools._random import as_seed
@@ -123,6 +123,7 @@ def ppc(
     >>> svt.pl.ppc(adata)
     """
     require_anndata(adata)
+    check_key("key_added", key_added, or_none=True)
     require_encoder_of_counts(model, "svt.tl.ppc")
     require_writable(adata)
     n_samples = check_whole("n_samples", n_samples, least=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scvae_tools._checks import check_key
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._keys import Keys
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
@@ -88,10 +89,10 @@ def predict(
     >>> svt.pl.probs(new)
     """
     require_anndata(adata)
+    keys = Keys(check_key("key_added", key_added))
     require_encoder_of_counts(model, "svt.tl.predict")
     require_writable(adata, copy=copy)
     require_place_for_rate(adata, write_lambda, copy=copy)
-    keys = Keys(key_added)
     cells = model.other_cells(adata, layer=layer, any_labels=True, fill_missing=fill_missing)
     with model.shown(cells) as shown:
         params = params_of(model) | {"layer": layer}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_whole
+from scvae_tools._checks import check_key, check_whole
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import write_uns
 from scvae_tools.tl._models import components_of, positions_of, require_two
@@ -123,6 +123,7 @@ def rank_components(
     >>> sc.get.rank_genes_groups_df(adata, group="0", key="rank_components").head()
     >>> sc.pl.rank_genes_groups_dotplot(adata, key="rank_components", n_genes=5)
     """
+    check_key("key_added", key_added)
     components = components_of(adata, model, key)
     used = [component for component in components if (adata.obs[key] == component).any()]
     require_two(used, f"`adata.obs[{key!r}]` must have cells of at least two components to compare")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from scvae_tools._checks import check_key
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import obs_keys_of
 from scvae_tools._keys import Keys
@@ -197,7 +198,7 @@ def scvae(
     require_anndata(adata)
     require_writable(adata, copy=copy)
     require_place_for_rate(adata, write_lambda, copy=copy)
-    keys = Keys(key_added)
+    keys = Keys(check_key("key_added", key_added))
     seed = as_seed(random_state, rng)
     of_model, of_training = _split_options(kwargs)
     mask = resolve_mask_var(adata, mask_var)
