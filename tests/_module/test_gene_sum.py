@@ -848,6 +848,29 @@ def test_the_engines_differ_by_nothing_but_rounding(kind: str, form: str, name: 
 
 
 @pytest.mark.usefixtures("_shared_noise")
+@pytest.mark.parametrize("scale", [30.0, 100.0, 1000.0])
+@every_form
+@every_likelihood
+def test_probabilities_that_float32_can_hardly_hold_or_not_at_all_do_no_harm(
+    name: str, form: str, scale: float
+) -> None:
+    """Of components far apart: down to numbers of few digits, and to 0."""
+    exact, single = (
+        make_module("gmvae", "blocked", dtype, likelihood=name) for dtype in (torch.float64, torch.float32)
+    )
+    for module in (exact, single):
+        with torch.no_grad():
+            module.y_logits.weight.mul_(scale)
+    expected, found = (bound_and_gradients(module, is_averaged=True, form=form) for module in (exact, single))
+    x, *others = make_cells()
+    smallest = single.posterior(single.encode(FORMS[form](x), *others)).q_y.min()
+    assert smallest < (1e-30 if scale > 30 else 1e-6)
+    np.testing.assert_allclose(array(found["log_likelihood"]), array(expected["log_likelihood"]), rtol=1e-3)
+    for key in ("decoder.heads.log_rate.weight", "z_mean.weight"):
+        assert torch.isfinite(found[key]).all()
+
+
+@pytest.mark.usefixtures("_shared_noise")
 @every_likelihood
 @every_kind
 def test_an_expected_gradient_does_not_change_the_gradients_of_the_loss(kind: str, name: str) -> None:

@@ -129,12 +129,13 @@ class _LogLikelihood(torch.autograd.Function):
 
 def _common_factor(gradient: Tensor, expected_gradient: Tensor) -> Tensor | None:
     """Number by which the expected gradient has to be multiplied to be the actual one; None for 1."""
-    if expected_gradient.device.type == "cpu" and torch.allclose(gradient, expected_gradient, rtol=1e-5, atol=0):
+    smallest = torch.finfo(gradient.dtype).tiny  # below it numbers are rounded to multiples of about 10⁻⁴⁵
+    if expected_gradient.device.type == "cpu" and torch.allclose(gradient, expected_gradient, rtol=1e-5, atol=smallest):
         return None
     square = expected_gradient.square().sum()
     factor = torch.where(square > 0, (gradient * expected_gradient).sum() / square, 0.0)
     # A loss that is NaN is no error here: the training plan looks for NaN, and names the term.
-    is_close = torch.isclose(gradient, factor * expected_gradient, rtol=1e-4, atol=0).all()
+    is_close = torch.isclose(gradient, factor * expected_gradient, rtol=1e-4, atol=smallest).all()
     message = "The gradient of the loss by the log-likelihoods must be the expected gradient; it is another one."
     torch._assert_async(is_close | gradient.isnan().any(), message)
     return factor

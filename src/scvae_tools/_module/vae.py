@@ -382,7 +382,7 @@ class VAE(ScviModule):
         Only pairs of cell and component with q(y|x) above the machine epsilon of float32 are decoded. The other pairs
         change the result by less than its rounding error. They would cost as much as the rest, and fill the gradients
         with denormal numbers, on which a CPU is fifty times slower. Of `DenseCounts` all pairs are decoded, since their
-        number must not depend on the data.
+        number must not depend on the data; those others have no weight.
         """
         s, k, n, _ = z.shape
         if k == 1:
@@ -390,12 +390,13 @@ class VAE(ScviModule):
             log_likelihood = self.log_likelihood(x, z[:, 0], log_size, covariates, expected_gradient=expected)
             cell = torch.arange(n, device=z.device)
             return Decoded(z[:, 0], log_likelihood, cell, torch.zeros_like(cell), z.new_ones(n))
+        is_decoded = posterior.q_y > torch.finfo(torch.float32).eps
         if isinstance(x, DenseCounts):
             pair = torch.arange(n * k, device=z.device)
-            cell, component = pair // k, pair % k
+            cell, component = pair // k, pair % k  # (p,)
         else:
-            cell, component = torch.nonzero(torch.finfo(torch.float32).eps < posterior.q_y, as_tuple=True)  # (p,)
-        weight = posterior.q_y[cell, component]
+            cell, component = torch.nonzero(is_decoded, as_tuple=True)
+        weight = torch.where(is_decoded, posterior.q_y, 0.0)[cell, component]
         weight = weight / weight.new_zeros(n).index_add(0, cell, weight)[cell]
         expected = (-weight.detach() / (s * n)).expand(s, -1) if is_averaged else None
         z = z[:, component, cell]
