@@ -143,6 +143,29 @@ def test_a_window_is_gathered_while_the_one_before_is_used(dataset):
         assert filled == [part.tolist() for part in parts[: number + 2]]
 
 
+@pytest.mark.parametrize(("made", "read"), [(True, True), (True, False), (False, True)])
+def test_windows_may_be_made_and_read_in_inference_mode(made, read, dataset):
+    """As by evaluations. The thread that copies is not in that mode."""
+    with torch.inference_mode(mode=made):
+        held = windows_of(dataset, 0.2)
+    with torch.inference_mode(mode=read):
+        batches = list(held.batches(np.arange(60), 8))
+    for batch, low in zip(batches, range(0, 60, 8), strict=True):
+        assert_same_batches(batch, ResidentCells(dataset, CPU)[np.arange(low, min(low + 8, 60))])
+
+
+def test_a_window_is_not_larger_than_is_of_use(dataset, monkeypatch):
+    monkeypatch.setattr(windows, "LARGEST_WINDOW", n_bytes_on_device(dataset) / 10)
+    assert windows_of(dataset, 0.9).n_bytes <= n_bytes_on_device(dataset) / 5 + 100
+
+
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert windows.free_memory(torch.device("cuda")) == 140
+
+
 def test_an_error_in_the_gathering_is_an_error_of_the_reader(dataset):
     held = windows_of(dataset, 0.2)
     with pytest.raises(IndexError):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_cases import BATCH_SIZE, CASES, new_model
 
+import scvae_tools as svt
 from scvae_tools._data import resident, windows
 from scvae_tools._data.loader import CountDataset
 from scvae_tools._data.resident import ResidentCells
@@ -54,6 +55,28 @@ def test_parts_are_dropped_out_here_too(mixture):
     assert np.isfinite(found.history[ELBO]).all(axis=None)
     end = [model.history["elbo_validation"].iloc[-1] for model in (found, expected)]
     np.testing.assert_allclose(*end, rtol=0.05)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize("mixture", ["gmvae", "vade"])
+def test_components_that_are_far_apart_are_trained(mixture, likelihood):
+    """To the default number of epochs: q(y|x) of other components becomes smaller than the numbers of float32."""
+    adata = svt.datasets.pbmc68k_reduced()[:200].copy()
+    results = []
+    for hold in (True, False):
+        own = adata.copy()
+        svt.tl.scvae(
+            own,
+            likelihood=likelihood,
+            mixture=mixture,
+            n_components=8,
+            max_epochs=60,
+            dropout_rate=0.0,
+            hold_on_device=hold,
+            verbose=False,
+        )
+        results.append(own.uns["scvae"]["history"]["elbo_validation"].to_numpy())
+    np.testing.assert_allclose(results[0][-1], results[1][-1], rtol=0.01)
 
 
 def test_the_steps_are_taken_by_the_plan_that_holds_the_cells(monkeypatch):
@@ -154,7 +177,7 @@ def test_options_that_change_the_steps_are_refused_or_leave_the_cells_on_the_hos
     with pytest.raises(ValueError, match=r"takes the steps of the training by itself.*found 'accumulate_grad_batches'"):
         trained(True, training={"accumulate_grad_batches": 2})
     trained(None, training={"accumulate_grad_batches": 2, "max_epochs": 2})
-    with pytest.raises(ValueError, match="cannot change them; found 'devices'"):
+    with pytest.raises(ValueError, match="cannot change them; found 'devices=2'"):
         trained(True, training={"devices": 2, "accelerator": "cpu"})
     with pytest.raises(ValueError, match="`hold_on_device` must be"):
         trained("yes")
@@ -181,7 +204,7 @@ def test_a_device_without_memory_says_what_to_pass(monkeypatch):
 @pytest.fixture
 def fake_graphs(monkeypatch):
     """CUDA graphs that note what is done with them: what is recorded runs when it is replayed, and only then."""
-    done = SimpleNamespace(recorded=0, replayed=0, on_side=0, is_recording=False, fails=False)
+    done = SimpleNamespace(recorded=0, replayed=0, on_side=0, is_recording=False, fails=None, current=None)
 
     class Graph:
         def replay(self):
@@ -189,13 +212,15 @@ def fake_graphs(monkeypatch):
             self.function()
 
     @contextlib.contextmanager
-    def record(graph):
+    def record(graph, *, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         done.recorded += 1
-        done.is_recording = True
+        done.is_recording, done.current = True, "the stream of the recording"
         try:
             yield
-            if done.fails:
-                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            if done.fails is not None:
+                raise done.fails
+            done.current = None
         finally:
             done.is_recording = False
 
@@ -209,6 +234,7 @@ def fake_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(done, "current", None))
     monkeypatch.setattr(torch.cuda, "stream", on_stream)
     return done
 
@@ -220,8 +246,14 @@ def a_recorded_step(fake_graphs, batch_size=4):
         if not fake_graphs.is_recording:
             called.append(positions.tolist())
 
-    step = RecordedStep(function, batch_size, torch.device("cpu"))
-    step.can_record = True
+    @contextlib.contextmanager
+    def recording():
+        fake_graphs.is_prepared = True
+        yield
+        fake_graphs.is_prepared = False
+
+    step = RecordedStep(function, batch_size, torch.device("cpu"), recording)
+    step.can_record, step.stream = True, torch.cuda.Stream(None)
     torch.cuda.CUDAGraph.function = lambda self: function(step.positions)
     return step, called
 
@@ -235,12 +267,13 @@ def test_every_step_is_taken_once_whether_it_is_recorded_or_not(fake_graphs):
     assert called == given
     assert fake_graphs.on_side == device_plan.N_STEPS_BEFORE
     assert fake_graphs.recorded == 1
+    assert fake_graphs.is_prepared is False
     assert fake_graphs.replayed == len(given) - 1 - device_plan.N_STEPS_BEFORE
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(fake_graphs):
     step, called = a_recorded_step(fake_graphs)
-    fake_graphs.fails = True
+    fake_graphs.fails = RuntimeError("operation not permitted when stream is capturing\nand more")
     given = [[i, i + 1, i + 2, i + 3] for i in range(6)]
     match = r"\(operation not permitted when stream is capturing\); training goes on"
     for i, positions in enumerate(given):
@@ -249,11 +282,46 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(fake_graphs):
             step(torch.tensor(positions))
     assert called == given
     assert fake_graphs.recorded == 1
+    assert fake_graphs.current is None  # not the stream on which it was tried
+
+
+def test_memory_that_lacks_for_a_recording_is_no_reason_to_go_on(fake_graphs):
+    step, _ = a_recorded_step(fake_graphs)
+    fake_graphs.fails = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    step.n_before = device_plan.N_STEPS_BEFORE
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        step(torch.tensor([0, 1, 2, 3]))
 
 
 def test_on_the_cpu_nothing_is_recorded():
     step = RecordedStep(lambda positions: None, 4, torch.device("cpu"))
     assert not step.can_record
+
+
+def test_adam_may_be_recorded_while_it_is_and_only_then():
+    """Otherwise it refuses, or warns in every other step."""
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    settled = []
+    plan = SimpleNamespace(
+        optimizers=lambda use_pl_optimizer: optimizer, cells=SimpleNamespace(settle=lambda: settled.append(True))
+    )
+    with DevicePlan.recording(plan):
+        assert optimizer.param_groups[0]["capturable"]
+        assert settled
+    assert not optimizer.param_groups[0]["capturable"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_of_the_device_is_released_with_the_plan(fails, monkeypatch):
+    """Also after an error, when Lightning does not say that the fit has ended."""
+    plans = []
+    monkeypatch.setattr(DevicePlan, "on_train_start", lambda plan: plans.append(plan), raising=False)
+    if fails:
+        monkeypatch.setattr(DevicePlan, "on_train_epoch_end", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        trained(True)
+    assert plans
+    assert all(plan.cells is None and plan.steps is None and plan._recorded == {} for plan in plans)
 
 
 # -- on a device that is not there ------------------------------------------------------------------------------------
@@ -387,8 +455,8 @@ def test_a_recorded_step_trains_the_model_of_the_cpu(case):
 def test_recorded_steps_are_the_steps_that_are_not_recorded(monkeypatch):
     """With the same random numbers, and in a precision in which rounding does not show."""
     histories = []
-    for n_before in (3, 10**9):
-        monkeypatch.setattr(device_plan, "N_STEPS_BEFORE", n_before)
+    for records in (True, False):
+        monkeypatch.setattr(device_plan, "RECORDS_STEPS", records)
         model = trained(True, mixture="vade", training={"accelerator": "gpu", "matmul_precision": "highest"})
         histories.append(model.history[ELBO])
     np.testing.assert_allclose(*histories, rtol=2e-3)

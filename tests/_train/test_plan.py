@@ -23,11 +23,3 @@ def test_gradients_longer_than_the_limit_are_shortened_to_it(clip, expected):
         plan.clip_gradients = lambda *_, **__: None
     plan.configure_gradient_clipping(optimizer, clip, None)
     assert parameter.grad.tolist() == pytest.approx(expected, rel=1e-5)  # torch divides by the norm plus 1e-6
-
-
-def test_what_a_checkpoint_of_a_gpu_says_of_the_optimiser_is_forgotten_on_the_cpu(monkeypatch):
-    plan, parameter = make_plan(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.Adam([parameter], capturable=True)
-    monkeypatch.setattr(plan, "optimizers", lambda use_pl_optimizer: optimizer)
-    plan.on_train_start()
-    assert [group["capturable"] for group in optimizer.param_groups] == [False]

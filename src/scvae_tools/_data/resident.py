@@ -75,17 +75,16 @@ class DeviceCells(Dataset):
 
     def __getitem__(self, positions: Sequence[int] | Tensor) -> dict[str, DenseCounts | Tensor]:
         positions = torch.as_tensor(positions, device=self.device)
-        gene, value = self._entries(positions)
-        counts = value.new_zeros(len(positions), self.n_genes).scatter_(1, gene, value)
+        at, value = self._entries(positions)
+        counts = value.new_zeros(len(positions), self.n_genes).scatter_(1, self.gene[at].long(), value)
         batch = {key: column[positions] for key, column in self.columns.items()}
         return batch | {REGISTRY_KEYS.X_KEY: DenseCounts(counts, self.log_base_measure[positions])}
 
     def _entries(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Gene and count of the entries of some cells, (n, width) each, the last entry of a cell repeated."""
+        """Place and count of the entries of some cells, (n, width) each, the last entry of a cell repeated."""
         start, end = self.start[positions, None], self.start[positions + 1, None]
         at = torch.minimum(start + torch.arange(self.width, device=self.device), (end - 1).clamp(min=0))
-        value = torch.where(end > start, self.value[at].float(), 0.0)
-        return self.gene[at].long(), value
+        return at, torch.where(end > start, self.value[at].float(), 0.0)
 
     def base_measures(self, likelihood: Likelihood) -> Tensor:
         """Σ log b(x) of each cell, (n,)."""
@@ -123,6 +122,9 @@ class ResidentCells(DeviceCells):
     def of_window(self, windows: Sequence[np.ndarray], number: int) -> ResidentCells:
         """Cells from which the batches of a window are formed: all."""
         return self
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def batches(self, indices: np.ndarray, batch_size: int) -> Iterable[dict[str, DenseCounts | Tensor]]:
         """Batches of cells in the order of their positions."""

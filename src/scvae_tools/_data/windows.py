@@ -34,13 +34,18 @@ if TYPE_CHECKING:
 
 #: Share of the free memory of a device that the counts may take. The rest is for the training.
 LARGEST_SHARE = 0.5
+#: Bytes of a window at most. Larger ones take no less time a cell, and as much pinned memory.
+LARGEST_WINDOW = 2**31
 #: Cells that stay together in the windows of a training.
 RUN_LENGTH = 64
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; infinite where this is not known."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    """Bytes that are free on a device, or kept by torch for later; infinite where this is not known."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def held_on_device(
@@ -84,8 +89,9 @@ class CellWindows:
 
     def __init__(self, dataset: CountDataset, device: torch.device, n_bytes: float) -> None:
         self.dataset, self.device = dataset, device
-        self.n_cells, n_entries = _capacity(dataset, n_bytes / 2)
-        self.places = [_Place(dataset, device, self.n_cells, n_entries) for _ in range(2)]
+        self.n_cells, n_entries = _capacity(dataset, min(n_bytes / 2, LARGEST_WINDOW))
+        gathered = _Gathered(dataset, self.n_cells, n_entries, is_pinned=device.type == "cuda")
+        self.places = [_Place(gathered, device) for _ in range(2)]
         self.n_bytes = sum(place.n_bytes for place in self.places)
         self._thread = ThreadPoolExecutor(1)
         self._present: np.ndarray | None = None  #: window in the first place
@@ -108,11 +114,15 @@ class CellWindows:
 
     def _begin(self, window: np.ndarray) -> None:
         """Begin to copy a window to the second place, when all that was begun with that place is done."""
-        if self._coming is not None:
-            self._coming[1].result()
+        self.settle()
         place = self.places[1]
         place.release()
         self._coming = window, self._thread.submit(place.fill, window)
+
+    def settle(self) -> None:
+        """Wait until no window is on its way."""
+        if self._coming is not None:
+            self._coming[1].result()
 
     def batches(self, indices: np.ndarray, batch_size: int) -> Iterable[dict[str, DenseCounts | Tensor]]:
         """Batches of cells in the order of their positions."""
@@ -137,25 +147,58 @@ def _capacity(dataset: CountDataset, n_bytes: float) -> tuple[int, int]:
     return n_cells, int(largest[n_cells - 1])
 
 
-class _Place(DeviceCells):
-    """Place on a device for the cells of a window, at most so many, with so many entries."""
+class _Gathered:
+    """Cells of a window in memory of the host from which a GPU copies by itself, for one window at a time.
 
-    def __init__(self, dataset: CountDataset, device: torch.device, n_cells: int, n_entries: int) -> None:
+    Parameters
+    ----------
+    dataset
+        All cells.
+    n_cells, n_entries
+        Numbers of cells and entries for which there is room.
+    is_pinned
+        Whether the memory is pinned.
+    """
+
+    def __init__(self, dataset: CountDataset, n_cells: int, n_entries: int, *, is_pinned: bool) -> None:
         self.dataset = dataset
-        self.n_genes, self.width = dataset.counts.shape[1], width_of(dataset.counts)
-        kind, is_cuda = smallest_type(dataset.counts.data), device.type == "cuda"
-        shapes = {"start": (n_cells + 1, torch.int64), "gene": (n_entries + 1, torch.int32)}
-        shapes["value"] = n_entries + 1, kind
-        self._gathered = {name: torch.zeros(n, dtype=k, pin_memory=is_cuda) for name, (n, k) in shapes.items()}
-        self.start, self.gene, self.value = (each.to(device, copy=True) for each in self._gathered.values())
-        self._gathered_columns = {
-            key: torch.zeros(n_cells, *column.shape[1:], dtype=torch.from_numpy(column[:0]).dtype, pin_memory=is_cuda)
+        options = {"pin_memory": is_pinned}
+        self.start = torch.zeros(n_cells + 1, dtype=torch.int64, **options)
+        self.gene = torch.zeros(n_entries + 1, dtype=torch.int32, **options)
+        self.value = torch.zeros(n_entries + 1, dtype=smallest_type(dataset.counts.data), **options)
+        self.columns = {
+            key: torch.zeros(n_cells, *column.shape[1:], dtype=torch.from_numpy(column[:0]).dtype, **options)
             for key, column in dataset.columns.items()
         }
-        self.columns = {key: each.to(device, copy=True) for key, each in self._gathered_columns.items()}
-        self.log_base_measure = torch.zeros(n_cells, device=device)
-        self._stream = torch.cuda.Stream(device) if is_cuda else None
-        self._copied = self._used = None
+
+    def gather(self, window: np.ndarray) -> int:
+        """Put cells one after the other, those that are neighbours together; return the number of entries."""
+        counts, (start, gene, value) = self.dataset.counts, (x.numpy() for x in (self.start, self.gene, self.value))
+        ends = np.cumsum(counts.indptr[window + 1] - counts.indptr[window], dtype=np.int64)
+        start[1 : len(window) + 1], start[len(window) + 1 :] = ends, ends[-1]
+        firsts = np.flatnonzero(np.diff(window, prepend=window[0] - 2) != 1)
+        for first, last in zip(firsts, np.append(firsts[1:], len(window)) - 1, strict=True):
+            source = slice(counts.indptr[window[first]], counts.indptr[window[last] + 1])
+            into = slice(start[first], start[last + 1])
+            gene[into], value[into] = counts.indices[source], counts.data[source]
+        for key, column in self.dataset.columns.items():
+            self.columns[key].numpy()[: len(window)] = column[window]
+        return int(ends[-1])
+
+
+class _Place(DeviceCells):
+    """Place on a device for the cells of a window, which come by way of memory that two places share."""
+
+    def __init__(self, gathered: _Gathered, device: torch.device) -> None:
+        counts = gathered.dataset.counts
+        self.n_genes, self.width, self._gathered = counts.shape[1], width_of(counts), gathered
+        self.start, self.gene, self.value = (
+            each.to(device, copy=True) for each in (gathered.start, gathered.gene, gathered.value)
+        )
+        self.columns = {key: each.to(device, copy=True) for key, each in gathered.columns.items()}
+        self.log_base_measure = torch.zeros(len(self), device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._used: torch.cuda.Event | None = None
 
     def release(self) -> None:
         """Note that what was begun so far is the last that reads the present cells."""
@@ -165,42 +208,27 @@ class _Place(DeviceCells):
     def wait(self) -> None:
         """Let all that is begun from now on wait for the copy."""
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copied)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def fill(self, window: np.ndarray) -> None:
-        """Gather the cells at some positions, and copy them."""
-        if self._copied is not None:
-            self._copied.synchronize()  # the memory in which they are gathered is free again
-        n_entries = self._gather(window)
+        """Gather the cells at some positions, and copy them; return when they are there."""
+        n_entries = self._gathered.gather(window)
         if self._stream is None:
             self._copy(n_entries)
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._used)
             self._copy(n_entries)
-            self._copied = self._stream.record_event()
+        self._stream.synchronize()  # then the gathered memory is free, and this place may be
 
-    def _gather(self, window: np.ndarray) -> int:
-        """Put the cells one after the other, those that are neighbours together; return the number of entries."""
-        counts, (start, gene, value) = self.dataset.counts, (each.numpy() for each in self._gathered.values())
-        ends = np.cumsum(counts.indptr[window + 1] - counts.indptr[window], dtype=np.int64)
-        start[1 : len(window) + 1], start[len(window) + 1 :] = ends, ends[-1]
-        firsts = np.flatnonzero(np.diff(window, prepend=window[0] - 2) != 1)
-        for first, last in zip(firsts, np.append(firsts[1:], len(window)) - 1, strict=True):
-            source = slice(counts.indptr[window[first]], counts.indptr[window[last] + 1])
-            into = slice(start[first], start[last + 1])
-            gene[into], value[into] = counts.indices[source], counts.data[source]
-        for key, column in self.dataset.columns.items():
-            self._gathered_columns[key].numpy()[: len(window)] = column[window]
-        return int(ends[-1])
-
+    @torch.inference_mode()  # as the places are where an evaluation has made them; others may be written to as well
     def _copy(self, n_entries: int) -> None:
-        self.start.copy_(self._gathered["start"], non_blocking=True)
-        for name in ("gene", "value"):
-            getattr(self, name)[:n_entries].copy_(self._gathered[name][:n_entries], non_blocking=True)
+        self.start.copy_(self._gathered.start, non_blocking=True)
+        self.gene[:n_entries].copy_(self._gathered.gene[:n_entries], non_blocking=True)
+        self.value[:n_entries].copy_(self._gathered.value[:n_entries], non_blocking=True)
         for key, column in self.columns.items():
-            column.copy_(self._gathered_columns[key], non_blocking=True)
-        self.log_base_measure.copy_(self.base_measures(self.dataset.likelihood))
+            column.copy_(self._gathered.columns[key], non_blocking=True)
+        self.log_base_measure.copy_(self.base_measures(self._gathered.dataset.likelihood))
 
 
 class _WindowBatches:

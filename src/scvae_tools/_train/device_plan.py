@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,16 @@ from scvae_tools._messages import inform, warn
 from scvae_tools._train.plan import TrainingPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from scvae_tools._data.resident import DeviceCells, ResidentCells, StepLoader
     from scvae_tools._data.windows import CellWindows
 
 #: Steps that are taken before a step is recorded, as torch asks for, so that all memory it keeps is there.
 N_STEPS_BEFORE = 3
+#: Whether steps are recorded where they can be.
+RECORDS_STEPS = True
 
 
 class DevicePlan(TrainingPlan):
@@ -67,14 +71,29 @@ class DevicePlan(TrainingPlan):
             self._share = torch.ones((), device=self.device)
 
     def teardown(self, stage: str) -> None:
-        self._recorded.clear()  # they hold this plan, and memory of the device
+        # Lightning's trainer and this plan refer to each other: without this, memory of the device would be free late.
+        self._recorded.clear()
+        self.cells = self.steps = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context in which a step can be recorded."""
+        self.cells.settle()  # copies that run beside it could become part of it
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        try:
+            for group in groups:
+                group["capturable"] = True  # otherwise Adam refuses; its count of steps is on the device anyway
+            yield
+        finally:
+            for group in groups:
+                group["capturable"] = False  # otherwise Adam warns in steps that are not recorded
 
     def training_step(self, group: tuple[int, Tensor], batch_index: int) -> None:
         number, positions = group
         cells = self.cells.of_window(self.steps.steps.windows, number)
         if cells not in self._recorded:
             step = functools.partial(self._step, cells)
-            self._recorded[cells] = RecordedStep(step, self.steps.n_cells_of_step, self.device)
+            self._recorded[cells] = RecordedStep(step, self.steps.n_cells_of_step, self.device, self.recording)
         for own in positions:
             if self.stage.warms_up:
                 self._share.fill_(self.warm_up_share())
@@ -106,12 +125,22 @@ class RecordedStep:
         Number of cells of a step.
     device
         Device of the positions.
+    recording
+        Context in which the function can be recorded.
     """
 
-    def __init__(self, function: Callable[[Tensor], None], batch_size: int, device: torch.device) -> None:
-        self.function, self.batch_size = function, batch_size
-        self.can_record, self.n_before, self.graph = device.type == "cuda", 0, None
+    def __init__(
+        self,
+        function: Callable[[Tensor], None],
+        batch_size: int,
+        device: torch.device,
+        recording: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        self.function, self.batch_size, self.recording = function, batch_size, recording
+        self.can_record, self.n_before, self.graph = RECORDS_STEPS and device.type == "cuda", 0, None
         self.positions = torch.zeros(batch_size, dtype=torch.long, device=device)
+        # One for the steps before and for the recording: torch keeps freed memory by stream.
+        self.stream = torch.cuda.Stream(device) if self.can_record else None
 
     def __call__(self, positions: Tensor) -> None:
         if not self.can_record or len(positions) != self.batch_size:
@@ -119,7 +148,7 @@ class RecordedStep:
             return
         if self.graph is None and self.n_before < N_STEPS_BEFORE:
             self.n_before += 1
-            self._on_side_stream(positions)
+            self._on_own_stream(positions)
             return
         if self.graph is None and not self._record():
             self.function(positions)
@@ -127,20 +156,27 @@ class RecordedStep:
         self.positions.copy_(positions)
         self.graph.replay()
 
-    def _on_side_stream(self, positions: Tensor) -> None:
-        stream = torch.cuda.Stream(self.positions.device)
-        stream.wait_stream(torch.cuda.current_stream(self.positions.device))
-        with torch.cuda.stream(stream):
-            self.function(positions)
-        torch.cuda.current_stream(self.positions.device).wait_stream(stream)
+    def _on_own_stream(self, positions: Tensor) -> None:
+        current = torch.cuda.current_stream(self.positions.device)
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):
+                self.function(positions)
+        finally:
+            current.wait_stream(self.stream)
 
     def _record(self) -> bool:
         """Record the function, which changes nothing; return whether that was possible."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.positions.device)
         try:
-            with torch.cuda.graph(graph):
+            # Other threads may use the device meanwhile.
+            options = {"stream": self.stream, "capture_error_mode": "thread_local"}
+            with self.recording(), torch.cuda.graph(graph, **options):
                 self.function(self.positions)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # where the end of the recording fails too, torch does not come back to it
             self.can_record = False
             reason = str(error).splitlines()[0]
             warn(f"A training step cannot be recorded as a CUDA graph ({reason}); training goes on without, slower.")

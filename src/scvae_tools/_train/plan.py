@@ -121,11 +121,6 @@ class TrainingPlan(lightning.LightningModule):
         groups = [group for group in groups if group["params"]]
         return torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=True)
 
-    def on_train_start(self) -> None:
-        # Here, since a checkpoint brings along what was right on the device on which it was written.
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:
-            group["capturable"] = self.device.type == "cuda"  # then its count of steps stays on the device
-
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
     ) -> None:

@@ -143,6 +143,7 @@ def _fit(
         try:
             interrupted = _fit_or_interrupt(trainer, plan, loaders, settings.checkpoint)
         finally:
+            plan.teardown("fit")  # which Lightning leaves out after an error or Ctrl-C
             module.to(device)  # Lightning leaves it on the CPU, where all that follows would be computed
     versions = _versions(module, plan, best, interrupted=interrupted)
     if best is not None:
