@@ -589,6 +589,13 @@ def test_unknown_options_are_refused_with_the_choices(options, match):
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1; found 0"),
         ({"train_size": 1.2}, r"`train_size` must be in \(0, 1\]; found 1.2"),
         ({"lr": -1}, "`lr` must be a finite number above 0; found -1"),
+        ({"gradient_clip": -1.0}, "`gradient_clip` must be a finite number above 0; found -1.0"),
+        ({"gradient_clip": 0}, "`gradient_clip` must be a finite number above 0; found 0"),
+        ({"gradient_clip": float("nan")}, "`gradient_clip` must be a finite number above 0; found nan"),
+        ({"gradient_clip": "a"}, "`gradient_clip` must be a finite number above 0; found 'a'"),
+        ({"patience": -3}, "`patience` must be a whole number of at least 0; found -3"),
+        ({"patience": 2.5}, "`patience` must be a whole number of at least 0; found 2.5"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be a finite number of at least 0; found -1.0"),
         ({"precision": "bf16-mixed"}, "`precision` must be '32-true'.*found 'bf16-mixed'.*matmul_precision='medium'"),
         (
             {"matmul_precision": "low"},

@@ -16,7 +16,7 @@ from scvi.data.fields import (
 )
 from scvi.model.base import BaseMinifiedModeModelClass
 
-from scvae_tools._data.counts import read_counts
+from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
 from scvae_tools._data.roles import ROLES, check_obs
 from scvae_tools._messages import listed
 from scvae_tools._upstream import SETUP_ARGS, minified_type, quiet
@@ -100,6 +100,7 @@ class SetupMixin(BaseMinifiedModeModelClass):
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         with quiet():
             manager.register_fields(adata, **kwargs)
+        manager.counts_digest = _digest_of(manager)
         cls.register_manager(manager)
 
     # -- what it was set up with ---------------------------------------------------------------------------------------
@@ -150,13 +151,32 @@ class SetupMixin(BaseMinifiedModeModelClass):
         """Check data that the model has not seen as closely as those it was built on."""
         if adata is None and self.adata is None:
             raise ValueError("This model was loaded without data. Pass an AnnData with its genes.")
-        if adata is not None and adata is not self.adata and minified_type(adata) is None:
+        if adata is None or adata is self.adata:
+            self._check_own_counts()
+        elif minified_type(adata) is None:
             self._check_genes(adata)
             self._check_columns(adata)
-            if self.get_anndata_manager(adata) is None:
+            manager = self.get_anndata_manager(adata)
+            if manager is None or not _has_same_counts(manager):
                 read_counts(adata, layer=self.layer, allow_non_integer=self.allows_non_integer)
         with quiet():
-            return super()._validate_anndata(adata, copy_if_view)
+            adata = super()._validate_anndata(adata, copy_if_view)
+        manager = self.get_anndata_manager(adata)
+        if adata is not self.adata or not hasattr(manager, "counts_digest"):
+            manager.counts_digest = _digest_of(manager)
+        return adata
+
+    def _check_own_counts(self) -> None:
+        """Refuse the cells of the model where their counts are not those that it was built on."""
+        manager = self.adata_manager
+        if minified_type(self.adata) is None and hasattr(manager, "counts_digest") and not _has_same_counts(manager):
+            where = "adata.X" if self.layer is None else f"adata.layers[{self.layer!r}]"
+            raise CountsError(
+                f"{where} must hold the counts that the model was built on; found others, or other cells. Was it "
+                "normalised or filtered in place since? Put the counts back, and keep them: adata.layers['counts'] = "
+                "adata.X.copy() before sc.pp.normalize_total, with layer='counts' for the model. Or pass cells with "
+                "counts to the method."
+            )
 
     def _check_genes(self, adata: AnnData) -> None:
         expected = self.var_names
@@ -221,6 +241,17 @@ class SetupMixin(BaseMinifiedModeModelClass):
     def _any_label_does(self) -> str:
         key = self._setup["labels_key"]
         return f"No result depends on it: any known label does, adata.obs[{key!r}] = {self.label_categories[0]!r}."
+
+
+def _digest_of(manager: AnnDataManager) -> int | None:
+    """Digest of the counts of a manager; None where they are not in memory."""
+    return digest_of_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+
+
+def _has_same_counts(manager: AnnDataManager) -> bool:
+    """Whether the counts are those that were checked when the manager was made."""
+    missing = object()
+    return getattr(manager, "counts_digest", missing) == _digest_of(manager)
 
 
 def _field_of(role: Role, keys: str | list[str] | None) -> BaseAnnDataField:

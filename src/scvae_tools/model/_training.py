@@ -70,7 +70,7 @@ class TrainingMixin(InferenceMixin):
         validation_indices: Sequence[int] | None = None,
         early_stopping: bool = True,
         patience: int = 20,
-        gradient_clip: float = 100.0,
+        gradient_clip: float | None = 100.0,
         accelerator: str = "auto",
         devices: int | str = "auto",
         hold_on_device: bool | None = None,
@@ -116,15 +116,17 @@ class TrainingMixin(InferenceMixin):
         early_stopping, patience
             Whether, and after how many epochs without a better validation ELBO, a stage ends.
         gradient_clip
-            Largest norm of the gradient.
+            Largest norm of the gradient; None for any.
         accelerator, devices
             Of Lightning.
         hold_on_device
             Whether the counts are copied to the device that trains, where all batches are then formed, and on a CUDA
             device each step is recorded once and repeated. None to do so on CUDA devices alone. Where they would take
             more than half of the free memory of the device, windows of cells are copied there one after the other, and
-            batches are drawn within a window. The result is the same but for rounding. It cannot be had together with
-            ``trainer_options`` that change how a step is taken; None then leaves the counts where they are.
+            batches are drawn within a window. The result is the same but for rounding, where all counts have room and
+            nothing is dropped out; dropout draws other random numbers. It cannot be had together with
+            ``trainer_options`` that change how a step is taken; None then leaves the counts where they are. Callbacks
+            see groups of steps in place of batches, and a learning rate that they change has no effect.
         matmul_precision
             Precision of torch's matrix products during training (``torch.set_float32_matmul_precision``): ``"medium"``
             takes bfloat16 where the processor has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
@@ -167,6 +169,7 @@ class TrainingMixin(InferenceMixin):
         arguments = dict(locals())
         self._require_data_to_train()
         max_epochs, batch_size = check_training_arguments(max_epochs, batch_size, train_size, lr)
+        gradient_clip, patience = check_optimisation(weight_decay, gradient_clip, patience)
         n_warm_up_epochs = check_whole("n_warm_up_epochs", n_warm_up_epochs, least=0, or_none=True)
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         _check_objective(objective, self.module)
@@ -201,6 +204,7 @@ class TrainingMixin(InferenceMixin):
             raise ValueError("A model of minified data cannot be trained: the counts are gone. Train before minifying.")
         if self.adata is None:
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
+        self._validate_anndata()
 
     def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
         return plan_stages(
@@ -451,7 +455,7 @@ class TrainingMixin(InferenceMixin):
 #: Options of Lightning's trainer that leave the steps as they are.
 OPTIONS_BESIDE_STEPS = {
     *("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
-    *("enable_progress_bar", "log_every_n_steps", "benchmark", "deterministic", "detect_anomaly", "inference_mode"),
+    *("precision", "enable_progress_bar", "log_every_n_steps", "benchmark", "deterministic", "inference_mode"),
 }
 
 
@@ -461,10 +465,11 @@ def _whether_to_hold(
     trainer_options: dict[str, Any],
 ) -> bool | None:
     """Return whether to hold the counts on the device, None for where there is room; see `TrainingMixin.train`."""
+    hold_on_device = bool(hold_on_device) if isinstance(hold_on_device, np.bool_) else hold_on_device
     check_choice("hold_on_device", hold_on_device, (None, True, False))
     others = [name for name in trainer_options if name not in OPTIONS_BESIDE_STEPS]
     is_single = len(devices) == 1 if isinstance(devices, list) else str(devices) == "1"
-    others += [] if is_single else ["devices"]
+    others += [] if is_single else [f"devices={devices}"]
     if others and hold_on_device:
         raise ValueError(
             "`hold_on_device=True` takes the steps of the training by itself, so that options of Lightning's trainer "
@@ -490,6 +495,14 @@ def check_training_arguments(
     check_share("train_size", train_size)
     check_number("lr", lr, above=0)
     return check_whole("max_epochs", max_epochs, or_none=True), check_whole("batch_size", batch_size)
+
+
+def check_optimisation(weight_decay: float, gradient_clip: float | None, patience: int) -> tuple[float | None, int]:
+    """Check how the loss is minimised; return the largest norm of the gradient, and the patience."""
+    check_number("weight_decay", weight_decay, least=0)
+    # Below 0 it would turn the gradient round, and at 0 remove it.
+    clip = None if gradient_clip is None else check_number("gradient_clip", gradient_clip, above=0)
+    return clip, check_whole("patience", patience, least=0)
 
 
 def _check_objective(objective: Objective, module: VAE) -> None:

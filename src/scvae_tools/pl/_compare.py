@@ -130,7 +130,7 @@ def _models_with(table: DataFrame, y: str, parameters: list[str]) -> DataFrame:
         raise ValueError(f"y must be a result in the table; {y!r} is not among {results}. Pass one of those.")
     finished = table[table[STATE] == FINISHED]
     if len(finished) == 0:
-        why = f"; the first: {table[STATE].iloc[0]}" if len(table) else ""
+        why = f"; the first: {table[STATE].iloc[0].rstrip('.')}" if len(table) else ""
         raise ValueError(
             f"svt.pl.compare needs a finished combination; found none of {len(table)}{why}. Run svt.tl.compare again."
         )

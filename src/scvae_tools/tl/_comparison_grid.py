@@ -17,7 +17,7 @@ from scvae_tools._data.roles import ROLES, obs_keys_of
 from scvae_tools._random import as_seed
 from scvae_tools._upstream import parse_device_args, quiet
 from scvae_tools.model._scvae import SCVAE
-from scvae_tools.model._training import check_training_arguments
+from scvae_tools.model._training import check_optimisation, check_training_arguments
 
 if TYPE_CHECKING:
     from scvae_tools.tl._comparison_cells import Cells
@@ -170,9 +170,7 @@ def _check_training(combination: dict[str, Any]) -> None:
     check_choice("matmul_precision", combination["matmul_precision"], (None, "highest", "high", "medium"))
     check_choice("hold_on_device", combination["hold_on_device"], (None, True, False))
     as_seed(combination["random_state"], None)
-    for name in ("weight_decay", "patience", "gradient_clip"):
-        if not combination[name] >= 0:
-            raise ValueError(f"`{name}` must be at least 0; found {combination[name]!r}.")
+    check_optimisation(*(combination[name] for name in ("weight_decay", "gradient_clip", "patience")))
     with quiet():
         parse_device_args(combination["accelerator"], combination["devices"], return_device="torch")
 
