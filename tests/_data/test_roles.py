@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 from adata_forms import N_CELLS, fingerprint, make_adata
 
+import scvae_tools as svt
 from scvae_tools._data.roles import check_obs
 
 if TYPE_CHECKING:
@@ -114,3 +117,22 @@ def test_size_factors_must_be_positive(value):
 def test_a_string_in_place_of_a_list_of_keys_is_refused(role):
     with pytest.raises(TypeError, match=rf"`{role}` must be a list of names; found the string 'age'\. Pass \['age'\]"):
         check_obs(make_obs(), **{role: "age"})
+
+
+@pytest.mark.parametrize("name", ["Unknown", "unassigned", " NA", "n/a", "?"])
+@pytest.mark.parametrize("call", ["scvae", "setup_anndata"])
+def test_a_label_that_sounds_like_none_is_pointed_out(name, call):
+    adata = svt.datasets.simulate(40, 10, 2, random_state=0)
+    adata.obs["lab"] = np.where(np.arange(40) % 4 == 0, name, adata.obs["component"].astype(str))
+    calls = {
+        "scvae": lambda **keys: svt.tl.scvae(adata, max_epochs=4, n_hidden=4, verbose=False, **keys),
+        "setup_anndata": lambda **keys: svt.SCVAE.setup_anndata(adata, **keys),
+    }
+    match = rf"`labels_key`: {re.escape(repr(name))} in adata\.obs\['lab'\] \(10 of 40 cells\) is taken for a label"
+    with pytest.warns(UserWarning, match=match):
+        calls[call](labels_key="lab")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        calls[call](labels_key="lab", unlabeled_category=name)
+        adata.obs["lab"] = adata.obs["component"].astype(str)
+        calls[call](labels_key="lab")

@@ -14,7 +14,7 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 
 from scvae_tools._data.counts import first_cells, require_anndata
-from scvae_tools._messages import listed
+from scvae_tools._messages import listed, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -127,6 +127,27 @@ def check_categories(adata: AnnData, key: str, argument: str) -> pd.Series:
             f"the `unlabeled_category`), or remove them: adata = adata[adata.obs[{key!r}].notna()].copy()."
         )
     return column
+
+
+#: What cells without a label are often called, in lower case.
+NAMES_OF_NO_LABEL = {
+    *("unknown", "unlabeled", "unlabelled", "unassigned", "unannotated", "undefined", "undetermined", "ambiguous"),
+    *("na", "n/a", "nan", "none", "null", "not assigned", "?", "-", ""),
+}
+
+
+def warn_of_names_of_no_label(adata: AnnData, labels_key: str | None, unlabeled_category: str | None) -> None:
+    """Warn where a label sounds like that of cells without one, and would be a cell type like any other."""
+    if labels_key is None or unlabeled_category is not None:
+        return
+    column = adata.obs[labels_key]
+    counts = column.astype(str).value_counts()
+    found = [name for name in counts.index if name.strip().lower() in NAMES_OF_NO_LABEL and counts[name] > 0]
+    if found:
+        warn(
+            f"`labels_key`: {listed(found)} in adata.obs[{labels_key!r}] ({counts[found].sum():,} of {len(column):,} "
+            f"cells) is taken for a label like any other. If these cells have none, pass unlabeled_category={found[0]!r}."
+        )
 
 
 def _check_labels(column: pd.Series, key: str, unlabeled_category: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from anndata import AnnData
 
-from scvae_tools._data.roles import check_obs, columns_in
+from scvae_tools._data.roles import check_obs, columns_in, warn_of_names_of_no_label
 from scvae_tools._messages import said_before
 from scvae_tools.model._scvae import SCVAE
 
@@ -43,6 +43,7 @@ def build_model(
         Accept estimated counts.
     """
     check_obs(adata, **obs_keys)
+    warn_of_names_of_no_label(adata, obs_keys.get("labels_key"), obs_keys.get("unlabeled_category"))
     names = adata.var_names if mask is None else adata.var_names[mask]
     private = AnnData(counts, obs=adata.obs[columns_in(obs_keys)].copy(), var=pd.DataFrame(index=names))
     with said_before():

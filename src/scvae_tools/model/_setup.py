@@ -17,7 +17,7 @@ from scvi.data.fields import (
 from scvi.model.base import BaseMinifiedModeModelClass
 
 from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
-from scvae_tools._data.roles import ROLES, check_obs
+from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
 from scvae_tools._upstream import SETUP_ARGS, minified_type, quiet
 
@@ -93,6 +93,8 @@ class SetupMixin(BaseMinifiedModeModelClass):
         unchecked = dict.fromkeys((["batch_key"] if is_transferred else []) + ([] if checks_labels else ["labels_key"]))
         unlabeled = unlabeled_category if checks_labels and not is_transferred else None
         check_obs(adata, unlabeled_category=unlabeled, **obs_keys | unchecked)
+        if checks_labels and not is_transferred:
+            warn_of_names_of_no_label(adata, labels_key, unlabeled_category)
         fields = [LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)]
         fields += [_field_of(role, obs_keys[argument]) for argument, role in ROLES.items()]
         if minified is not None:
