@@ -146,7 +146,8 @@ def warn_of_names_of_no_label(adata: AnnData, labels_key: str | None, unlabeled_
     if found:
         warn(
             f"`labels_key`: {listed(found)} in adata.obs[{labels_key!r}] ({counts[found].sum():,} of {len(column):,} "
-            f"cells) is taken for a label like any other. If these cells have none, pass unlabeled_category={found[0]!r}."
+            f"cells) is taken for a label like any other. If these cells have none, pass "
+            f"unlabeled_category={found[0]!r}."
         )
 
 
