@@ -173,7 +173,7 @@ def test_an_error_in_the_gathering_is_an_error_of_the_reader(dataset):
 
 
 def test_a_window_without_room_for_a_cell_is_refused(dataset):
-    with pytest.raises(ValueError, match="A window of cells must hold at least one; found 1e-08 GB for a cell of"):
+    with pytest.raises(ValueError, match="needs room for two cells at least; found 2e-08 GB for them on cpu"):
         CellWindows(dataset, CPU, 20)
 
 
@@ -192,6 +192,10 @@ def test_a_gpu_holds_the_cells_that_take_half_of_its_free_memory_and_else_window
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
     monkeypatch.setattr(windows, "ResidentCells", lambda dataset, device: "all")
     monkeypatch.setattr(windows, "CellWindows", lambda dataset, device, n_bytes: "windows")
+    monkeypatch.setattr(windows, "SMALLEST_WINDOW", 20)
     for hold in (None, True):
         assert held_on_device(dataset, device, hold=hold) == expected
     assert held_on_device(dataset, device, hold=False) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))  # as good as full
+    assert held_on_device(dataset, device, hold=None) is None
+    assert held_on_device(dataset, device, hold=True) == "windows"

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 LARGEST_SHARE = 0.5
 #: Bytes of a window at most. Larger ones take no less time a cell, and as much pinned memory.
 LARGEST_WINDOW = 2**31
+#: Cells of a window below which batches from the host are better.
+SMALLEST_WINDOW = 1024
 #: Cells that stay together in the windows of a training.
 RUN_LENGTH = 64
 
@@ -60,13 +62,17 @@ def held_on_device(
     device
         Device that trains.
     hold
-        Whether to hold them there; None for CUDA devices only. They are held in windows where all would take more than
-        `LARGEST_SHARE` of the free memory.
+        Whether to hold them there; None for CUDA devices with room for a window of `SMALLEST_WINDOW` cells. They are
+        held in windows where all would take more than `LARGEST_SHARE` of the free memory.
     """
     if not (device.type == "cuda" if hold is None else hold):
         return None
     room = LARGEST_SHARE * free_memory(device)
-    return ResidentCells(dataset, device) if n_bytes_on_device(dataset) <= room else CellWindows(dataset, device, room)
+    if n_bytes_on_device(dataset) <= room:
+        return ResidentCells(dataset, device)
+    if hold is None and _capacity(dataset, room / 2)[0] < SMALLEST_WINDOW:
+        return None
+    return CellWindows(dataset, device, room)
 
 
 class CellWindows:
@@ -90,6 +96,11 @@ class CellWindows:
     def __init__(self, dataset: CountDataset, device: torch.device, n_bytes: float) -> None:
         self.dataset, self.device = dataset, device
         self.n_cells, n_entries = _capacity(dataset, min(n_bytes / 2, LARGEST_WINDOW))
+        if self.n_cells < 1:
+            raise ValueError(
+                f"`hold_on_device=True` needs room for two cells at least; found {n_bytes / 1e9:.3g} GB for them on "
+                f"{device}. Leave it out: the counts then stay in the memory of the host."
+            )
         gathered = _Gathered(dataset, self.n_cells, n_entries, is_pinned=device.type == "cuda")
         self.places = [_Place(gathered, device) for _ in range(2)]
         self.n_bytes = sum(place.n_bytes for place in self.places)
@@ -140,11 +151,7 @@ def _capacity(dataset: CountDataset, n_bytes: float) -> tuple[int, int]:
     bytes_of_cell = 12 + sum(column.nbytes for column in dataset.columns.values()) / counts.shape[0]
     size = largest * (4 + smallest_type(counts.data).itemsize) + bytes_of_cell * np.arange(1, len(largest) + 1)
     n_cells = int(np.searchsorted(size, n_bytes, side="right"))
-    if n_cells < 1:
-        raise ValueError(
-            f"A window of cells must hold at least one; found {n_bytes / 1e9:.3g} GB for a cell of {size[0] / 1e9:.3g}."
-        )
-    return n_cells, int(largest[n_cells - 1])
+    return n_cells, int(largest[n_cells - 1]) if n_cells else 0
 
 
 class _Gathered:
