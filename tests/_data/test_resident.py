@@ -10,8 +10,8 @@ from scvi import REGISTRY_KEYS
 
 import scvae_tools as svt
 from scvae_tools._data import resident
-from scvae_tools._data.loader import Batches, CountDataset
-from scvae_tools._data.resident import ResidentCells, n_bytes_on_device, smallest_type
+from scvae_tools._data.loader import Batches, CountDataset, smallest_type
+from scvae_tools._data.resident import ResidentCells, n_bytes_on_device
 from scvae_tools.likelihoods import LIKELIHOODS
 
 N_CELLS, N_GENES = 30, 9

@@ -98,17 +98,17 @@ def test_an_epoch_has_every_cell_once(run_length, batch_size, drop_single, datas
         torch.manual_seed(epoch)
         seen, sizes, n_groups = [], [[] for _ in loader.steps.sizes], 0
         for number, positions in loader:
-            cells = held.of_window(loader.steps.windows, number)
+            cells = held.of_window(loader.windows, number)
             n_groups += 1
             for own in positions:
-                cell = loader.steps.windows[number][own]
+                cell = loader.windows[number][own]
                 assert_same_batches(cells[own], resident[cell])
                 seen += cell.tolist()
                 sizes[number].append(len(own))
         assert sizes == loader.steps.sizes
         assert n_groups == len(loader)
         assert loader.n_steps == sum(map(len, sizes))
-        n_dropped = sum(len(window) % batch_size == 1 for window in loader.steps.windows) if drop_single else 0
+        n_dropped = sum(len(window) % batch_size == 1 for window in loader.windows) if drop_single else 0
         assert len(seen) == len(set(seen)) == len(indices) - n_dropped
         assert set(seen) <= set(indices.tolist())
         orders.append(seen)
@@ -120,13 +120,13 @@ def test_windows_consist_of_runs_from_all_over_the_data(dataset, monkeypatch):
     held = windows_of(dataset, 0.5)
     loader, indices = held.steps(np.arange(N_CELLS), 8, drop_single=False), np.arange(N_CELLS)
     list(loader)
-    assert len(loader.steps.windows) > 2
-    for window in loader.steps.windows[:-1]:
+    assert len(loader.windows) > 2
+    for window in loader.windows[:-1]:
         assert len(window) % 8 == 0  # no step is smaller but in the last window
         runs = window.reshape(-1, 4)
         assert (np.diff(runs, axis=1) == 1).all()
         assert np.ptp(window) > N_CELLS / 2
-    assert sorted(np.concatenate(loader.steps.windows)) == indices.tolist()
+    assert sorted(np.concatenate(loader.windows)) == indices.tolist()
 
 
 def test_a_window_is_gathered_while_the_one_before_is_used(dataset):

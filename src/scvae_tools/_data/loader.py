@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +26,18 @@ if TYPE_CHECKING:
 
 #: Cells in a batch where no gradient is needed.
 EVALUATION_BATCH_SIZE = 512
+#: Types in which counts are held on a device: the first that holds all of them exactly.
+COUNT_TYPES = (torch.uint8, torch.int16, torch.int32, torch.float32)
 #: Registry keys of data that are codes of categories; all other data are numbers.
 CODES = {role.registry_key for role in ROLES.values() if role.is_categorical}
+
+
+def smallest_type(counts: np.ndarray) -> torch.dtype:
+    """First of `COUNT_TYPES` that holds all counts exactly."""
+    largest = float(counts.max(initial=0))  # as Python compares it: NumPy would round the limits to float32
+    if (counts != np.floor(counts)).any():
+        return torch.float32
+    return next(kind for kind in COUNT_TYPES if kind == torch.float32 or largest <= torch.iinfo(kind).max)
 
 
 def counts_of_matrix(matrix: sparse.csr_matrix, log_base_measure: np.ndarray | None = None) -> Counts:
@@ -67,6 +78,11 @@ class CountDataset(Dataset):
 
     def __len__(self) -> int:
         return self.counts.shape[0]
+
+    @cached_property
+    def count_type(self) -> torch.dtype:
+        """First of `COUNT_TYPES` that holds all counts exactly."""
+        return smallest_type(self.counts.data)
 
     def __getitem__(self, positions: Sequence[int]) -> dict[str, Counts | Tensor]:
         positions = np.asarray(positions)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from scvae_tools._data.loader import CountDataset
     from scvae_tools.likelihoods import Likelihood
 
-#: Types in which counts are held: the first that holds all of them exactly.
-COUNT_TYPES = (torch.uint8, torch.int16, torch.int32, torch.float32)
 #: Training steps whose positions are handed over at a time. Lightning takes a fraction of a millisecond for each
 #: "batch", as long as a device takes for a step.
 STEPS_AT_ONCE = 64
@@ -115,7 +113,7 @@ class ResidentCells(DeviceCells):
         self.n_genes, self.width = counts.shape[1], width_of(counts)
         self.start = torch.as_tensor(counts.indptr.astype(np.int64), device=device)
         self.gene = _held(counts.indices, torch.int32, device)
-        self.value = _held(counts.data, smallest_type(counts.data), device)
+        self.value = _held(counts.data, dataset.count_type, device)
         self.columns = {key: torch.as_tensor(column, device=device) for key, column in dataset.columns.items()}
         self.log_base_measure = self.base_measures(dataset.likelihood)
 
@@ -147,19 +145,11 @@ def width_of(counts: csr_matrix) -> int:
     return max(1, int(np.diff(counts.indptr).max(initial=0)))
 
 
-def smallest_type(counts: np.ndarray) -> torch.dtype:
-    """First of `COUNT_TYPES` that holds all counts exactly."""
-    largest = float(counts.max(initial=0))  # as Python compares it: NumPy would round the limits to float32
-    if (counts != np.floor(counts)).any():
-        return torch.float32
-    return next(kind for kind in COUNT_TYPES if kind == torch.float32 or largest <= torch.iinfo(kind).max)
-
-
 def n_bytes_on_device(dataset: CountDataset) -> int:
     """Bytes that `ResidentCells` of a data set take."""
     counts = dataset.counts
     columns = sum(column.nbytes for column in dataset.columns.values())
-    return counts.nnz * (4 + smallest_type(counts.data).itemsize) + 12 * (counts.shape[0] + 1) + columns
+    return counts.nnz * (4 + dataset.count_type.itemsize) + 12 * (counts.shape[0] + 1) + columns
 
 
 class Steps(Protocol):
@@ -189,6 +179,11 @@ class StepLoader(DataLoader):
         self.steps, self.n_cells_of_step = steps, batch_size
         self.n_steps = sum(map(len, steps.sizes))
         super().__init__(_Given(), batch_size=None, sampler=_Groups(steps))
+
+    @property
+    def windows(self) -> Sequence[np.ndarray]:
+        """Positions of the cells of each window of this epoch."""
+        return self.steps.windows
 
 
 class _Given(Dataset):

@@ -20,7 +20,6 @@ from scvae_tools._data.resident import (
     ResidentCells,
     StepLoader,
     n_bytes_on_device,
-    smallest_type,
     width_of,
 )
 
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
 
 #: Share of the free memory of a device that the counts may take. The rest is for the training.
 LARGEST_SHARE = 0.5
-#: Bytes of a window at most. Larger ones take no less time a cell, and as much pinned memory.
+#: Bytes of a window at most, so that the pinned memory of the host has a limit.
 LARGEST_WINDOW = 2**31
-#: Cells of a window below which batches from the host are better.
+#: Cells of a window below which the host forms the batches; chosen, not measured.
 SMALLEST_WINDOW = 1024
 #: Cells that stay together in the windows of a training.
 RUN_LENGTH = 64
@@ -149,7 +148,7 @@ def _capacity(dataset: CountDataset, n_bytes: float) -> tuple[int, int]:
     counts = dataset.counts
     largest = np.cumsum(np.sort(np.diff(counts.indptr))[::-1].astype(np.int64))
     bytes_of_cell = 12 + sum(column.nbytes for column in dataset.columns.values()) / counts.shape[0]
-    size = largest * (4 + smallest_type(counts.data).itemsize) + bytes_of_cell * np.arange(1, len(largest) + 1)
+    size = largest * (4 + dataset.count_type.itemsize) + bytes_of_cell * np.arange(1, len(largest) + 1)
     n_cells = int(np.searchsorted(size, n_bytes, side="right"))
     return n_cells, int(largest[n_cells - 1]) if n_cells else 0
 
@@ -172,7 +171,7 @@ class _Gathered:
         options = {"pin_memory": is_pinned}
         self.start = torch.zeros(n_cells + 1, dtype=torch.int64, **options)
         self.gene = torch.zeros(n_entries + 1, dtype=torch.int32, **options)
-        self.value = torch.zeros(n_entries + 1, dtype=smallest_type(dataset.counts.data), **options)
+        self.value = torch.zeros(n_entries + 1, dtype=dataset.count_type, **options)
         self.columns = {
             key: torch.zeros(n_cells, *column.shape[1:], dtype=torch.from_numpy(column[:0]).dtype, **options)
             for key, column in dataset.columns.items()

@@ -90,7 +90,7 @@ class DevicePlan(TrainingPlan):
 
     def training_step(self, group: tuple[int, Tensor], batch_index: int) -> None:
         number, positions = group
-        cells = self.cells.of_window(self.steps.steps.windows, number)
+        cells = self.cells.of_window(self.steps.windows, number)
         if cells not in self._recorded:
             step = functools.partial(self._step, cells)
             self._recorded[cells] = RecordedStep(step, self.steps.n_cells_of_step, self.device, self.recording)

@@ -161,10 +161,12 @@ class SetupMixin(BaseMinifiedModeModelClass):
             manager = self.get_anndata_manager(adata)
             if manager is None or not _has_same_counts(manager):
                 read_counts(adata, layer=self.layer, allow_non_integer=self.allows_non_integer)
+                if manager is not None:
+                    manager.counts_digest = _digest_of(manager)
         with quiet():
             adata = super()._validate_anndata(adata, copy_if_view)
         manager = self.get_anndata_manager(adata)
-        if adata is not self.adata or not hasattr(manager, "counts_digest"):
+        if not hasattr(manager, "counts_digest"):
             manager.counts_digest = _digest_of(manager)
         return adata
 
