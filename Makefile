@@ -1,7 +1,7 @@
 # make demo: the main job on 700 real cells.   make test: linter and all tests.
 # make docs: the documentation in docs/_build/html (ARGS="-D nb_execution_mode=off": without running the tutorials).
-# make bench: speed and memory of training beside scVI (ARGS="--quick": within 3 minutes).
-# make bench-gpu: the same on a GPU, and the main call there (within 5 minutes; says so where there is no GPU).
+# make bench: speed and memory of training beside scVI (ARGS="--quick": 3 to 5 minutes).
+# make bench-gpu: the same on a GPU, and the main call there (says so where there is none).
 # make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
 # make structure: rooms, imports between them, long functions and files, as the sources have them.
 # make profile: where the time of a training step goes (ARGS="--help": on what).

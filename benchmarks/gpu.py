@@ -5,7 +5,7 @@
 Ours and scVI take turns in one process, after one epoch each as a warm-up, in which our step is recorded. A turn is a
 call of ``train`` without validation, of which the first epoch is left out; figures are medians over the turns. Both
 models have one hidden layer of 128 and 10 latent dimensions. Simulated cells are as in benchmarks/throughput.py; they
-are repeated to fill `N_CELLS`. Each row is printed when it is there. All rows take less than 5 minutes on one H100.
+are repeated to fill `N_CELLS`. Each row is printed when it is there. It has not been run on a GPU yet.
 
 Where there is no GPU, nothing is measured, and the last line says so.
 """

@@ -586,7 +586,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data", help="directory of the .h5ad")
-    parser.add_argument("--quick", action="store_true", help="fewer rows and cells, within 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and cells, 3 to 5 minutes")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=f"rows: {', '.join(ROWS)}")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")

@@ -28,7 +28,7 @@ def check_structure(
 ) -> None:
     """Refuse a CSR or CSC matrix whose arrays do not fit together; anything else passes.
 
-    It takes about 0.3 s for 10⁹ values.
+    It looks at the indices once: 0.03 s for 10⁸ values.
 
     Parameters
     ----------

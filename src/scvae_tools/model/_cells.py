@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from scvae_tools._data.windows import CellWindows
 
 
-#: Share of the cells from which on it pays to copy all of them to a device, in order to read these.
+#: Share of the cells from which on all of them are copied to a device in order to read these; chosen, not measured.
 SMALLEST_SHARE_TO_COPY = 0.1
 
 
@@ -71,7 +71,7 @@ class CellsMixin(SetupMixin):
     def _cells_on_device(self, adata: AnnData, indices: Sequence[int] | None) -> ResidentCells | CellWindows | None:
         """Cells on the device of the model, or None where their batches are made by the host.
 
-        They are copied to a CUDA device for one pass over many of them: that takes less time than the batches.
+        They are copied to a CUDA device for one pass over many of them.
         """
         if self._held is not None and adata is self.adata:
             return self._held
