@@ -29,6 +29,7 @@ from scvae_tools._cli._writing import (
     write_adata,
     write_table,
 )
+from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
 
@@ -54,14 +55,16 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     adata = _read(given)
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
     start = time.perf_counter()
-    model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
-    seconds = time.perf_counter() - start
-    if model_folder is not None:
-        model.save(model_folder, overwrite=overwrite)
-    if output is not None:
-        write_adata(adata, output)
+    with interrupts_held() as held:  # until what was trained is in a file
+        model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
+        seconds = time.perf_counter() - start
+        if model_folder is not None:
+            model.save(model_folder, overwrite=overwrite)
+        if output is not None:
+            write_adata(adata, output)
+        held.take()
     summary = _summary(adata, model, Keys(options.get("key_added", "scvae")), labels)
-    summary |= {"interrupted": True} if model.was_interrupted else {}
+    summary |= {"interrupted": True} if model.was_interrupted or held.was_pressed else {}
     written = {"output": output, "model": model_folder}
     return summary | {"seconds": seconds} | {name: str(path) for name, path in written.items() if path is not None}
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
+from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import warn
 from scvae_tools._train.device_plan import DevicePlan
 from scvae_tools._train.plan import NonFiniteError, Objective, TrainingPlan
@@ -187,10 +188,13 @@ def _fit_or_interrupt(
     """
     train, validation = loaders
     try:
-        if checkpoint is None or checkpoint.found is None:
-            trainer.fit(plan, train, validation)
-        else:
-            checkpoint.fit_on(trainer, plan, train, validation)
+        with interrupts_held() as held, held.let_through():
+            if checkpoint is None or checkpoint.found is None:
+                trainer.fit(plan, train, validation)
+            else:
+                checkpoint.fit_on(trainer, plan, train, validation)
+    except KeyboardInterrupt:  # before Lightning had begun to look out for it
+        return True
     except SystemExit:
         if not trainer.interrupted:
             raise

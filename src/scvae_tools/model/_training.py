@@ -13,6 +13,7 @@ from scvi import REGISTRY_KEYS
 from scvae_tools._checks import check_choice, check_number, check_share, check_whole
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset
 from scvae_tools._data.windows import CellWindows, held_on_device
+from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
@@ -154,7 +155,8 @@ class TrainingMixin(InferenceMixin):
 
         Notes
         -----
-        Ctrl-C ends the training; the best weights so far are kept, and a warning says which. Any other exception
+        Ctrl-C ends the training; the best weights so far are kept, and a warning says which. During the start of the
+        mixture it ends the training after the start, and at once where it is pressed again. Any other exception
         leaves the model as it was after the last stage that had ended, or else as it was before.
 
         All weights that a training leaves, not the best alone, are in `versions`.
@@ -182,7 +184,7 @@ class TrainingMixin(InferenceMixin):
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
         hold = _whether_to_hold(hold_on_device, devices, trainer_options)
-        with seeded(random_state), quiet(), self._former_split_on_error(), self._holding_cells(device, hold) as dataset:
+        with self._context_of_training(random_state, device, hold) as dataset:
             self._split(train_size, validation_indices)
             self._standardize_covariates()
             settings.cells = self._held
@@ -228,6 +230,23 @@ class TrainingMixin(InferenceMixin):
             of_training=arguments,
         )
         return Checkpointer(directory, identity, dataset)
+
+    @contextlib.contextmanager
+    def _context_of_training(
+        self,
+        random_state: int,
+        device: torch.device,
+        hold: bool | None,  # noqa: FBT001
+    ) -> Iterator[CountDataset]:
+        """Context in which what is global is that of a training, and the cells are where it reads them."""
+        with (
+            interrupts_held(),
+            seeded(random_state),
+            quiet(),
+            self._former_split_on_error(),
+            self._holding_cells(device, hold) as dataset,
+        ):
+            yield dataset
 
     @contextlib.contextmanager
     def _holding_cells(self, device: torch.device, hold: bool | None) -> Iterator[CountDataset]:  # noqa: FBT001
@@ -343,14 +362,22 @@ class TrainingMixin(InferenceMixin):
             return
         starts_mixture = isinstance(self.module, MixtureVAE) and not self.is_mixture
         first = 0 if checkpoint is None else self._resume(stages, settings)
-        for index, stage in enumerate(stages[first:], first):
-            if stage.is_mixture and not self.is_mixture:
-                self._start_mixture(random_state)
-                if state.is_interrupted:
+        n_before = state.n_epochs
+        with interrupts_held() as held:
+            for index, stage in enumerate(stages[first:], first):
+                starts_here = stage.is_mixture and not self.is_mixture
+                if starts_here:
+                    self._start_mixture(random_state)
+                if held.take():
+                    if state.n_epochs == n_before:  # nothing would be lost
+                        raise KeyboardInterrupt
+                    if not state.is_interrupted:
+                        self._report_interruption(stage, 0, checkpoint)
+                        state.is_interrupted = True
+                if not state.is_interrupted:
+                    versions = self._run_stage(index, stage, loaders, settings)
+                elif starts_here:
                     versions = {"end": Version(state.n_epochs, np.nan, copied(self.module))}
-                    break
-            if not state.is_interrupted:
-                versions = self._run_stage(index, stage, loaders, settings)
         state.versions, state.version = versions, "best" if "best" in versions else "end"
         if starts_mixture and self.is_mixture:
             self._sort_components()

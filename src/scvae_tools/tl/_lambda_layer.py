@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._messages import inform, warn
+from scvae_tools._interrupts import interrupts_held
+from scvae_tools._messages import InterruptedTraining, inform, warn
 from scvae_tools._module import memory
 
 if TYPE_CHECKING:
@@ -86,13 +87,25 @@ def write_rate(
     gene_places
         Position of each gene of the model among those of ``adata``, −1 where it lacks it; None if they are the same.
     """
+    place = bool(place) if isinstance(place, np.bool_) else place
     rows = _rows(model, cells, gene_places, adata.n_vars)
-    if place is None and _is_too_large(adata, key):
+    if (place is False) or (place is None and _is_too_large(adata, key)):
         return
-    if place is None or isinstance(place, bool | np.bool_):
-        if place is None or place:
-            in_file = bool(place) and adata.isbacked
-            adata.layers[key] = _rate_in_file(adata, key, rows) if in_file else _rate(adata.shape, rows)
+    try:
+        with interrupts_held() as held, held.let_through():
+            _write(adata, key, place, rows)
+    except KeyboardInterrupt:
+        warn(
+            f"layers[{key!r}] is left out: Ctrl-C ended its writing. All other results are written.",
+            InterruptedTraining,
+        )
+        raise
+
+
+def _write(adata: AnnData, key: str, place: Any, rows: Iterator[np.ndarray]) -> None:
+    if place is None or place is True:
+        in_file = bool(place) and adata.isbacked
+        adata.layers[key] = _rate_in_file(adata, key, rows) if in_file else _rate(adata.shape, rows)
         return
     _fill(place, rows)
     try:

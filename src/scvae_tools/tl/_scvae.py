@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 from scvae_tools._checks import check_key
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import obs_keys_of
+from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
@@ -172,7 +174,9 @@ def scvae(
     Notes
     -----
     Ctrl-C ends the training; results are written from the best weights so far, and a warning says which. Before the
-    first epoch has ended nothing is written.
+    first epoch has ended nothing is written. After the training Ctrl-C leaves out λ alone, with a warning, and during
+    the start of the mixture the training of the mixture. Pressed a second time there, it ends the call at once, and
+    ``adata`` is as it was.
 
     Results of an earlier call under the same ``key_added`` are replaced as a whole: what this call does not write, such
     as λ where it is left out, or what `svt.tl.ppc` made of the earlier model, is deleted.
@@ -207,17 +211,18 @@ def scvae(
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {name: arguments[name] for name in OF_TRAINING} | of_training
-    model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
-
-    params = {**params_of(model), **training, **obs_keys, "layer": layer, "max_epochs": max_epochs}
-    params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
+    of_call = training | obs_keys | {"layer": layer, "max_epochs": max_epochs, "random_state": seed}
+    of_call["mask_var"] = mask_var if isinstance(mask_var, str) else None
     gene_places = None if mask is None else np.flatnonzero(mask)
-    results = results_of(model, keys, params, elbo_of(model))
-    results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
-    target = copy_in_memory(adata) if copy else adata
-    replace_results(target, results, keys)
-    # Last, because it takes longest and may fill a disk.
-    write_rate(target, model, keys.rate, write_lambda, gene_places=gene_places)
+    with interrupts_held():  # else what was trained would be lost with the model
+        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
+        results = results_of(model, keys, params_of(model) | of_call, elbo_of(model))
+        results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
+        target = copy_in_memory(adata) if copy else adata
+        replace_results(target, results, keys)
+        # Last, because it takes longest and may fill a disk.
+        with contextlib.suppress(KeyboardInterrupt):
+            write_rate(target, model, keys.rate, write_lambda, gene_places=gene_places)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
