@@ -14,7 +14,7 @@ TOPICS = {
     "_module": {"architectures", "labels"},
     "_train": {"objective"},
     "likelihoods": {"likelihoods"},
-    "model": {"autotune", "covariates", "devices", "recovery"},
+    "model": {"autotune", "covariates", "devices", "query", "recovery"},
     "pl": {"all"},
     "_cli": {"cli"},
 }

@@ -5,6 +5,8 @@ A loader whose batches are on no device of the module: all that can be done with
 
 import dataclasses
 import inspect
+import pickle
+import random
 from collections.abc import Iterator
 
 import anndata
@@ -16,6 +18,7 @@ import torch
 import scvae_tools as svt
 from scvae_tools._data.loader import CountDataset
 from scvae_tools._data.resident import ResidentCells
+from scvae_tools._random import random_states
 from scvae_tools._train.plan import TrainingPlan
 
 N_CELLS, N_GENES = 60, 12
@@ -127,6 +130,27 @@ def test_every_public_method_is_in_one_of_the_two_tables():
 @pytest.mark.parametrize("name", READS_CELLS)
 def test_a_public_method_moves_what_it_reads_to_the_device_of_the_model(name, trained, batches_elsewhere):
     READS_CELLS[name](trained)
+
+
+@pytest.mark.parametrize("where", [(CountDataset, "__getitem__"), "encode", "decode"])
+@pytest.mark.parametrize("name", READS_CELLS)
+def test_ctrl_c_inside_a_public_method_leaves_what_is_global_as_it_was(name, where, trained, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def found():
+        modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), trained.module.training
+        return modes, pickle.dumps(random_states()["numpy"][2:]), torch.get_rng_state().tolist(), random.getstate()
+
+    before = found()
+    owner, method = where if isinstance(where, tuple) else (type(trained.module), where)
+    monkeypatch.setattr(owner, method, interrupt)
+    try:
+        READS_CELLS[name](trained)
+    except KeyboardInterrupt as error:
+        kept = error  # with the frames in which it was raised, as a notebook keeps it
+        assert found() == before, kept
+    assert found() == before
 
 
 def as_numbers(result):

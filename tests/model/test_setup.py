@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scanpy as sc
+import scvi
 from scipy import sparse
 
 import scvae_tools as svt
@@ -156,3 +157,87 @@ def test_the_digest_is_of_values_places_and_shape(form):
 
 def test_counts_in_files_have_no_digest():
     assert digest_of_counts(object()) is None
+
+
+# -- columns of obs ----------------------------------------------------------------------------------------------------
+
+
+def with_columns():
+    adata = svt.datasets.simulate(60, 20, 2, n_batches=2, random_state=0)
+    rng = np.random.default_rng(0)
+    adata.obs["batch"] = rng.choice(["x", "y"], adata.n_obs)
+    adata.obs["other"] = rng.choice(["p", "q", "r"], adata.n_obs)
+    adata.obs["size"] = rng.uniform(10, 30, adata.n_obs)
+    adata.obs["age"] = rng.uniform(20, 80, adata.n_obs)
+    return adata
+
+
+COLUMNS = {"batch_key": "batch", "size_factor_key": "size", "continuous_covariate_keys": ["age"]}
+
+
+def built(adata):
+    svt.SCVAE.setup_anndata(adata, **COLUMNS)
+    return svt.SCVAE(adata, n_components=2, n_hidden=4, n_latent=2)
+
+
+def change_columns(adata):
+    adata.obs["batch"] = adata.obs["batch"].to_numpy()[::-1]
+    adata.obs["size"] *= 100
+    adata.obs["age"] = 50.0
+
+
+def remove_columns(adata):
+    del adata.obs["batch"], adata.obs["size"]
+
+
+AFTERWARDS = {
+    "another set-up of ours": lambda a: svt.SCVAE.setup_anndata(a, batch_key="other", labels_key="batch"),
+    "a set-up of scvi-tools": lambda a: scvi.model.SCVI.setup_anndata(a, batch_key="other"),
+    "other values in obs": change_columns,
+    "columns that are gone": remove_columns,
+    "all of it": lambda a: (
+        change_columns(a),
+        remove_columns(a),
+        scvi.model.SCVI.setup_anndata(a, batch_key="other"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AFTERWARDS)
+def test_a_model_reads_the_columns_that_it_was_built_with_whatever_becomes_of_obs(case):
+    outcomes = []
+    for happens in (False, True):
+        adata = with_columns()
+        model = built(adata)
+        if happens:
+            AFTERWARDS[case](adata)
+        model.train(3, progress=False)
+        found = [model.get_elbo_terms(), model.get_latent_representation(), model.predict(soft=True)]
+        outcomes.append([*found, model.get_lambda(indices=[0, 1]), model.sample(5).X.toarray()])
+    for plain, after in zip(*outcomes, strict=True):
+        np.testing.assert_array_equal(plain, after)
+
+
+def test_two_models_of_one_anndata_read_their_own_batch():
+    adata = with_columns()
+    first = built(adata)
+    svt.SCVAE.setup_anndata(adata, batch_key="other")
+    second = svt.SCVAE(adata, mixture=False, n_hidden=4, n_latent=2)
+    for model, key in ((first, "batch"), (second, "other"), (first, "batch")):
+        model.train(1, progress=False)
+        names = np.unique(adata.obs[key])
+        found = np.concatenate([each["batch"].ravel() for each in model._batches(None, None, None)])
+        assert names[found].tolist() == adata.obs[key].tolist()
+
+
+def test_columns_of_other_cells_are_read_anew_each_time():
+    model = built(with_columns())
+    model.train(2, progress=False)
+    cells = with_columns()
+    cells.obs_names = cells.obs_names + "-new"
+    before = model.get_elbo(cells)
+    cells.obs["batch"] = cells.obs["batch"].to_numpy()[::-1]
+    fresh = cells.copy()
+    for key in [key for key in fresh.uns if key.startswith("_scvi")]:
+        del fresh.uns[key]
+    assert model.get_elbo(cells) == model.get_elbo(fresh) != before

@@ -51,6 +51,19 @@ def _compressed(matrix: sparse.csr_matrix | sparse.csc_matrix) -> Compressed:
     return Compressed(*positions, torch.from_numpy(matrix.data))
 
 
+def registered_columns(manager: AnnDataManager) -> dict[str, np.ndarray]:
+    """Columns that a manager registered, by key, as they were when they were first read.
+
+    scvi-tools keeps codes of categories in the AnnData, where the next set-up, of any model, replaces them, and reads
+    numbers from the user's own columns, which may have changed since.
+    """
+    kept = manager.__dict__.setdefault("kept_columns", {})
+    for key in manager.data_registry:
+        if key not in (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.MINIFY_TYPE_KEY) and key not in kept:
+            kept[key] = np.array(manager.get_from_registry(key))
+    return kept
+
+
 class CountDataset(Dataset):
     """Registered data of an AnnData; ``dataset[positions]`` is a batch.
 
@@ -64,10 +77,9 @@ class CountDataset(Dataset):
 
     def __init__(self, manager: AnnDataManager, likelihood: Likelihood) -> None:
         self.likelihood = likelihood
-        keys = [key for key in manager.data_registry if key not in (REGISTRY_KEYS.X_KEY, REGISTRY_KEYS.MINIFY_TYPE_KEY)]
         self.columns = {
-            key: np.asarray(manager.get_from_registry(key)).astype(np.int64 if key in CODES else np.float32)
-            for key in keys
+            key: values.astype(np.int64 if key in CODES else np.float32)
+            for key, values in registered_columns(manager).items()
         }
         self.counts = load_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
         if REGISTRY_KEYS.OBSERVED_LIB_SIZE not in self.columns:

@@ -193,8 +193,8 @@ class CellsMixin(SetupMixin):
             yield cells.adata
         finally:
             self._adata, self._adata_manager = own
-            for store in (self._setup_adata_manager_store, self._per_instance_manager_store.get(self.id, {})):
-                store.pop(cells.adata.uns.get("_scvi_uuid"), None)
+            self._forget(cells.adata)
+            self._setup_adata_manager_store.pop(cells.adata.uns.get("_scvi_uuid"), None)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def mixture_options(
     y_term: str | None,
     labels: list[str],
     label_categories: list[str],
-    n_cells: int,
+    n_cells: int | None,
 ) -> dict[str, object]:
     """Arguments of a module with a mixture, from those of `SCVAE` and what is known of the cells.
 
@@ -33,7 +33,7 @@ def mixture_options(
     label_categories
         Names of the codes of the labels, that of unlabelled cells included.
     n_cells
-        Number of cells.
+        Number of cells to find the components in; None for a model that has found its own.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def mixture_options(
     """
     is_range = _check_n_components(n_components)
     largest = n_components[1] if is_range else n_components
-    if largest is not None and largest > n_cells:
+    if None not in (largest, n_cells) and largest > n_cells:
         raise ValueError(
             f"`n_components` must be at most the number of cells; found {largest} components for {n_cells} "
             "cells. Pass fewer, or None to find their number."

@@ -12,6 +12,7 @@ from scvi.data.fields import ObsmField
 from scvi.model.base import ArchesMixin
 
 from scvae_tools import _keys
+from scvae_tools._data.counts import require_anndata
 from scvae_tools._files import digest_of_names
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
@@ -199,6 +200,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
             import anndata
 
             adata = anndata.read_h5ad(saved_data)
+        adata = adata.copy() if adata is not None and adata.is_view else adata
         registry = attributes.pop("registry_")
         if registry["model_name"] != cls.__name__:
             raise ValueError(f"{str(path)!r} holds a model of class {registry['model_name']!r}, not {cls.__name__!r}.")
@@ -219,7 +221,14 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         return model
 
     @classmethod
-    def load_query_data(cls, adata: AnnData, reference_model: str | Path | Self, **kwargs: Any) -> Self:
+    def load_query_data(
+        cls,
+        adata: AnnData,
+        reference_model: str | Path | Self,
+        *,
+        inplace_subset_query_vars: bool = False,
+        **kwargs: Any,
+    ) -> Self:
         """Map new data onto a trained model (scArches, Lotfollahi et al. 2022, doi:10.1038/s41587-021-01001-7).
 
         New batches get their own columns in the first layers; ``train`` adapts these and leaves the rest as it is.
@@ -227,15 +236,30 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         Parameters
         ----------
         adata
-            New data with the model's genes.
+            New data with the model's genes; a view is copied.
         reference_model
             Trained model, or the directory where one is saved.
+        inplace_subset_query_vars
+            Whether to take the genes of the model from ``adata``, in its order; the others are removed from ``adata``.
         **kwargs
-            Those of ``scvi.model.base.ArchesMixin.load_query_data``.
+            The others are those of ``scvi.model.base.ArchesMixin.load_query_data``.
+
+        Raises
+        ------
+        ValueError
+            If genes are missing, or a column of ``obs`` is missing or does not fit that of the reference.
         """
+        require_anndata(adata)
         reference = reference_model if isinstance(reference_model, cls) else cls.load(reference_model)
-        reference._check_genes(adata)
+        adata = adata.copy() if adata.is_view else adata
+        names = reference.var_names
+        takes_genes = inplace_subset_query_vars and set(names) <= set(adata.var_names)
+        if not takes_genes:
+            reference._check_genes(adata)
+        reference._check_columns(adata, takes_new_batches=True)
         reference._check_labels(adata)
+        if takes_genes:
+            adata._inplace_subset_var(names)
         with quiet(), seeded(0):
             query = super().load_query_data(adata, reference, **kwargs)
         query.module.extend_batches(reference.module.sizes.n_batch, freeze=not kwargs.get("unfrozen", False))

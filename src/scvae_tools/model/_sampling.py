@@ -13,7 +13,7 @@ from scvi import REGISTRY_KEYS, settings
 from scvi.utils import track
 from torch import Tensor
 
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, registered_columns
 from scvae_tools._module import memory
 from scvae_tools._random import RandomStream, seeded
 from scvae_tools.model._chunks import SparseRows, nonzero
@@ -224,12 +224,8 @@ class SamplingMixin(DecodingMixin):
 
     def _registered(self, key: str, dtype: torch.dtype) -> Tensor | None:
         """Registered column of the model's data; None if there is none under this key."""
-        if key not in self.adata_manager.data_registry:
-            return None
-        # A copy: pandas hands out arrays that must not be written to, and torch takes none of these.
-        return torch.as_tensor(
-            np.array(self.adata_manager.get_from_registry(key)), dtype=dtype, device=self.module.device
-        )
+        values = registered_columns(self.adata_manager).get(key)
+        return None if values is None else torch.as_tensor(values, dtype=dtype, device=self.module.device)
 
     def sample(
         self,

@@ -12,6 +12,7 @@ from scvi import REGISTRY_KEYS
 
 from scvae_tools import _keys
 from scvae_tools._data.counts import gene_mean_fraction
+from scvae_tools._data.loader import registered_columns
 from scvae_tools._module.covariates import Covariates, Sizes
 from scvae_tools._module.mixture_vaes import GMVAE, MixtureVAE, VaDE
 from scvae_tools._module.networks import hidden_widths
@@ -177,7 +178,7 @@ class SCVAE(TrainingMixin, PersistenceMixin):
                 y_term,
                 self.labels,
                 self.label_categories,
-                self.summary_stats.n_cells,
+                n_cells=None if self._is_transferred else self.summary_stats.n_cells,
             )
         with seeded(random_state):
             self.module = MODULES[kind](self._sizes(), **options)
@@ -188,6 +189,11 @@ class SCVAE(TrainingMixin, PersistenceMixin):
             f"SCVAE with likelihood {likelihood!r}, mixture {kind!r}, n_components {self.n_components}, "
             f"n_latent {n_latent}, n_hidden {n_hidden}, n_layers {n_layers}"
         )
+
+    @property
+    def _is_transferred(self) -> bool:
+        """Whether the model is one that was trained before on other cells, which may be more."""
+        return self.adata is None or getattr(self.adata_manager, "is_transferred", False)
 
     @property
     def is_supervised(self) -> bool:
@@ -204,9 +210,9 @@ class SCVAE(TrainingMixin, PersistenceMixin):
         """Start the module at the scale of the data: gene means, size factors, covariates."""
         counts = self.counts_of_model()
         total = np.asarray(counts.sum(1), dtype=np.float64).ravel()
-        manager, registered = self.adata_manager, self.adata_manager.data_registry
-        has = REGISTRY_KEYS.SIZE_FACTOR_KEY in registered
-        size = manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY).ravel().astype(float) if has else total
+        columns = registered_columns(self.adata_manager)
+        has = REGISTRY_KEYS.SIZE_FACTOR_KEY in columns
+        size = columns[REGISTRY_KEYS.SIZE_FACTOR_KEY].ravel().astype(float) if has else total
         # A gene without a count starts at half a count in all cells together.
         fraction = np.maximum(gene_mean_fraction(counts, size), 0.5 / size.sum())
         if not self.module.use_size_factor:
@@ -214,7 +220,7 @@ class SCVAE(TrainingMixin, PersistenceMixin):
         rows = torch.randint(len(size), (N_REFERENCE_CELLS,)).numpy()
 
         def drawn(key: str) -> torch.Tensor | None:
-            return torch.as_tensor(np.asarray(manager.get_from_registry(key))[rows]) if key in registered else None
+            return torch.as_tensor(columns[key][rows]) if key in columns else None
 
         self.module.set_reference(
             torch.as_tensor(fraction),

@@ -17,6 +17,7 @@ from scvi.data.fields import (
 from scvi.model.base import BaseMinifiedModeModelClass
 
 from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
+from scvae_tools._data.loader import registered_columns
 from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
 from scvae_tools._upstream import SETUP_ARGS, minified_type, quiet
@@ -102,7 +103,8 @@ class SetupMixin(BaseMinifiedModeModelClass):
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         with quiet():
             manager.register_fields(adata, **kwargs)
-        manager.counts_digest = _digest_of(manager)
+        _note_data(manager)
+        manager.is_transferred = is_transferred
         cls.register_manager(manager)
 
     # -- what it was set up with ---------------------------------------------------------------------------------------
@@ -155,20 +157,22 @@ class SetupMixin(BaseMinifiedModeModelClass):
             raise ValueError("This model was loaded without data. Pass an AnnData with its genes.")
         if adata is None or adata is self.adata:
             self._check_own_counts()
-        elif minified_type(adata) is None:
+            return self.adata  # its columns are kept: they need not be registered again after another set-up
+        if minified_type(adata) is None:
             self._check_genes(adata)
             self._check_columns(adata)
             manager = self.get_anndata_manager(adata)
             if manager is None or not _has_same_counts(manager):
                 read_counts(adata, layer=self.layer, allow_non_integer=self.allows_non_integer)
-                if manager is not None:
-                    manager.counts_digest = _digest_of(manager)
+        self._forget(adata)  # its columns may have changed since it was last shown
         with quiet():
             adata = super()._validate_anndata(adata, copy_if_view)
-        manager = self.get_anndata_manager(adata)
-        if not hasattr(manager, "counts_digest"):
-            manager.counts_digest = _digest_of(manager)
+        _note_data(self.get_anndata_manager(adata))
         return adata
+
+    def _forget(self, adata: AnnData) -> None:
+        """Let the model forget the set-up that it has transferred to an AnnData."""
+        self._per_instance_manager_store.get(self.id, {}).pop(adata.uns.get("_scvi_uuid"), None)
 
     def _check_own_counts(self) -> None:
         """Refuse the cells of the model where their counts are not those that it was built on."""
@@ -195,12 +199,21 @@ class SetupMixin(BaseMinifiedModeModelClass):
         )
         raise ValueError(f"Data for the model must have its genes in its order: {found}")
 
-    def _check_columns(self, adata: AnnData) -> None:
-        """Check that ``obs`` holds what the model was set up with, of categories that it knows."""
-        self._check_columns_of(adata, self._obs_keys)
+    def _check_columns(self, adata: AnnData, *, takes_new_batches: bool = False) -> None:
+        """Check that ``obs`` holds what the model was set up with, of categories that it knows.
+
+        With ``takes_new_batches`` batches may be new, if they are text as the known ones are or numbers as these are,
+        and labels are not looked at.
+        """
+        batch_key, labels_key = self._obs_keys["batch_key"], self._obs_keys["labels_key"]
+        self._check_columns_of(adata, self._obs_keys | ({"labels_key": None} if takes_new_batches else {}))
         for key, known in self._known_categories().items():
-            found = adata.obs[key].unique().tolist()
-            if unknown := [each for each in found if each not in known]:
+            if takes_new_batches and key == labels_key != batch_key:
+                continue
+            unknown = [each for each in adata.obs[key].unique().tolist() if each not in known]
+            if takes_new_batches and key == batch_key:
+                _check_kind(key, unknown, known)
+            elif unknown:
                 raise ValueError(
                     f"adata.obs[{key!r}] must hold categories that the model knows, {listed(known)}; found "
                     f"{listed(unknown)}. {self._remedy_for_categories(key, unknown, known)}"
@@ -247,9 +260,27 @@ class SetupMixin(BaseMinifiedModeModelClass):
         return f"No result depends on it: any known label does, adata.obs[{key!r}] = {self.label_categories[0]!r}."
 
 
+def _check_kind(key: str, new: list, known: list) -> None:
+    """Refuse new categories that are numbers where the known ones are text, or the other way round."""
+    of_other_kind = [each for each in new if isinstance(each, str) != isinstance(known[0], str)]
+    if of_other_kind:
+        found, wanted = of_other_kind[0], known[0]
+        raise ValueError(
+            f"adata.obs[{key!r}] must hold categories of the type that the model knows, {type(wanted).__name__}, such "
+            f"as {wanted!r}; found {type(found).__name__}, such as {found!r}. Convert the column: "
+            f"adata.obs[{key!r}] = adata.obs[{key!r}].astype({type(wanted).__name__})."
+        )
+
+
 def _digest_of(manager: AnnDataManager) -> int | None:
     """Digest of the counts of a manager; None where they are not in memory."""
     return digest_of_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+
+
+def _note_data(manager: AnnDataManager) -> None:
+    """Keep the columns and the digest of the counts as they are now."""
+    registered_columns(manager)
+    manager.counts_digest = _digest_of(manager)
 
 
 def _has_same_counts(manager: AnnDataManager) -> bool:

@@ -11,7 +11,7 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from scvae_tools._checks import check_choice, check_number, check_share, check_whole
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, registered_columns
 from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
@@ -291,7 +291,7 @@ class TrainingMixin(InferenceMixin):
         """Divide the cells, and check that there are training cells for all components and labels."""
         component = self._components_of_labels() if self._starts_from_labels else None
         split = split_cells(self.adata.n_obs, train_size, validation_indices, component)
-        if (self.n_components or 1) > len(split.train):
+        if not self.is_mixture and (self.n_components or 1) > len(split.train):
             raise ValueError(
                 f"`n_components` must be at most the number of training cells; found {self.n_components} components "
                 f"for {len(split.train)} cells. Pass fewer, or a larger `train_size`."
@@ -320,8 +320,8 @@ class TrainingMixin(InferenceMixin):
         """Standardise continuous covariates by the training cells of the first training, for good."""
         if self.module.sizes.n_continuous == 0 or self.module.continuous_is_set:
             return
-        columns = self.adata_manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
-        values = np.asarray(columns, dtype=np.float64)[self.train_indices]  # (n_train, n_continuous)
+        columns = registered_columns(self.adata_manager)[REGISTRY_KEYS.CONT_COVS_KEY]
+        values = columns.astype(np.float64)[self.train_indices]  # (n_train, n_continuous)
         mean, sd = values.mean(0), values.std(0)
         # Up to rounding: float32, in which the networks see them, holds seven digits.
         is_constant = sd <= 1e-7 * np.abs(mean)
@@ -466,7 +466,7 @@ class TrainingMixin(InferenceMixin):
         return np.r_[shares * (1 - others.sum()), others]
 
     def _components_of_labels(self) -> np.ndarray:
-        codes = self.adata_manager.get_from_registry(REGISTRY_KEYS.LABELS_KEY).ravel().astype(int)
+        codes = registered_columns(self.adata_manager)[REGISTRY_KEYS.LABELS_KEY].ravel().astype(int)
         return np.asarray(self.module.component_of_label)[codes]
 
     def _sort_components(self) -> None:
