@@ -15,6 +15,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from scvae_tools._cli._options import COMMANDS, SAYING, Command
+from scvae_tools._cli._wording import any_character, in_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ PROGRAM = "scvae-tools"
 BAD_INPUT, USAGE, INTERRUPTED = 1, 2, 130
 
 
+@any_character()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if getattr(given, "traceback", False) or not _is_expected(error):
             raise
-        _say(f"error: {' '.join(str(error).split())}")
+        _say(f"error: {in_options(str(error), COMMANDS[given.command])}")
         return BAD_INPUT
     return INTERRUPTED if isinstance(result, dict) and result.get("interrupted") else 0
 

@@ -274,7 +274,12 @@ def _call(function: Callable[..., Any], *positional: Any, **options: Any) -> Any
 
 
 def _read(given: Namespace) -> AnnData:
-    return _reading.read(given.data, orientation=_get(given, "orientation"), genome=_get(given, "genome"))
+    adata = _reading.read(given.data, orientation=_get(given, "orientation"), genome=_get(given, "genome"))
+    if not _get(given, "raw", default=False):
+        return adata
+    if adata.raw is None:
+        raise ValueError(f"--raw takes the counts from raw; {given.data!r} has none. Leave it out.")
+    return adata.raw.to_adata()
 
 
 def _load(given: Namespace) -> SCVAE:

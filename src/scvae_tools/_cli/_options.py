@@ -122,6 +122,7 @@ ORIENTATION = Option(
 READING = (
     ORIENTATION,
     Option("--genome", "genome", help="genome to take, where files of 10x Genomics hold several"),
+    Option("--raw", "raw", help="take the counts, and their genes, from raw in place of X", more=FLAG),
 )
 OUTPUT = Option("-o --output", "output", Path, "file to write, .h5ad or .zarr")
 TABLE = Option("-o --output", "output", Path, "table to write, .tsv or .tsv.gz; printed if not given")
