@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import io
@@ -21,10 +22,10 @@ import pytest
 from scipy import sparse
 
 import scvae_tools as svt
-from scvae_tools import _cli, tl
+from scvae_tools import _adata_files, _cli, tl
 from scvae_tools._cli import _options, build_parsers, main
 from scvae_tools._cli._options import COMMANDS
-from scvae_tools._files import is_temporary
+from scvae_tools._files import FORMER, is_temporary
 
 ROOT = Path(__file__).parents[2]
 PARSER, PARSERS = build_parsers()
@@ -642,17 +643,30 @@ def test_a_full_disk_leaves_the_former_file_and_no_part(name, here, monkeypatch,
     call = f"scvae-tools datasets simulate -o {name} --set n_cells=20 --overwrite"
     assert run(call) == 0
 
-    def fail(_, path, *__, **___):
-        path.mkdir() if name.endswith("zarr") else path.write_text("half")
-        raise OSError("No space left on device")
+    def fail(group, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
-    monkeypatch.setattr(ad.AnnData, "write_zarr", fail)
+    monkeypatch.setattr(_adata_files, "write_dispatched", fail)
     capsys.readouterr()
     assert run(call) == 1
-    assert capsys.readouterr().err == "scvae-tools: error: No space left on device\n"
+    found = capsys.readouterr().err
+    assert re.fullmatch(rf"scvae-tools: error: '{name}' cannot be written, and is as it was: it takes .*\n", found)
     assert [file.name for file in here.iterdir()] == [name]
     assert (ad.io.read_zarr(name) if name.endswith("zarr") else ad.read_h5ad(name)).n_obs == 20
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("plot x.zarr training -o t.png", 0), ("datasets simulate -o x.zarr", 1)],
+    ids=["read", "written"],
+)
+def test_a_zarr_whose_replacement_was_killed_between_two_renames_is_found(call, code, trained, here):
+    _adata_files.write_adata(ad.read_h5ad(trained / "fitted.h5ad"), here / "x.zarr")
+    left = here / f"x.zarr.{'0a' * 6}.tmp"
+    left.mkdir()
+    (here / "x.zarr").rename(left / FORMER)
+    assert run(f"scvae-tools {call}") == code
+    assert ad.read_zarr("x.zarr").n_obs == 700
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(here, received, monkeypatch, capsys):

@@ -134,12 +134,12 @@ def die_in_writing(monkeypatch, n_written):
     """The process ends while the file is written, after so many have been."""
     save, written = torch.save, []
 
-    def die_midway(saved, path):
-        save(saved, path)
-        written.append(path)
+    def die_midway(saved, stream):
+        save(saved, stream)
+        written.append(stream)
         if len(written) > n_written:
-            os.truncate(path, path.stat().st_size // 2)
-            monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # who is dead does not tidy up
+            stream.truncate(stream.size // 2)
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is dead does not tidy up
             raise KilledError
 
     monkeypatch.setattr(torch, "save", die_midway)
@@ -153,7 +153,8 @@ def test_what_dies_while_it_writes_leaves_the_epoch_before(n_written, tmp_path, 
         with pytest.raises(KilledError):
             train(make_model(), checkpoint=tmp_path)
     (temporary,) = tmp_path.glob(CHECKPOINT_FILE + ".*.tmp*")
-    os.utime(temporary, (0, 0))  # long ago
+    for each in (temporary, *temporary.iterdir()):
+        os.utime(each, (0, 0))  # long ago
     assert (tmp_path / CHECKPOINT_FILE).exists() == (n_written > 0)
     resumed = train(make_model(), checkpoint=tmp_path)
     assert_same(resumed, unbroken())

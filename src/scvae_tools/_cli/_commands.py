@@ -19,14 +19,13 @@ from anndata import AnnData
 
 from scvae_tools import datasets as data_sets
 from scvae_tools import metrics, pl, tl
+from scvae_tools._adata_files import write_adata
 from scvae_tools._cli import _options, _reading
 from scvae_tools._cli._writing import (
     ADATA,
     TABLE,
     check_model_folder,
     check_output,
-    replacing,
-    write_adata,
     write_table,
 )
 from scvae_tools._keys import Keys
@@ -139,8 +138,7 @@ def plot(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, A
     import matplotlib as mpl
 
     mpl.use("Agg")
-    with replacing(output) as temporary:
-        _call(function, data, **options, save=temporary)
+    _call(function, data, **options, save=output)
     from matplotlib import pyplot as plt
 
     plt.close("all")

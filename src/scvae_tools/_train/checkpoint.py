@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._files import digest_of_names, replacing, short_digest, to_plain
+from scvae_tools._files import digest_of_names, short_digest, to_plain
 from scvae_tools._messages import inform
 from scvae_tools._random import random_states, set_random_states
+from scvae_tools._train.torch_file import write_torch
 from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
 from scvae_tools._version import __version__
 
@@ -166,7 +167,7 @@ class AtomicIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _write(checkpoint, Path(path))
+        write_torch(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -286,7 +287,7 @@ class Checkpointer(Checkpoint):
         ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
         ours |= {"attributes": state.to_json(module.n_components), "state": weights}
         ours |= {"versions": packed(state.versions, state.version, weights)}
-        _write({KEY: ours}, self.path)
+        write_torch({KEY: ours}, self.path)
 
     def restore_result(self, module: VAE, state: TrainingState) -> None:
         """Load the result of the finished training into module and state."""
@@ -332,8 +333,3 @@ def _take_over(module: VAE, state: TrainingState, saved: Mapping[str, Any], weig
     if module.n_components != n_components:  # the training found the number
         module.build_mixture(n_components)
     module.load_state_dict(saved[weights])
-
-
-def _write(saved: dict[str, Any], path: Path) -> None:
-    with replacing(path) as temporary:
-        torch.save(saved, temporary)

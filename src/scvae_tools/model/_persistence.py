@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import anndata
 import numpy as np
 import pandas as pd
 from scvi.data import AnnDataManager
@@ -12,7 +14,8 @@ from scvi.data.fields import ObsmField
 from scvi.model.base import ArchesMixin
 
 from scvae_tools import _keys
-from scvae_tools._files import digest_of_names
+from scvae_tools._adata_files import mark_of, write_h5ad
+from scvae_tools._files import digest_of_names, remove, replacing
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
@@ -139,6 +142,16 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
             three.
         **anndata_write_kwargs
             Of ``AnnData.write_h5ad``.
+
+        Raises
+        ------
+        OSError
+            If the disk is full. What was in the directory before is left as it was.
+
+        Notes
+        -----
+        Each file is whole whenever the process ends. If it ends just between the two, so that the data are not those
+        of the model beside them, `load` says so.
         """
         directory = Path(dir_path)
         if directory.exists() and not overwrite:
@@ -148,13 +161,16 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         attributes["cells_"] = self._digest_of_cells if self.adata is None else digest_of_names(self.adata.obs_names)
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         kept = {name: each for name, each in self._state.versions.items() if versions or name == self.version}
-        path = _model_file(directory, prefix)
-        write_saved(path, state, attributes, self.var_names, packed(kept, self.version, state))
-        data = directory / f"{prefix or ''}{ADATA_FILE}"
+        attributes["data_"] = secrets.token_hex(8) if save_anndata else None
+        content = state, attributes, self.var_names, packed(kept, self.version, state)
+        path, data = _model_file(directory, prefix), directory / f"{prefix or ''}{ADATA_FILE}"
         if save_anndata:
-            self.adata.write_h5ad(data, **anndata_write_kwargs)
+            with replacing(data) as temporary:
+                write_h5ad(self.adata, temporary, mark=attributes["data_"], **anndata_write_kwargs)
+                write_saved(path, *content)  # once the data are whole: a full disk leaves the former two
         else:
-            data.unlink(missing_ok=True)  # `load` would take those of an earlier model for this one's
+            write_saved(path, *content)
+            remove(data)  # `load` would take those of an earlier model for this one's
 
     @classmethod
     def load(
@@ -195,10 +211,9 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         path = _model_file(dir_path, prefix)
         state, attributes, _, versions = read_saved(path)
         saved_data = path.with_name(f"{prefix or ''}{ADATA_FILE}")
+        mark = attributes.pop("data_", None)
         if adata is None and saved_data.exists():
-            import anndata
-
-            adata = anndata.read_h5ad(saved_data)
+            adata = _read_data(saved_data, mark, path)
         registry = attributes.pop("registry_")
         if registry["model_name"] != cls.__name__:
             raise ValueError(f"{str(path)!r} holds a model of class {registry['model_name']!r}, not {cls.__name__!r}.")
@@ -348,6 +363,23 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
 
 def _model_file(directory: str | Path, prefix: str | None = None) -> Path:
     return Path(directory) / f"{prefix or ''}{MODEL_FILE}"
+
+
+def _read_data(saved_data: Path, mark: str | None, path: Path) -> AnnData | None:
+    """Data beside a model that was saved with this mark; None if they are those of an earlier model without data."""
+    remedy = "Save the model again, or pass `adata` to load it with data of your own: it is whole."
+    try:
+        found = mark_of(saved_data)
+        if found in (mark, None):  # none where others have written the file since
+            return anndata.read_h5ad(saved_data)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{str(saved_data)!r} must be an AnnData; it cannot be read ({error}). {remedy}") from error
+    if mark is None:
+        return None
+    raise ValueError(
+        f"{str(saved_data)!r} must be the data that {path.name} was saved with; found those of another model: one of "
+        f"the two was copied, or saving was cut off. {remedy}"
+    )
 
 
 def _why(name: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from scvae_tools._files import from_plain, replacing, to_plain
+from scvae_tools._files import from_plain, to_plain
+from scvae_tools._train.torch_file import write_torch
 from scvae_tools._version import __version__
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def write_saved(
         "attributes": json.dumps(to_plain(attributes, "attributes")),
         "var_names": list(map(str, var_names)),
     }
-    with replacing(path) as temporary:
-        torch.save(saved if versions is None else saved | {"versions": versions}, temporary)
+    write_torch(saved if versions is None else saved | {"versions": versions}, path)
 
 
 def read_saved(path: Path) -> Saved:
