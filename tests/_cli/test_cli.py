@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -23,9 +24,9 @@ from scipy import sparse
 
 import scvae_tools as svt
 from scvae_tools import _adata_files, _cli, tl
-from scvae_tools._cli import _options, build_parsers, main
+from scvae_tools._cli import _commands, _options, build_parsers, main
 from scvae_tools._cli._options import COMMANDS
-from scvae_tools._files import FORMER, is_temporary
+from scvae_tools._files import FORMER, DiskFullError, is_temporary
 
 ROOT = Path(__file__).parents[2]
 PARSER, PARSERS = build_parsers()
@@ -653,6 +654,52 @@ def test_a_full_disk_leaves_the_former_file_and_no_part(name, here, monkeypatch,
     assert re.fullmatch(rf"scvae-tools: error: '{name}' cannot be written, and is as it was: it takes .*\n", found)
     assert [file.name for file in here.iterdir()] == [name]
     assert (ad.io.read_zarr(name) if name.endswith("zarr") else ad.read_h5ad(name)).n_obs == 20
+
+
+@pytest.fixture
+def quick_fit(trained, monkeypatch):
+    """The training of `trained` takes no time: its cells have the results, and its model is loaded."""
+
+    def fit(adata, **_):
+        fitted = ad.read_h5ad(trained / "fitted.h5ad")
+        for name in ("obs", "obsm", "uns"):
+            setattr(adata, name, getattr(fitted, name))
+        return svt.SCVAE.load(trained / "model", adata)
+
+    monkeypatch.setattr(tl, "scvae", fit)
+
+
+def no_room(_, path, *__, **___):
+    raise DiskFullError(path, 10**9)
+
+
+def test_results_without_room_leave_the_model_from_which_they_can_be_made(quick_fit, here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(_commands, "write_adata", no_room)
+        assert run("scvae-tools fit demo -o x.h5ad") == 1
+    (kept,) = here.iterdir()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "'x.h5ad' cannot be written, and is as it was: it takes 1 GB or more" in message
+    assert message.endswith(
+        f"The trained model is in {str(kept)!r}, from which `scvae-tools predict` makes the results."
+    )
+    assert run(f"scvae-tools predict demo --model {kept} -o x.h5ad --quiet") == 0
+
+
+def test_results_are_written_where_the_model_has_no_room(quick_fit, here, monkeypatch, capsys):
+    monkeypatch.setattr(svt.SCVAE, "save", no_room)
+    assert run("scvae-tools fit demo -o x.h5ad --model m") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "'m' cannot be written" in message
+    assert message.endswith("The trained model is lost with it.")
+    assert [file.name for file in here.iterdir()] == ["x.h5ad"]
+
+
+def test_results_that_the_disk_has_no_room_for_are_refused_before_the_training(here, received, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    assert run("scvae-tools fit demo -o x.h5ad") == 1
+    assert "'x.h5ad' cannot be written, and is as it was: it takes 3.55 MB or more" in capsys.readouterr().err
+    assert not received
 
 
 @pytest.mark.parametrize(

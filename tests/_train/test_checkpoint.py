@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
+from scvae_tools._files import DiskFullError
+from scvae_tools._train import checkpoint
 from scvae_tools._train.checkpoint import CHECKPOINT_FILE
 from scvae_tools._train.plan import NonFiniteError, TrainingPlan
 
@@ -159,6 +161,40 @@ def test_what_dies_while_it_writes_leaves_the_epoch_before(n_written, tmp_path, 
     resumed = train(make_model(), checkpoint=tmp_path)
     assert_same(resumed, unbroken())
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT_FILE]
+
+
+@pytest.fixture
+def nearly_full(monkeypatch):
+    """Disk with room for a thousand bytes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+
+
+def test_a_full_disk_does_not_end_a_training_and_is_said_once(tmp_path, monkeypatch):
+    write, written = checkpoint.write_torch, []
+
+    def fill(saved, path):
+        written.append(path)
+        if len(written) > 3:
+            raise DiskFullError(path, 10**6)
+        write(saved, path)
+
+    monkeypatch.setattr(checkpoint, "write_torch", fill)
+    with pytest.warns(
+        UserWarning, match=r"not up to date: .* takes 1 MB or more; found .* it starts again after"
+    ) as said:
+        model = train(make_model(), checkpoint=tmp_path)
+    assert len(said) == 1
+    assert len(written) > 5
+    assert_same(model, unbroken())
+    monkeypatch.setattr(checkpoint, "write_torch", write)
+    assert_same(train(make_model(), checkpoint=tmp_path), unbroken())
+
+
+def test_a_checkpoint_without_room_is_refused_before_the_training(tmp_path, nearly_full):
+    model = make_model()
+    with pytest.raises(DiskFullError, match=r"checkpoint\.pt' cannot be written.* found 1 kB free on its disk"):
+        train(model, checkpoint=tmp_path)
+    assert model.history is None
 
 
 @pytest.mark.filterwarnings("ignore:kl_z became NaN or infinite in epoch 6.*once more with lr=0.001")

@@ -7,6 +7,7 @@ adds the rest: the random states, earlier stages, and the state at the beginning
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._files import digest_of_names, short_digest, to_plain
-from scvae_tools._messages import inform
+from scvae_tools._files import digest_of_names, require_room, short_digest, to_plain
+from scvae_tools._messages import inform, warn
 from scvae_tools._random import random_states, set_random_states
 from scvae_tools._train.torch_file import write_torch
 from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
@@ -200,6 +201,7 @@ class Checkpointer(Checkpoint):
             raise ValueError(f"`checkpoint` must be a directory; found the file {str(directory)!r}. Pass another path.")
         self.path = self.directory / CHECKPOINT_FILE
         self.stage, self.is_second_attempt, self.attributes = 0, False, "null"
+        self.has_warned = False
         self.before: State = {}  #: weights at the beginning of the stage
         #: Content of the file that was found, until the training has continued from it.
         self.found = self._read() if self.path.exists() else None
@@ -239,7 +241,15 @@ class Checkpointer(Checkpoint):
     # -- the model's side ----------------------------------------------------------------------------------------------
 
     def resume(self, module: VAE, state: TrainingState) -> int:
-        """Restore the beginning of the stage in which the file was written; return the position of this stage."""
+        """Restore the beginning of the stage in which the file was written; return the position of this stage.
+
+        Raises
+        ------
+        DiskFullError
+            If there is no room for another file: weights, twice as much of Adam, and the weights before the stage.
+        """
+        n_bytes = sum(value.nbytes for value in module.state_dict().values())
+        require_room(self.path, 4 * n_bytes + self.dataset.log_base_measure.nbytes)
         if self.found is None:
             return 0
         ours = self.found[KEY]
@@ -287,7 +297,22 @@ class Checkpointer(Checkpoint):
         ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
         ours |= {"attributes": state.to_json(module.n_components), "state": weights}
         ours |= {"versions": packed(state.versions, state.version, weights)}
-        write_torch({KEY: ours}, self.path)
+        with self._warning_if_unwritten():
+            write_torch({KEY: ours}, self.path)
+
+    @contextmanager
+    def _warning_if_unwritten(self) -> Iterator[None]:
+        """Context in which a file that cannot be written is no reason to lose the training; says so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.has_warned:
+                former = "after the epoch that it holds" if self.path.exists() else "from the beginning"
+                warn(
+                    f"The checkpoint is not up to date: {error} The training goes on, and the next epoch is "
+                    f"tried to be written; if the process is killed before, it starts again {former}."
+                )
+            self.has_warned = True
 
     def restore_result(self, module: VAE, state: TrainingState) -> None:
         """Load the result of the finished training into module and state."""
@@ -299,7 +324,8 @@ class Checkpointer(Checkpoint):
     # -- Lightning's side ----------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
-        trainer.save_checkpoint(self.path)
+        with self._warning_if_unwritten():
+            trainer.save_checkpoint(self.path)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]

@@ -14,8 +14,8 @@ from scvi.data.fields import ObsmField
 from scvi.model.base import ArchesMixin
 
 from scvae_tools import _keys
-from scvae_tools._adata_files import mark_of, write_h5ad
-from scvae_tools._files import digest_of_names, remove, replacing
+from scvae_tools._adata_files import mark_of, n_bytes_of, write_h5ad
+from scvae_tools._files import digest_of_names, remove, replacing, require_room
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
@@ -165,6 +165,8 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         content = state, attributes, self.var_names, packed(kept, self.version, state)
         path, data = _model_file(directory, prefix), directory / f"{prefix or ''}{ADATA_FILE}"
         if save_anndata:
+            if not anndata_write_kwargs:  # how far these compress is not known
+                require_room(data, n_bytes_of(self.adata))
             with replacing(data) as temporary:
                 write_h5ad(self.adata, temporary, mark=attributes["data_"], **anndata_write_kwargs)
                 write_saved(path, *content)  # once the data are whole: a full disk leaves the former two
