@@ -384,13 +384,22 @@ def _dtype_name(values: np.ndarray) -> str:
 
 
 def from_plain(value: Any) -> Any:
-    """Restore the value that `to_plain` was given."""
+    """Restore the value that `to_plain` was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is none that `to_plain` makes.
+    """
     if isinstance(value, list):
         return [from_plain(v) for v in value]
     if not isinstance(value, dict):
         return value
     if "__array__" in value:
-        return np.array(value["__array__"], dtype=value["dtype"])
+        dtype = np.dtype(value["dtype"])
+        if dtype.kind not in "biufcO":  # the width of others is the file's to choose
+            raise ValueError(f"No array of type {dtype} was written.")
+        return np.array(value["__array__"], dtype=dtype)
     if "__table__" in value:
         return pd.DataFrame(value["__table__"])
     if "__tuple__" in value:

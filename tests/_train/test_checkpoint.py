@@ -425,10 +425,31 @@ def test_more_epochs_of_a_finished_training_are_refused_with_the_way_to_train_fu
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / CHECKPOINT_FILE).write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"checkpoint.pt' must be a checkpoint of `SCVAE.train`; it cannot be read"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt' must be a checkpoint of `SCVAE.train`; found 14 bytes of"):
         train(make_model(False), checkpoint=tmp_path)
     with pytest.raises(ValueError, match="`checkpoint` must be a directory; found the file"):
         train(make_model(False), checkpoint=tmp_path / CHECKPOINT_FILE)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda ours: ours.update(format=99), "the format 99 of a later version of scvae-tools, where this one"),
+        (lambda ours: ours.pop("rows"), "no 'rows' in the content"),
+        (lambda ours: ours.update(stage="first"), "a str as 'stage' in the content"),
+        (lambda ours: ours.update(identity="[1"), "content that cannot be read"),
+        (lambda ours: ours.update(identity="{}"), "no 'epochs before this training' in the identity"),
+        (lambda ours: ours["before"].popitem(), "content that cannot be read"),
+        (lambda ours: ours.update(log_base_measure=torch.ones(3)), "content that cannot be read"),
+        (lambda ours: ours.update(attributes="null"), "content that cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_was_tampered_with_is_refused_with_what_was_found(change, found, broken_off, tmp_path):
+    saved = torch.load(broken_off / CHECKPOINT_FILE, weights_only=True)
+    change(saved["scvae_tools"])
+    torch.save(saved, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt' must be a checkpoint of `SCVAE\.train`; found {found}"):
+        train(make_model(False), checkpoint=tmp_path)
 
 
 def test_the_tool_goes_on_from_a_checkpoint(tmp_path, monkeypatch):

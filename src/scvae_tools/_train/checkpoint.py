@@ -20,7 +20,14 @@ from scvi import REGISTRY_KEYS
 from scvae_tools._files import digest_of_names, require_room, short_digest, to_plain
 from scvae_tools._messages import inform, warn
 from scvae_tools._random import random_states, set_random_states
-from scvae_tools._train.torch_file import write_torch
+from scvae_tools._train.torch_file import (
+    damaged_otherwise,
+    read_torch,
+    require_format,
+    require_types,
+    require_versions,
+    write_torch,
+)
 from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
 from scvae_tools._version import __version__
 
@@ -42,6 +49,27 @@ FORMAT = 1
 
 #: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"
+
+
+#: What the file must be, and the remedy if it is not.
+RULE = (
+    "must be a checkpoint of `SCVAE.train`. Pass another directory as `checkpoint`, or delete the file to train from "
+    "the beginning."
+)
+
+
+#: Keys of our part, and their types: always, after the last epoch, and before.
+IN_ALL = {"identity": str, "is_finished": bool, "attributes": str}
+IN_FINISHED = {"state": dict, "versions": dict}
+IN_UNFINISHED = {
+    "stage": int,
+    "is_second_attempt": bool,
+    "should_stop": bool,
+    "rows": str,
+    "before": dict,
+    "random_states": dict,
+    "log_base_measure": torch.Tensor,
+}
 
 
 #: Arguments of `SCVAE.train` without an effect on the result: where to compute, and what to show.
@@ -171,7 +199,7 @@ class AtomicIO(TorchCheckpointIO):
         write_torch(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(Path(path), RULE)
 
 
 class Checkpointer(Checkpoint):
@@ -213,15 +241,14 @@ class Checkpointer(Checkpoint):
         return self.found is not None and self.found[KEY]["is_finished"]
 
     def _read(self) -> dict[str, Any]:
-        try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+        found = read_torch(self.path, RULE)
+        with damaged_otherwise(self.path, RULE):
+            require_types(found, {KEY: dict})
             ours = found[KEY]
-        except Exception as error:  # a file can be wrong in many ways
-            raise ValueError(
-                f"{str(self.path)!r} must be a checkpoint of `SCVAE.train`; it cannot be read. Pass another directory "
-                "as `checkpoint`, or delete the file to train from the beginning."
-            ) from error
-        saved = json.loads(ours["identity"])
+            require_format(ours, FORMAT)
+            require_types(ours, IN_ALL | (IN_FINISHED if ours.get("is_finished") else IN_UNFINISHED))
+            saved = json.loads(ours["identity"])
+            require_types(saved, {"epochs before this training": int}, "identity")
         differences = _differences(saved, self.identity)
         if differences:
             further = (
@@ -253,9 +280,10 @@ class Checkpointer(Checkpoint):
         if self.found is None:
             return 0
         ours = self.found[KEY]
-        _take_over(module, state, ours, "before")
-        self.dataset.log_base_measure[:] = ours["log_base_measure"].numpy()
-        n_epochs = len(json.loads(ours["rows"]))
+        with damaged_otherwise(self.path, RULE):
+            _take_over(module, state, ours, "before")
+            self.dataset.log_base_measure[:] = ours["log_base_measure"].numpy()
+            n_epochs = len(json.loads(ours["rows"]))
         inform("Going on from %s, after epoch %d of stage %d.", self.path, n_epochs, ours["stage"] + 1)
         return ours["stage"]
 
@@ -317,8 +345,10 @@ class Checkpointer(Checkpoint):
     def restore_result(self, module: VAE, state: TrainingState) -> None:
         """Load the result of the finished training into module and state."""
         ours = self.found[KEY]
-        _take_over(module, state, ours, "state")
-        state.versions, state.version = unpacked(ours["versions"])
+        with damaged_otherwise(self.path, RULE):
+            require_versions(ours["versions"])
+            _take_over(module, state, ours, "state")
+            state.versions, state.version = unpacked(ours["versions"])
         inform("The training of %s is finished; its result was loaded.", self.path)
 
     # -- Lightning's side ----------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from scvae_tools._adata_files import mark_of, n_bytes_of, write_h5ad
 from scvae_tools._files import digest_of_names, remove, replacing, require_room
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
+from scvae_tools._train.torch_file import FoundError, damaged_otherwise
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
 from scvae_tools._upstream import initialize_model, pad_and_sort_genes, parse_device_args, quiet
 from scvae_tools.model._inference import InferenceMixin
-from scvae_tools.model._saved_file import ADATA_FILE, MODEL_FILE, read_saved, write_saved
+from scvae_tools.model._saved_file import ADATA_FILE, MODEL_FILE, RULE, read_saved, write_saved
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -208,7 +209,8 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         FileNotFoundError
             If there is no model.
         ValueError
-            If it is of another class, or has no such version.
+            If it is of another class, or has no such version; if a file is damaged or of a later format, or the data
+            are not those of the model.
         """
         path = _model_file(dir_path, prefix)
         state, attributes, _, versions = read_saved(path)
@@ -220,14 +222,15 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         if registry["model_name"] != cls.__name__:
             raise ValueError(f"{str(path)!r} holds a model of class {registry['model_name']!r}, not {cls.__name__!r}.")
         if adata:
-            cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+            _set_up(cls, adata, registry, path)
         cells = attributes.pop("cells_", None)
-        model = initialize_model(cls, adata, registry, attributes, None)
+        with damaged_otherwise(path, RULE):
+            model = initialize_model(cls, adata, registry, attributes, None)
+            model.module.load_state_dict(state)
+            model._state.versions, model._state.version = unpacked(versions)
         model._digest_of_cells = cells
         if adata and cells not in (None, digest_of_names(adata.obs_names)):
             model._forget_split()
-        model.module.load_state_dict(state)
-        model._state.versions, model._state.version = unpacked(versions)
         if version is not None:
             model.use_version(version)
         *_, torch_device = parse_device_args(accelerator, device, return_device="torch", validate_single_device=True)
@@ -365,6 +368,15 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
 
 def _model_file(directory: str | Path, prefix: str | None = None) -> Path:
     return Path(directory) / f"{prefix or ''}{MODEL_FILE}"
+
+
+def _set_up(cls: type[PersistenceMixin], adata: AnnData, registry: dict[str, Any], path: Path) -> None:
+    """Set up data by the registry of a saved model; a ValueError is due to the data."""
+    try:
+        cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        with damaged_otherwise(path, RULE):
+            raise FoundError("a registry of other data sets or of none") from error
 
 
 def _read_data(saved_data: Path, mark: str | None, path: Path) -> AnnData | None:
