@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import io
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,10 +23,10 @@ import pytest
 from scipy import sparse
 
 import scvae_tools as svt
-from scvae_tools import _cli, tl
-from scvae_tools._cli import _options, build_parsers, main
+from scvae_tools import _adata_files, _cli, tl
+from scvae_tools._cli import _commands, _options, build_parsers, main
 from scvae_tools._cli._options import COMMANDS
-from scvae_tools._files import is_temporary
+from scvae_tools._files import FORMER, DiskFullError, is_temporary
 
 ROOT = Path(__file__).parents[2]
 PARSER, PARSERS = build_parsers()
@@ -642,17 +644,76 @@ def test_a_full_disk_leaves_the_former_file_and_no_part(name, here, monkeypatch,
     call = f"scvae-tools datasets simulate -o {name} --set n_cells=20 --overwrite"
     assert run(call) == 0
 
-    def fail(_, path, *__, **___):
-        path.mkdir() if name.endswith("zarr") else path.write_text("half")
-        raise OSError("No space left on device")
+    def fail(group, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
-    monkeypatch.setattr(ad.AnnData, "write_zarr", fail)
+    monkeypatch.setattr(_adata_files, "write_dispatched", fail)
     capsys.readouterr()
     assert run(call) == 1
-    assert capsys.readouterr().err == "scvae-tools: error: No space left on device\n"
+    found = capsys.readouterr().err
+    assert re.fullmatch(rf"scvae-tools: error: '{name}' cannot be written, and is as it was: it takes .*\n", found)
     assert [file.name for file in here.iterdir()] == [name]
     assert (ad.io.read_zarr(name) if name.endswith("zarr") else ad.read_h5ad(name)).n_obs == 20
+
+
+@pytest.fixture
+def quick_fit(trained, monkeypatch):
+    """The training of `trained` takes no time: its cells have the results, and its model is loaded."""
+
+    def fit(adata, **_):
+        fitted = ad.read_h5ad(trained / "fitted.h5ad")
+        for name in ("obs", "obsm", "uns"):
+            setattr(adata, name, getattr(fitted, name))
+        return svt.SCVAE.load(trained / "model", adata)
+
+    monkeypatch.setattr(tl, "scvae", fit)
+
+
+def no_room(_, path, *__, **___):
+    raise DiskFullError(path, 10**9)
+
+
+def test_results_without_room_leave_the_model_from_which_they_can_be_made(quick_fit, here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(_commands, "write_adata", no_room)
+        assert run("scvae-tools fit demo -o x.h5ad") == 1
+    (kept,) = here.iterdir()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "'x.h5ad' cannot be written, and is as it was: it takes 1 GB or more" in message
+    assert message.endswith(
+        f"The trained model is in {str(kept)!r}, from which `scvae-tools predict` makes the results."
+    )
+    assert run(f"scvae-tools predict demo --model {kept} -o x.h5ad --quiet") == 0
+
+
+def test_results_are_written_where_the_model_has_no_room(quick_fit, here, monkeypatch, capsys):
+    monkeypatch.setattr(svt.SCVAE, "save", no_room)
+    assert run("scvae-tools fit demo -o x.h5ad --model m") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "'m' cannot be written" in message
+    assert message.endswith("The trained model is lost with it.")
+    assert [file.name for file in here.iterdir()] == ["x.h5ad"]
+
+
+def test_results_that_the_disk_has_no_room_for_are_refused_before_the_training(here, received, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    assert run("scvae-tools fit demo -o x.h5ad") == 1
+    assert "'x.h5ad' cannot be written, and is as it was: it takes 3.55 MB or more" in capsys.readouterr().err
+    assert not received
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("plot x.zarr training -o t.png", 0), ("datasets simulate -o x.zarr", 1)],
+    ids=["read", "written"],
+)
+def test_a_zarr_whose_replacement_was_killed_between_two_renames_is_found(call, code, trained, here):
+    _adata_files.write_adata(ad.read_h5ad(trained / "fitted.h5ad"), here / "x.zarr")
+    left = here / f"x.zarr.{'0a' * 6}.tmp"
+    left.mkdir()
+    (here / "x.zarr").rename(left / FORMER)
+    assert run(f"scvae-tools {call}") == code
+    assert ad.read_zarr("x.zarr").n_obs == 700
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(here, received, monkeypatch, capsys):

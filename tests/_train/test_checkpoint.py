@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
+from scvae_tools._files import DiskFullError
+from scvae_tools._train import checkpoint
 from scvae_tools._train.checkpoint import CHECKPOINT_FILE
 from scvae_tools._train.plan import NonFiniteError, TrainingPlan
 
@@ -134,12 +136,12 @@ def die_in_writing(monkeypatch, n_written):
     """The process ends while the file is written, after so many have been."""
     save, written = torch.save, []
 
-    def die_midway(saved, path):
-        save(saved, path)
-        written.append(path)
+    def die_midway(saved, stream):
+        save(saved, stream)
+        written.append(stream)
         if len(written) > n_written:
-            os.truncate(path, path.stat().st_size // 2)
-            monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # who is dead does not tidy up
+            stream.truncate(stream.size // 2)
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is dead does not tidy up
             raise KilledError
 
     monkeypatch.setattr(torch, "save", die_midway)
@@ -153,11 +155,46 @@ def test_what_dies_while_it_writes_leaves_the_epoch_before(n_written, tmp_path, 
         with pytest.raises(KilledError):
             train(make_model(), checkpoint=tmp_path)
     (temporary,) = tmp_path.glob(CHECKPOINT_FILE + ".*.tmp*")
-    os.utime(temporary, (0, 0))  # long ago
+    for each in (temporary, *temporary.iterdir()):
+        os.utime(each, (0, 0))  # long ago
     assert (tmp_path / CHECKPOINT_FILE).exists() == (n_written > 0)
     resumed = train(make_model(), checkpoint=tmp_path)
     assert_same(resumed, unbroken())
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT_FILE]
+
+
+@pytest.fixture
+def nearly_full(monkeypatch):
+    """Disk with room for a thousand bytes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+
+
+def test_a_full_disk_does_not_end_a_training_and_is_said_once(tmp_path, monkeypatch):
+    write, written = checkpoint.write_torch, []
+
+    def fill(saved, path):
+        written.append(path)
+        if len(written) > 3:
+            raise DiskFullError(path, 10**6)
+        write(saved, path)
+
+    monkeypatch.setattr(checkpoint, "write_torch", fill)
+    with pytest.warns(
+        UserWarning, match=r"not up to date: .* takes 1 MB or more; found .* it starts again after"
+    ) as said:
+        model = train(make_model(), checkpoint=tmp_path)
+    assert len(said) == 1
+    assert len(written) > 5
+    assert_same(model, unbroken())
+    monkeypatch.setattr(checkpoint, "write_torch", write)
+    assert_same(train(make_model(), checkpoint=tmp_path), unbroken())
+
+
+def test_a_checkpoint_without_room_is_refused_before_the_training(tmp_path, nearly_full):
+    model = make_model()
+    with pytest.raises(DiskFullError, match=r"checkpoint\.pt' cannot be written.* found 1 kB free on its disk"):
+        train(model, checkpoint=tmp_path)
+    assert model.history is None
 
 
 @pytest.mark.filterwarnings("ignore:kl_z became NaN or infinite in epoch 6.*once more with lr=0.001")
@@ -388,10 +425,31 @@ def test_more_epochs_of_a_finished_training_are_refused_with_the_way_to_train_fu
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / CHECKPOINT_FILE).write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"checkpoint.pt' must be a checkpoint of `SCVAE.train`; it cannot be read"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt' must be a checkpoint of `SCVAE.train`; found 14 bytes of"):
         train(make_model(False), checkpoint=tmp_path)
     with pytest.raises(ValueError, match="`checkpoint` must be a directory; found the file"):
         train(make_model(False), checkpoint=tmp_path / CHECKPOINT_FILE)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda ours: ours.update(format=99), "the format 99 of a later version of scvae-tools, where this one"),
+        (lambda ours: ours.pop("rows"), "no 'rows' in the content"),
+        (lambda ours: ours.update(stage="first"), "a str as 'stage' in the content"),
+        (lambda ours: ours.update(identity="[1"), "content that cannot be read"),
+        (lambda ours: ours.update(identity="{}"), "no 'epochs before this training' in the identity"),
+        (lambda ours: ours["before"].popitem(), "content that cannot be read"),
+        (lambda ours: ours.update(log_base_measure=torch.ones(3)), "content that cannot be read"),
+        (lambda ours: ours.update(attributes="null"), "content that cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_was_tampered_with_is_refused_with_what_was_found(change, found, broken_off, tmp_path):
+    saved = torch.load(broken_off / CHECKPOINT_FILE, weights_only=True)
+    change(saved["scvae_tools"])
+    torch.save(saved, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt' must be a checkpoint of `SCVAE\.train`; found {found}"):
+        train(make_model(False), checkpoint=tmp_path)
 
 
 def test_the_tool_goes_on_from_a_checkpoint(tmp_path, monkeypatch):

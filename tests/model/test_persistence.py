@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +94,94 @@ def test_data_of_an_earlier_model_are_not_left_beside_the_next(model, tmp_path):
     model.save(tmp_path, overwrite=True)
     assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "b_model.pt", "b_adata.h5ad"}
     assert svt.SCVAE.load(tmp_path).adata is None
+
+
+# -- a save that is cut off --------------------------------------------------------------------------------------------
+
+
+def cells_with(note):
+    adata = named("cell")
+    adata.obs["note"] = note
+    return adata
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_persistence import cells_with
+import scvae_tools as svt
+from scvae_tools import _files
+
+model = svt.SCVAE.load({folder!r}, cells_with("new"))
+rename, moved = _files._rename, []
+
+def die(*positional, **named):
+    if len(moved) == {n_renamed}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moved.append(rename(*positional, **named))
+
+_files._rename = die
+model.save({folder!r}, overwrite=True, save_anndata=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_save_leaves_the_former_model_with_the_former_data(tmp_path):
+    former = trained_on(cells_with("former"))
+    former.save(tmp_path, overwrite=True, save_anndata=True)
+    kill_save(tmp_path, n_renamed=0)
+    found = svt.SCVAE.load(tmp_path)
+    assert set(found.adata.obs["note"]) == {"former"}
+    found.save(tmp_path, overwrite=True, save_anndata=True)
+    assert {"model.pt", "adata.h5ad"} <= {each.name for each in tmp_path.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_save_that_is_killed_between_its_two_files_is_noticed(tmp_path):
+    trained_on(cells_with("former")).save(tmp_path, overwrite=True, save_anndata=True)
+    kill_save(tmp_path, n_renamed=1)
+    with pytest.raises(
+        ValueError, match=r"adata\.h5ad' must be the data that model\.pt was saved with; found those of an"
+    ):
+        svt.SCVAE.load(tmp_path)
+    assert svt.SCVAE.load(tmp_path, cells_with("own")).adata.obs["note"].iloc[0] == "own"
+
+
+def kill_save(folder, **options):
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), **options)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_data_that_an_earlier_model_left_are_not_those_of_a_model_without_data(model, tmp_path):
+    model.save(tmp_path, overwrite=True, save_anndata=True)
+    shutil.copy(tmp_path / "adata.h5ad", tmp_path / "former.h5ad")
+    model.save(tmp_path, overwrite=True)
+    shutil.move(tmp_path / "former.h5ad", tmp_path / "adata.h5ad")  # as if the process had ended before its removal
+    assert svt.SCVAE.load(tmp_path).adata is None
+
+
+def test_data_that_others_wrote_beside_a_model_are_taken(model, tmp_path):
+    model.save(tmp_path, overwrite=True)
+    cells_with("own").write_h5ad(tmp_path / "adata.h5ad")
+    assert svt.SCVAE.load(tmp_path).adata.obs["note"].iloc[0] == "own"
+
+
+def test_data_that_cannot_be_read_are_named_and_the_model_is_there_without_them(model, tmp_path):
+    model.save(tmp_path, overwrite=True, save_anndata=True)
+    os.truncate(tmp_path / "adata.h5ad", 1000)
+    with pytest.raises(
+        ValueError, match=r"adata\.h5ad' must be an AnnData; it cannot be read .* or pass `adata` to load"
+    ):
+        svt.SCVAE.load(tmp_path)
+    assert svt.SCVAE.load(tmp_path, named("cell")).adata.n_obs == 60
+
+
+def test_saving_leaves_the_data_as_they_were(tmp_path):
+    adata = cells_with("some")
+    trained_on(adata).save(tmp_path, overwrite=True, save_anndata=True)
+    assert adata.obs["note"].dtype == cells_with("some").obs["note"].dtype
 
 
 #: Arguments that a path goes into, and how to call each public method that has one.

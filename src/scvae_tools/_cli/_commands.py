@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 import time
 import tomllib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,16 @@ from anndata import AnnData
 
 from scvae_tools import datasets as data_sets
 from scvae_tools import metrics, pl, tl
+from scvae_tools._adata_files import n_bytes_of, write_adata
 from scvae_tools._cli import _options, _reading
 from scvae_tools._cli._writing import (
     ADATA,
     TABLE,
     check_model_folder,
     check_output,
-    replacing,
-    write_adata,
     write_table,
 )
+from scvae_tools._files import require_room
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
@@ -54,19 +55,58 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     options = _arguments(given, _options.FIT, parser)
     adata = _read(given)
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
+    from scvae_tools.tl._lambda_layer import size_of_rate
+
+    _require_room(output, n_bytes_of(adata) + size_of_rate(adata, options.get("write_lambda")))
     start = time.perf_counter()
     with interrupts_held() as held:  # until what was trained is in a file
         model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
         seconds = time.perf_counter() - start
-        if model_folder is not None:
-            model.save(model_folder, overwrite=overwrite)
-        if output is not None:
-            write_adata(adata, output)
+        _write_fitted(adata, model, output, model_folder, overwrite=overwrite)
         held.take()
     summary = _summary(adata, model, Keys(options.get("key_added", "scvae")), labels)
     summary |= {"interrupted": True} if model.was_interrupted or held.was_pressed else {}
     written = {"output": output, "model": model_folder}
     return summary | {"seconds": seconds} | {name: str(path) for name, path in written.items() if path is not None}
+
+
+def _write_fitted(adata: AnnData, model: SCVAE, output: Path | None, folder: Path | None, *, overwrite: bool) -> None:
+    """Write model and results. Where one cannot be written, write the other, and the model at least somewhere."""
+    lost = []
+    if folder is not None:
+        try:
+            model.save(folder, overwrite=overwrite)
+        except OSError as error:
+            lost.append(error)
+            folder = None
+    if output is not None:
+        try:
+            write_adata(adata, output)
+        except OSError as error:
+            lost.append(error)
+    if not lost:
+        return
+    kept = _saved_somewhere(model, output) if folder is None else folder
+    remedy = (
+        "The trained model is lost with it."
+        if kept is None
+        else f"The trained model is in {str(kept)!r}, from which `scvae-tools predict` makes the results."
+    )
+    raise OSError(f"{' '.join(map(str, lost))} {remedy}") from lost[0]
+
+
+def _saved_somewhere(model: SCVAE, output: Path | None) -> Path | None:
+    """Save a model in a new folder beside the output, or in that of the system for temporary files."""
+    for place in ([] if output is None else [output.absolute().parent]) + [Path(tempfile.gettempdir())]:
+        with suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="scvae-model-", dir=place))
+            try:
+                model.save(folder, overwrite=True, versions=False)
+            except OSError:
+                folder.rmdir()
+                raise
+            return folder
+    return None
 
 
 def _summary(adata: AnnData, model: SCVAE, keys: Keys, labels: pd.Series | None) -> dict[str, Any]:
@@ -99,6 +139,7 @@ def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     layer, fill = _get(given, "layer"), _get(given, "fill_missing", default=False)
     _check_genes(adata, model, fill=fill)
     _check_layer(adata, layer)
+    _require_room(output, n_bytes_of(adata))
     with _model_layer_is_x(adata, model) if layer is None else nullcontext():
         tl.predict(adata, model, layer=layer, fill_missing=fill, key_added=keys.key_added)
     adata.uns[keys.uns]["params"]["model"] = str(given.model)
@@ -142,8 +183,7 @@ def plot(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str, A
     import matplotlib as mpl
 
     mpl.use("Agg")
-    with replacing(output) as temporary:
-        _call(function, data, **options, save=temporary)
+    _call(function, data, **options, save=output)
     from matplotlib import pyplot as plt
 
     plt.close("all")
@@ -198,6 +238,12 @@ def _check_adata(given: Namespace, parser: ArgumentParser) -> Path:
         parser.error("nothing to write: pass -o FILE")
     check_output(output, overwrite=_get(given, "overwrite", default=False), endings=ADATA)
     return output
+
+
+def _require_room(output: Path | None, n_bytes: int) -> None:
+    """Refuse, before any work, results that the disk has no room for; how far zarr compresses them is not known."""
+    if output is not None and output.suffix == ".h5ad":
+        require_room(output, n_bytes)
 
 
 def _check_table(given: Namespace) -> Path | None:

@@ -17,6 +17,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from scvae_tools._data.structure import check_structures
+from scvae_tools._files import put_back
 from scvae_tools._messages import inform, listed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
 
         return pbmc68k_reduced()
     path = Path(path)
+    put_back(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no {str(path)!r}. Pass a file or folder of counts, or {DEMO!r}.")
     kind = format_of(path)

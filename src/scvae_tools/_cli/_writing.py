@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING
 
-from scvae_tools._files import replacing
+from scvae_tools._files import put_back, replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from anndata import AnnData
     from pandas import DataFrame
 
 ADATA = (".h5ad", ".zarr")
@@ -39,6 +37,7 @@ def check_output(path: Path | None, *, overwrite: bool, endings: tuple[str, ...]
         return
     if endings and not path.name.endswith(endings):
         raise ValueError(f"The result is written as {' or '.join(endings)}; found {path.name!r}. Name it so.")
+    put_back(path)
     if path.exists():
         if not overwrite:
             raise ValueError(f"{str(path)!r} exists already. Pass another name, or --overwrite.")
@@ -74,16 +73,6 @@ def _check_folder(folder: Path) -> None:
 
 def _is_zarr(path: Path) -> bool:
     return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
-
-
-def write_adata(adata: AnnData, path: Path) -> None:
-    """Write h5ad or zarr, by the ending."""
-    with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about future formats, which the user cannot change
-        if path.suffix == ".zarr":
-            adata.write_zarr(temporary)
-        else:
-            adata.write_h5ad(temporary)
 
 
 def write_table(table: DataFrame, path: Path) -> None:

@@ -7,6 +7,7 @@ adds the rest: the random states, earlier stages, and the state at the beginning
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,17 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._files import digest_of_names, replacing, short_digest, to_plain
-from scvae_tools._messages import inform
+from scvae_tools._files import digest_of_names, require_room, short_digest, to_plain
+from scvae_tools._messages import inform, warn
 from scvae_tools._random import random_states, set_random_states
+from scvae_tools._train.torch_file import (
+    damaged_otherwise,
+    read_torch,
+    require_format,
+    require_types,
+    require_versions,
+    write_torch,
+)
 from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
 from scvae_tools._version import __version__
 
@@ -40,6 +49,27 @@ FORMAT = 1
 
 #: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"
+
+
+#: What the file must be, and the remedy if it is not.
+RULE = (
+    "must be a checkpoint of `SCVAE.train`. Pass another directory as `checkpoint`, or delete the file to train from "
+    "the beginning."
+)
+
+
+#: Keys of our part, and their types: always, after the last epoch, and before.
+IN_ALL = {"identity": str, "is_finished": bool, "attributes": str}
+IN_FINISHED = {"state": dict, "versions": dict}
+IN_UNFINISHED = {
+    "stage": int,
+    "is_second_attempt": bool,
+    "should_stop": bool,
+    "rows": str,
+    "before": dict,
+    "random_states": dict,
+    "log_base_measure": torch.Tensor,
+}
 
 
 #: Arguments of `SCVAE.train` without an effect on the result: where to compute, and what to show.
@@ -166,10 +196,10 @@ class AtomicIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _write(checkpoint, Path(path))
+        write_torch(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *_: object, **__: object) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch(Path(path), RULE)
 
 
 class Checkpointer(Checkpoint):
@@ -199,6 +229,7 @@ class Checkpointer(Checkpoint):
             raise ValueError(f"`checkpoint` must be a directory; found the file {str(directory)!r}. Pass another path.")
         self.path = self.directory / CHECKPOINT_FILE
         self.stage, self.is_second_attempt, self.attributes = 0, False, "null"
+        self.has_warned = False
         self.before: State = {}  #: weights at the beginning of the stage
         #: Content of the file that was found, until the training has continued from it.
         self.found = self._read() if self.path.exists() else None
@@ -210,15 +241,14 @@ class Checkpointer(Checkpoint):
         return self.found is not None and self.found[KEY]["is_finished"]
 
     def _read(self) -> dict[str, Any]:
-        try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+        found = read_torch(self.path, RULE)
+        with damaged_otherwise(self.path, RULE):
+            require_types(found, {KEY: dict})
             ours = found[KEY]
-        except Exception as error:  # a file can be wrong in many ways
-            raise ValueError(
-                f"{str(self.path)!r} must be a checkpoint of `SCVAE.train`; it cannot be read. Pass another directory "
-                "as `checkpoint`, or delete the file to train from the beginning."
-            ) from error
-        saved = json.loads(ours["identity"])
+            require_format(ours, FORMAT)
+            require_types(ours, IN_ALL | (IN_FINISHED if ours.get("is_finished") else IN_UNFINISHED))
+            saved = json.loads(ours["identity"])
+            require_types(saved, {"epochs before this training": int}, "identity")
         differences = _differences(saved, self.identity)
         if differences:
             further = (
@@ -238,13 +268,22 @@ class Checkpointer(Checkpoint):
     # -- the model's side ----------------------------------------------------------------------------------------------
 
     def resume(self, module: VAE, state: TrainingState) -> int:
-        """Restore the beginning of the stage in which the file was written; return the position of this stage."""
+        """Restore the beginning of the stage in which the file was written; return the position of this stage.
+
+        Raises
+        ------
+        DiskFullError
+            If there is no room for another file: weights, twice as much of Adam, and the weights before the stage.
+        """
+        n_bytes = sum(value.nbytes for value in module.state_dict().values())
+        require_room(self.path, 4 * n_bytes + self.dataset.log_base_measure.nbytes)
         if self.found is None:
             return 0
         ours = self.found[KEY]
-        _take_over(module, state, ours, "before")
-        self.dataset.log_base_measure[:] = ours["log_base_measure"].numpy()
-        n_epochs = len(json.loads(ours["rows"]))
+        with damaged_otherwise(self.path, RULE):
+            _take_over(module, state, ours, "before")
+            self.dataset.log_base_measure[:] = ours["log_base_measure"].numpy()
+            n_epochs = len(json.loads(ours["rows"]))
         inform("Going on from %s, after epoch %d of stage %d.", self.path, n_epochs, ours["stage"] + 1)
         return ours["stage"]
 
@@ -286,19 +325,37 @@ class Checkpointer(Checkpoint):
         ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
         ours |= {"attributes": state.to_json(module.n_components), "state": weights}
         ours |= {"versions": packed(state.versions, state.version, weights)}
-        _write({KEY: ours}, self.path)
+        with self._warning_if_unwritten():
+            write_torch({KEY: ours}, self.path)
+
+    @contextmanager
+    def _warning_if_unwritten(self) -> Iterator[None]:
+        """Context in which a file that cannot be written is no reason to lose the training; says so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.has_warned:
+                former = "after the epoch that it holds" if self.path.exists() else "from the beginning"
+                warn(
+                    f"The checkpoint is not up to date: {error} The training goes on, and the next epoch is "
+                    f"tried to be written; if the process is killed before, it starts again {former}."
+                )
+            self.has_warned = True
 
     def restore_result(self, module: VAE, state: TrainingState) -> None:
         """Load the result of the finished training into module and state."""
         ours = self.found[KEY]
-        _take_over(module, state, ours, "state")
-        state.versions, state.version = unpacked(ours["versions"])
+        with damaged_otherwise(self.path, RULE):
+            require_versions(ours["versions"])
+            _take_over(module, state, ours, "state")
+            state.versions, state.version = unpacked(ours["versions"])
         inform("The training of %s is finished; its result was loaded.", self.path)
 
     # -- Lightning's side ----------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
-        trainer.save_checkpoint(self.path)
+        with self._warning_if_unwritten():
+            trainer.save_checkpoint(self.path)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]
@@ -332,8 +389,3 @@ def _take_over(module: VAE, state: TrainingState, saved: Mapping[str, Any], weig
     if module.n_components != n_components:  # the training found the number
         module.build_mixture(n_components)
     module.load_state_dict(saved[weights])
-
-
-def _write(saved: dict[str, Any], path: Path) -> None:
-    with replacing(path) as temporary:
-        torch.save(saved, temporary)

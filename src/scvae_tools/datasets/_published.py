@@ -19,6 +19,8 @@ from scvae_tools._files import digest_of_file, replacing
 from scvae_tools._messages import listed, warn
 
 if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -148,13 +150,16 @@ def _cache_folder(cache_dir: str | Path | None) -> Path:
 
 def _download(published: Published, file: Path) -> None:
     """Put the file there whole and checked, or not at all."""
+    request = Request(published.url, headers={"User-Agent": "scvae-tools"})  # some servers refuse Python's own name
     try:
-        with replacing(file) as part:
-            _fetch(published.url, part)
-            source = f"The download from {published.url}"
-            _check_layout(part, published, source)
-            _check_md5(part, published, source)
-            _write_note(file, digest_of_file(part))  # before the file, which so is never without its note
+        with urlopen(request, timeout=TIMEOUT) as response:
+            file.parent.mkdir(parents=True, exist_ok=True)  # not before: without a connection no folder is left behind
+            with replacing(file) as part:
+                _receive(response, part, published.file_name)
+                source = f"The download from {published.url}"
+                _check_layout(part, published, source)
+                _check_md5(part, published, source)
+                _write_note(file, digest_of_file(part))  # before the file, which so is never without its note
     except (OSError, HTTPException) as error:
         raise OSError(
             f"`{published.loader}` needs {published.file_name}: found no file at {file.absolute()}, and could not "
@@ -164,16 +169,13 @@ def _download(published: Published, file: Path) -> None:
         ) from error
 
 
-def _fetch(url: str, part: Path) -> None:
+def _receive(response: HTTPResponse, part: Path, name: str) -> None:
     from tqdm.auto import tqdm
 
-    request = Request(url, headers={"User-Agent": "scvae-tools"})  # some servers refuse Python's own name
-    with urlopen(request, timeout=TIMEOUT) as response:
-        length = response.headers.get("Content-Length")
-        size = None if length is None else int(length)  # bytes
-        part.parent.mkdir(parents=True, exist_ok=True)  # not before: without a connection no folder is left behind
-        with tqdm.wrapattr(response, "read", total=size, desc=url.rpartition("/")[-1]) as stream, part.open("wb") as to:
-            shutil.copyfileobj(stream, to)
+    length = response.headers.get("Content-Length")
+    size = None if length is None else int(length)  # bytes
+    with tqdm.wrapattr(response, "read", total=size, desc=name) as stream, part.open("wb") as to:
+        shutil.copyfileobj(stream, to)
     received = part.stat().st_size
     if size is not None and received != size:
         raise OSError(f"the connection ended after {received:,} of {size:,} bytes")
@@ -213,7 +215,8 @@ def _note_of(file: Path) -> Path:
 
 def _write_note(file: Path, sha256: str) -> None:
     """Note the digest beside the file, in the format of ``sha256sum --check``."""
-    _note_of(file).write_text(f"{sha256}  {file.name}\n", encoding="utf-8")
+    with replacing(_note_of(file)) as temporary:
+        temporary.write_text(f"{sha256}  {file.name}\n", encoding="utf-8")
 
 
 def _check_layout(file: Path, published: Published, name: str) -> None:

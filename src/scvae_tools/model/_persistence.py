@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import anndata
 import numpy as np
 import pandas as pd
 from scvi.data import AnnDataManager
@@ -12,14 +14,16 @@ from scvi.data.fields import ObsmField
 from scvi.model.base import ArchesMixin
 
 from scvae_tools import _keys
+from scvae_tools._adata_files import mark_of, n_bytes_of, write_h5ad
 from scvae_tools._data.counts import require_anndata
-from scvae_tools._files import digest_of_names
+from scvae_tools._files import digest_of_names, remove, replacing, require_room
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
+from scvae_tools._train.torch_file import FoundError, damaged_otherwise
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
 from scvae_tools._upstream import initialize_model, pad_and_sort_genes, parse_device_args, quiet
 from scvae_tools.model._inference import InferenceMixin
-from scvae_tools.model._saved_file import ADATA_FILE, MODEL_FILE, read_saved, write_saved
+from scvae_tools.model._saved_file import ADATA_FILE, MODEL_FILE, RULE, read_saved, write_saved
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -140,6 +144,16 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
             three.
         **anndata_write_kwargs
             Of ``AnnData.write_h5ad``.
+
+        Raises
+        ------
+        OSError
+            If the disk is full. What was in the directory before is left as it was.
+
+        Notes
+        -----
+        Each file is whole whenever the process ends. If it ends just between the two, so that the data are not those
+        of the model beside them, `load` says so.
         """
         directory = Path(dir_path)
         if directory.exists() and not overwrite:
@@ -149,13 +163,18 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         attributes["cells_"] = self._digest_of_cells if self.adata is None else digest_of_names(self.adata.obs_names)
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         kept = {name: each for name, each in self._state.versions.items() if versions or name == self.version}
-        path = _model_file(directory, prefix)
-        write_saved(path, state, attributes, self.var_names, packed(kept, self.version, state))
-        data = directory / f"{prefix or ''}{ADATA_FILE}"
+        attributes["data_"] = secrets.token_hex(8) if save_anndata else None
+        content = state, attributes, self.var_names, packed(kept, self.version, state)
+        path, data = _model_file(directory, prefix), directory / f"{prefix or ''}{ADATA_FILE}"
         if save_anndata:
-            self.adata.write_h5ad(data, **anndata_write_kwargs)
+            if not anndata_write_kwargs:  # how far these compress is not known
+                require_room(data, n_bytes_of(self.adata))
+            with replacing(data) as temporary:
+                write_h5ad(self.adata, temporary, mark=attributes["data_"], **anndata_write_kwargs)
+                write_saved(path, *content)  # once the data are whole: a full disk leaves the former two
         else:
-            data.unlink(missing_ok=True)  # `load` would take those of an earlier model for this one's
+            write_saved(path, *content)
+            remove(data)  # `load` would take those of an earlier model for this one's
 
     @classmethod
     def load(
@@ -191,28 +210,29 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         FileNotFoundError
             If there is no model.
         ValueError
-            If it is of another class, or has no such version.
+            If it is of another class, or has no such version; if a file is damaged or of a later format, or the data
+            are not those of the model.
         """
         path = _model_file(dir_path, prefix)
         state, attributes, _, versions = read_saved(path)
         saved_data = path.with_name(f"{prefix or ''}{ADATA_FILE}")
+        mark = attributes.pop("data_", None)
         if adata is None and saved_data.exists():
-            import anndata
-
-            adata = anndata.read_h5ad(saved_data)
+            adata = _read_data(saved_data, mark, path)
         adata = adata.copy() if adata is not None and adata.is_view else adata
         registry = attributes.pop("registry_")
         if registry["model_name"] != cls.__name__:
             raise ValueError(f"{str(path)!r} holds a model of class {registry['model_name']!r}, not {cls.__name__!r}.")
         if adata:
-            cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+            _set_up(cls, adata, registry, path)
         cells = attributes.pop("cells_", None)
-        model = initialize_model(cls, adata, registry, attributes, None)
+        with damaged_otherwise(path, RULE):
+            model = initialize_model(cls, adata, registry, attributes, None)
+            model.module.load_state_dict(state)
+            model._state.versions, model._state.version = unpacked(versions)
         model._digest_of_cells = cells
         if adata and cells not in (None, digest_of_names(adata.obs_names)):
             model._forget_split()
-        model.module.load_state_dict(state)
-        model._state.versions, model._state.version = unpacked(versions)
         if version is not None:
             model.use_version(version)
         *_, torch_device = parse_device_args(accelerator, device, return_device="torch", validate_single_device=True)
@@ -372,6 +392,32 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
 
 def _model_file(directory: str | Path, prefix: str | None = None) -> Path:
     return Path(directory) / f"{prefix or ''}{MODEL_FILE}"
+
+
+def _set_up(cls: type[PersistenceMixin], adata: AnnData, registry: dict[str, Any], path: Path) -> None:
+    """Set up data by the registry of a saved model; a ValueError is due to the data."""
+    try:
+        cls.setup_anndata(adata, source_registry=registry, **registry["setup_args"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        with damaged_otherwise(path, RULE):
+            raise FoundError("a registry of other data sets or of none") from error
+
+
+def _read_data(saved_data: Path, mark: str | None, path: Path) -> AnnData | None:
+    """Data beside a model that was saved with this mark; None if they are those of an earlier model without data."""
+    remedy = "Save the model again, or pass `adata` to load it with data of your own: it is whole."
+    try:
+        found = mark_of(saved_data)
+        if found in (mark, None):  # none where others have written the file since
+            return anndata.read_h5ad(saved_data)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{str(saved_data)!r} must be an AnnData; it cannot be read ({error}). {remedy}") from error
+    if mark is None:
+        return None
+    raise ValueError(
+        f"{str(saved_data)!r} must be the data that {path.name} was saved with; found those of another model: one of "
+        f"the two was copied, or saving was cut off. {remedy}"
+    )
 
 
 def _why(name: str) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scvae_tools._files import replacing
 from scvae_tools._keys import Keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
@@ -132,9 +134,16 @@ def finish(figure: Figure, *, show: bool, save: str | Path | None) -> None:
     from matplotlib import pyplot as plt
 
     if save is not None:
-        figure.savefig(save, dpi=150, bbox_inches="tight")
+        with nullcontext(save) if hasattr(save, "write") else replacing(_with_suffix(save, figure)) as target:
+            figure.savefig(target, dpi=150, bbox_inches="tight")
     if show:
         plt.show()
+
+
+def _with_suffix(save: str | Path, figure: Figure) -> Path:
+    """Return the path to which matplotlib saves: it adds a suffix where there is none."""
+    path = Path(save)
+    return path if path.suffix else path.with_name(f"{path.name}.{figure.canvas.get_default_filetype()}")
 
 
 def tidy(ax: Axes) -> None:

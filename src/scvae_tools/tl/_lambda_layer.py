@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._files import require_room
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import InterruptedTraining, inform, warn
 from scvae_tools._module import memory
@@ -27,6 +29,7 @@ def require_place_for_rate(adata: AnnData, place: object, *, copy: bool) -> None
     if place is None or isinstance(place, bool | np.bool_):
         if place and adata.isbacked and not copy:
             _require_writable_file(adata)
+            require_room(Path(adata.filename), _n_bytes(adata))
         return
     rule = f"`write_lambda` must be True, False, None, or an array of shape {adata.shape} that takes rows of float32"
     remedy = f"Pass, for example, zarr.create_array(path, shape={adata.shape}, dtype='float32')."
@@ -38,12 +41,35 @@ def require_place_for_rate(adata: AnnData, place: object, *, copy: bool) -> None
         raise ValueError(f"{rule}; found the shape {shape}. {remedy}")
     if dtype.kind != "f" or dtype.itemsize < 4:
         raise ValueError(f"{rule}; found the type {dtype}. {remedy}")
+    _require_room_for_array(place)
     try:
         place[0:1] = np.asarray(place[0:1], dtype=dtype)  # stays as it is
     except Exception as error:
         raise ValueError(
             f"{rule}; found {_kind(place)} that takes none ({error}). Open it for writing. {remedy}"
         ) from error
+
+
+def _require_room_for_array(place: Any) -> None:
+    """Refuse an array in a file that has not its full size yet, where the disk has no room for it.
+
+    A write into a memory map, or into HDF5, could end the process.
+    """
+    if isinstance(place, np.memmap) and place.filename is not None:
+        status = Path(place.filename).stat()
+        require_room(Path(place.filename), place.nbytes - 512 * getattr(status, "st_blocks", status.st_size))
+    elif hasattr(place, "id") and hasattr(place, "file") and place.chunks is None:
+        require_room(Path(place.file.filename), place.nbytes - place.id.get_storage_size())
+
+
+def size_of_rate(adata: AnnData, place: object) -> int:
+    """Bytes that λ takes in memory, and in a file of results; 0 where it is not written."""
+    is_left_out = place is None and _n_bytes(adata) > LARGEST_SHARE_OF_MEMORY * _free_memory()
+    return 0 if is_left_out or place is False else _n_bytes(adata)
+
+
+def _n_bytes(adata: AnnData) -> int:
+    return 4 * adata.n_obs * adata.n_vars
 
 
 def _require_writable_file(adata: AnnData) -> None:
@@ -117,7 +143,7 @@ def _write(adata: AnnData, key: str, place: Any, rows: Iterator[np.ndarray]) -> 
 
 def _is_too_large(adata: AnnData, key: str) -> bool:
     """Whether λ would take too much of the free memory; warn if so."""
-    n_bytes, free = 4 * adata.n_obs * adata.n_vars, _free_memory()
+    n_bytes, free = _n_bytes(adata), _free_memory()
     if n_bytes <= LARGEST_SHARE_OF_MEMORY * free:
         return False
     warn(
@@ -139,6 +165,7 @@ def _rate_in_file(adata: AnnData, key: str, rows: Iterator[np.ndarray]) -> h5py.
     """Write λ into the layers of a backed AnnData's file, in the format of anndata."""
     import h5py
 
+    require_room(Path(adata.filename), _n_bytes(adata))  # HDF5 could end the process
     # A handle of its own: `AnnData.write` closes that of the AnnData before it reads the layers.
     file = h5py.File(adata.file["obs"].file.id.reopen())
     layers = file.require_group("layers")
