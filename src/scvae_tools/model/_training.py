@@ -16,6 +16,7 @@ from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
+from scvae_tools._threads import considerate_threads
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import Objective
@@ -362,7 +363,7 @@ class TrainingMixin(InferenceMixin):
         checkpoint, n_before = settings.checkpoint, self._state.n_epochs
         if checkpoint is not None:
             checkpoint.begin_stage(index, self.module, self._state)
-        with self._former_weights_on_error():
+        with considerate_threads(), self._former_weights_on_error():
             rows, interrupted, versions = run_stage(self.module, stage, loaders, settings, first_epoch=n_before)
             if interrupted and n_before + len(rows) == 0:
                 raise KeyboardInterrupt
