@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scvae_tools import _threads
-from scvae_tools._threads import sleeping_threads, threads_within_quota
+from scvae_tools._threads import sleeping_threads, useful_threads
 
 #: Seconds of the processor for 20 additions by two threads, each followed by 30 ms in which there is nothing to do.
 IDLE = """
@@ -120,16 +120,18 @@ def test_contexts_within_each_other_keep_one_thread(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n_threads", "n_granted", "variable", "expected"),
+    ("n_threads", "n_granted", "n_values", "variable", "expected"),
     [
-        (4, 2, None, 2),  # a container that may use 2 of 4 processors
-        (4, 4, None, 4),
-        (4, 2, "OMP_NUM_THREADS", 4),
-        (3, 2, None, 3),  # which the user chose: torch takes 4, or the 2 cores behind them
-        (1, 2, None, 1),
+        (4, 2, None, None, 2),  # a container that may use 2 of 4 processors
+        (4, 4, None, None, 4),
+        (4, 4, 128 * 13_488, None, 4),
+        (4, 4, 128 * 765, None, 1),
+        (4, 2, 128 * 765, "OMP_NUM_THREADS", 4),
+        (3, 2, 128 * 765, None, 3),  # which the user chose: torch takes 4, or the 2 cores behind them
+        (1, 2, None, None, 1),
     ],
 )
-def test_threads_are_no_more_than_the_container_grants(n_threads, n_granted, variable, expected, monkeypatch):
+def test_threads_are_no_more_than_are_of_use(n_threads, n_granted, n_values, variable, expected, monkeypatch):
     for name in _threads.NUMBERS:
         monkeypatch.delenv(name, raising=False)
     if variable:
@@ -140,7 +142,7 @@ def test_threads_are_no_more_than_the_container_grants(n_threads, n_granted, var
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        with threads_within_quota():
+        with useful_threads(n_values):
             assert torch.get_num_threads() == expected
         assert torch.get_num_threads() == n_threads
     finally:

@@ -1,4 +1,4 @@
-"""Threads of the processor: no more than this process may use, asleep while they wait, and safe to fork.
+"""Threads of the processor: no more than are of use, asleep while they wait, and safe to fork.
 
 torch computes with a team of OpenMP threads, which wait for each other many times in a step of a training. With
 libgomp, the runtime of torch on Linux, a waiting thread keeps its core busy for about 3 ms before it sleeps. Beside
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: Variables by which users say how many threads there are, and how these wait.
 NUMBERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+#: Numbers in a matrix up to which a second thread saves no time: 128 cells and 1,024 genes (docs/performance.md).
+SMALL = 2**17
 #: A function that does nothing and needs nothing of Python.
 _NOTHING = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p)
 #: ``omp_pause_soft`` of the OpenMP standard.
@@ -33,24 +35,32 @@ _SOFTLY = 1
 
 
 @contextlib.contextmanager
-def considerate_threads() -> Iterator[None]:
-    """Context for a long computation: threads sleep while they wait, and are no more than the process may use."""
-    with threads_within_quota(), sleeping_threads():
+def considerate_threads(n_values: int | None = None) -> Iterator[None]:
+    """Context for a long computation: threads sleep while they wait, and there are no more of them than are of use.
+
+    Parameters
+    ----------
+    n_values
+        Size of the matrices that are computed with, such as cells times genes; None if they are large.
+    """
+    with useful_threads(n_values), sleeping_threads():
         yield
 
 
 @contextlib.contextmanager
-def threads_within_quota() -> Iterator[None]:
-    """Context in which torch has at most as many threads as the container of this process grants processors.
+def useful_threads(n_values: int | None = None) -> Iterator[None]:
+    """Context in which torch has one thread for small matrices, and at most as many as there are processors to use.
 
-    torch counts the processors of the machine. A number that the user chose, by a variable or in torch, is kept.
+    torch takes as many as the machine has, though a container may grant fewer. A number that the user chose, by a
+    variable or in torch, is kept.
     """
-    n_threads, n_granted = torch.get_num_threads(), joblib.cpu_count()
+    n_threads = torch.get_num_threads()
+    n_useful = 1 if n_values is not None and n_values <= SMALL else joblib.cpu_count()
     is_of_torch = n_threads in (os.cpu_count(), psutil.cpu_count(logical=False))
-    if n_threads <= n_granted or not is_of_torch or any(name in os.environ for name in NUMBERS):
+    if n_threads <= n_useful or not is_of_torch or any(name in os.environ for name in NUMBERS):
         yield
         return
-    torch.set_num_threads(n_granted)
+    torch.set_num_threads(n_useful)
     try:
         yield
     finally:

@@ -363,7 +363,8 @@ class TrainingMixin(InferenceMixin):
         checkpoint, n_before = settings.checkpoint, self._state.n_epochs
         if checkpoint is not None:
             checkpoint.begin_stage(index, self.module, self._state)
-        with considerate_threads(), self._former_weights_on_error():
+        n_cells_of_step = len(self.train_indices) // max(1, len(loaders[0]))
+        with considerate_threads(n_cells_of_step * self.adata.n_vars), self._former_weights_on_error():
             rows, interrupted, versions = run_stage(self.module, stage, loaders, settings, first_epoch=n_before)
             if interrupted and n_before + len(rows) == 0:
                 raise KeyboardInterrupt
