@@ -14,6 +14,10 @@ decoded.
 
 Simulated cells have the shape of the mouse-brain set: 27,998 genes, 12 components, a median of 4,400 counts, 93 %
 zeros. Where a row takes more of them than were simulated, they are repeated: neither time nor memory depends on that.
+
+The rows ``beside-work`` need a machine that has nothing else to do: they compare a training alone and beside processes
+that never rest, which they start and end. ``GOMP_SPINCOUNT=300000`` before the
+command lets threads wait as libgomp would by itself.
 Memory is the peak of a process of its own, above what it held with everything imported and the AnnData read; 1 GB is
 10^9 bytes.
 """
@@ -34,7 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
@@ -42,6 +46,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anndata
+import joblib
 import lightning.pytorch as lightning
 import numpy as np
 import pandas as pd
@@ -51,7 +56,7 @@ import torch
 import scvae_tools as svt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 N_GENES, N_HIDDEN, BATCH_SIZE, N_COMPONENTS = 27_998, 128, 128, 8
 #: Cells of the simulated set, for rows whose batch size depends on that number.
@@ -456,6 +461,39 @@ def number_of_cells(settings: Settings, *, target: Target, n_genes: int = 2_000)
     return results
 
 
+@contextmanager
+def busy_processes(n: int) -> Iterator[None]:
+    """Context beside which n processes compute without rest, in sessions of their own, as other programs are."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def beside_work(settings: Settings, *, n_genes: int, n_epochs: int, target: Target) -> list[Result]:
+    """Time a step beside busy processes, one for every two processors and then one for each, over that alone."""
+    adata = cells(simulated(settings.n_cells, n_genes, n_genes / 6), settings.n_cells)
+    training = Training("ours", build_ours(adata), n_epochs, batch_size=BATCH_SIZE)
+
+    def loaded(n: int) -> float:
+        with busy_processes(n):
+            return training()
+
+    n_processors = joblib.cpu_count()
+    numbers = sorted({max(1, n_processors // 2), n_processors})
+    found = take_turns({n: partial(loaded, n) for n in (0, *numbers)}, settings.repeats)
+    alone, *beside = (milliseconds(found[n] * BATCH_SIZE) for n in (0, *numbers))
+    what = f"a step, VAE NB, {n_genes:,} genes, {torch.get_num_threads()} threads, {n_processors} processors"
+    return [
+        Result(f"{what}, {n} busy processes", "ms", each, alone, "alone", target, data=described(adata))
+        for n, each in zip(numbers, beside, strict=True)
+    ]
+
+
 def memory(settings: Settings, *, target: Target, target_ratio: Target) -> list[Result]:
     """Peak memory of training, each in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
@@ -549,6 +587,8 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "gmvae": partial(gmvae, target=Target("ours", "<=", 12)),
     "vade": partial(vade, target=Target("ratio", "<=", 1.15)),
     "cells": partial(number_of_cells, target=Target("ratio", "<=", 1.1)),
+    "beside-work-small": partial(beside_work, n_genes=765, n_epochs=10, target=Target("ratio", "<=", 2)),
+    "beside-work-large": partial(beside_work, n_genes=13_488, n_epochs=3, target=Target("ratio", "<=", 2)),
     "memory": partial(memory, target=Target("ours", "<=", 0.4), target_ratio=Target("ratio", "<=", 1.05)),
 }
 QUICK_ROWS = ("nb", "pbmc", "step-512", "gmvae", "cells", "memory")

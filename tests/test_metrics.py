@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -163,3 +164,16 @@ def test_latent_codes_and_clusters_must_be_of_the_same_cells():
 
 def test_metrics_are_public():
     assert svt.metrics is metrics
+
+
+@pytest.mark.parametrize("n_cells", [3_000, 4_500])
+def test_the_silhouette_takes_32_mib_for_distances_and_little_for_each_cell(n_cells):
+    # All distances are 72 and 162 MB.
+    clusters = np.arange(n_cells) % 8
+    latent = np.random.default_rng(0).normal(size=(n_cells, 10)) + clusters[:, None]
+    metrics.silhouette(latent[:20], clusters[:20])  # imports what it needs
+    tracemalloc.start()
+    metrics.silhouette(latent, clusters)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.1 * 32 * 2**20 + 300 * n_cells

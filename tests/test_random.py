@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import scvae_tools as svt
 from scvae_tools._random import RandomStream, isolated_random_state, seeded
 
 
@@ -74,3 +77,39 @@ def test_a_stream_inside_a_seeded_call_is_that_of_the_call():
 def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(ValueError, match=r"`random_state` must be a whole number; found"), isolated_random_state(seed):
         pass
+
+
+def at_once(function):
+    """What a function returns in each of two threads that call it at the same time."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(function())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_threads_with_the_same_seed_draw_the_same_one_after_the_other():
+    def drawn():
+        with seeded(7):
+            first = draw()
+            time.sleep(0.2)
+            return first, draw()
+
+    with seeded(7):
+        expected = draw(), draw()
+    before = random.getstate(), torch.get_rng_state()
+    assert at_once(drawn) == [expected, expected]
+    assert before[0] == random.getstate()
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+def test_trainings_in_two_threads_are_the_same_as_alone():
+    def trained():
+        adata = svt.datasets.simulate(80, 20, 2)
+        model = svt.tl.scvae(adata, n_components=2, max_epochs=3, return_model=True, verbose=False)
+        return model.history["elbo_train"].tolist()
+
+    alone = trained()
+    assert at_once(trained) == [alone, alone]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from scvae_tools._lazy import loaded
 from scvae_tools._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ _HOMES = {"SCVAE": "model", "CountsError": "_data.counts", "NonFiniteError": "_t
 def __getattr__(name: str) -> object:
     """Load a public name when it is first used, since torch and scvi-tools take seconds to import (PEP 562)."""
     if name in _HOMES:
-        return getattr(import_module(f"scvae_tools.{_HOMES[name]}"), name)
+        return getattr(loaded(f"scvae_tools.{_HOMES[name]}"), name)
     if name in __all__:
-        return import_module(f"scvae_tools.{name}")
+        return loaded(f"scvae_tools.{name}")
     raise AttributeError(f"module 'scvae_tools' has no attribute {name!r}")
 
 

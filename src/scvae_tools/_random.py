@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import random
+import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from scvae_tools._checks import is_whole
+from scvae_tools._messages import inform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -39,9 +42,37 @@ def as_seed(random_state: object, rng: object) -> int:
     )
 
 
+class _Turn:
+    """Turn of one thread at a time to seed the global generators, which all threads of a process share."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Give the turn to nobody: a forked process has not the thread that may have had it."""
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Context that waits until no other thread is in it."""
+        lock = self._lock
+        if not lock.acquire(blocking=False):
+            inform("Waiting for another thread: the seeded random generators are those of the whole process.")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+_turn = _Turn()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_turn.renew)
+
+
 @contextmanager
 def isolated_random_state(seed: int) -> Iterator[None]:
-    """Seed Python, NumPy and torch inside; leave their global states as they were.
+    """Seed Python, NumPy and torch inside; leave their global states as they were. One thread at a time is inside.
 
     Raises
     ------
@@ -51,8 +82,8 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     if not is_whole(seed):
         raise ValueError(f"`random_state` must be a whole number; found {seed!r}.")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices):
+    with _turn.taken(), torch.random.fork_rng(devices):
+        state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
         seed = int(seed)  # `random.seed` refuses NumPy integers
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvae_tools._lazy import loaded
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+    from collections.abc import Collection, Hashable, Mapping, Sequence
 
 __all__ = ["accuracy", "ami", "ari", "is_scored", "majority_labels", "silhouette"]
 
 #: Most cells whose distances to each other `silhouette` computes.
 LARGEST_SILHOUETTE = 20_000
+#: Memory for the distances that are held at a time, in MiB. More of it, such as scikit-learn's 1,024, takes longer.
+SILHOUETTE_MIB = 32
 
 
 def is_scored(labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> np.ndarray:
@@ -113,9 +117,7 @@ def ari(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Has
     ----------
     .. [HubertArabie85] Hubert, Arabie (1985) Comparing partitions. Journal of Classification 2:193.
     """
-    from sklearn.metrics import adjusted_rand_score
-
-    return _agreement(adjusted_rand_score, clusters, labels, excluded)
+    return _agreement("adjusted_rand_score", clusters, labels, excluded)
 
 
 def ami(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> float:
@@ -137,9 +139,7 @@ def ami(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Has
     .. [Vinh10] Vinh, Epps, Bailey (2010) Information theoretic measures for clusterings comparison: variants,
        properties, normalization and correction for chance. JMLR 11:2837.
     """
-    from sklearn.metrics import adjusted_mutual_info_score
-
-    return _agreement(adjusted_mutual_info_score, clusters, labels, excluded)
+    return _agreement("adjusted_mutual_info_score", clusters, labels, excluded)
 
 
 def silhouette(
@@ -160,13 +160,15 @@ def silhouette(
     -------
     Between −1 and 1; NaN where it is not defined: for fewer than two clusters, or none with two cells.
 
+    Notes
+    -----
+    The distances are computed for some cells at a time, in 32 MiB of memory whatever the number of cells.
+
     References
     ----------
     .. [Rousseeuw87] Rousseeuw (1987) Silhouettes: a graphical aid to the interpretation and validation of cluster
        analysis. Journal of Computational and Applied Mathematics 20:53.
     """
-    from sklearn.metrics import silhouette_score
-
     clusters, latent = _plain(clusters, "clusters"), np.asarray(latent)
     if latent.ndim != 2 or len(latent) != len(clusters):
         raise ValueError(
@@ -180,18 +182,21 @@ def silhouette(
     codes, found = pd.factorize(clusters[cells])
     if not 2 <= len(found) < len(cells):
         return float("nan")
-    return float(silhouette_score(latent[cells], codes))
+    with loaded("sklearn").config_context(working_memory=SILHOUETTE_MIB):
+        return float(loaded("sklearn.metrics").silhouette_score(latent[cells], codes))
 
 
 def _agreement(
-    score: Callable[[np.ndarray, np.ndarray], float],
+    name: str,
     clusters: Sequence[Any],
     labels: Sequence[Any],
     excluded: Collection[Hashable],
 ) -> float:
+    """Score by the function of scikit-learn with this name."""
     clusters, labels = _scored(clusters, labels, excluded)
     if len(labels) == 0:
         return float("nan")
+    score = getattr(loaded("sklearn.metrics"), name)
     return float(score(pd.factorize(labels)[0], pd.factorize(clusters)[0]))
 
 

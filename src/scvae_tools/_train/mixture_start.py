@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
+from scvae_tools._threads import considerate_threads
 from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, n_fits_at_once, one_hot
 
 #: Number of runs, each from another start; the result of one is taken.
@@ -54,6 +55,7 @@ class _Level(NamedTuple):
     n_components: int
 
 
+@considerate_threads()
 def start_mixture(
     latent: np.ndarray,
     n_components: int | tuple[int, int] | None,
@@ -99,6 +101,7 @@ def start_mixture(
     return _as_start(_mixture(latent, label, k)), _table(runs, found, k)
 
 
+@considerate_threads()
 def start_from_labels(
     latent: np.ndarray,
     label: np.ndarray,

@@ -18,6 +18,7 @@ from scvae_tools._data.roles import columns_in
 from scvae_tools._data.windows import held_on_device
 from scvae_tools._messages import said_before
 from scvae_tools._random import seeded
+from scvae_tools._threads import sleeping_threads
 from scvae_tools.model._setup import SetupMixin
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class CellsMixin(SetupMixin):
         self.module.eval()
         with seeded(0):
             batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
-        for tensors in batches:
-            yield self.module.moved(tensors)
+        with sleeping_threads():
+            for tensors in batches:
+                yield self.module.moved(tensors)
 
     def _cells_on_device(self, adata: AnnData, indices: Sequence[int] | None) -> ResidentCells | CellWindows | None:
         """Cells on the device of the model, or None where their batches are made by the host.

@@ -17,6 +17,7 @@ from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
+from scvae_tools._threads import considerate_threads
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import Objective
@@ -389,7 +390,8 @@ class TrainingMixin(InferenceMixin):
         checkpoint, n_before = settings.checkpoint, self._state.n_epochs
         if checkpoint is not None:
             checkpoint.begin_stage(index, self.module, self._state)
-        with self._former_weights_on_error():
+        n_cells_of_step = len(self.train_indices) // max(1, len(loaders[0]))
+        with considerate_threads(n_cells_of_step * self.adata.n_vars), self._former_weights_on_error():
             rows, interrupted, versions = run_stage(self.module, stage, loaders, settings, first_epoch=n_before)
             if interrupted and n_before + len(rows) == 0:
                 raise KeyboardInterrupt

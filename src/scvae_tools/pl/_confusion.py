@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._keys import Keys
+from scvae_tools._lazy import loaded
 from scvae_tools.pl._figures import (
     column_of_obs,
     finish,
@@ -135,8 +136,6 @@ def _label_of_cells(adata: AnnData, labels_key: str) -> pd.Categorical:
 
 def _count(component: pd.Categorical, label: pd.Categorical) -> _Table:
     """Count the labelled cells of each component, in matched order, and compare the two partitions."""
-    from sklearn.metrics import adjusted_rand_score
-
     is_known = (component.codes >= 0) & (label.codes >= 0)
     if not is_known.any():
         raise ValueError("No cell has both a component and a label. Pass another labels_key=.")
@@ -150,7 +149,7 @@ def _count(component: pd.Categorical, label: pd.Categorical) -> _Table:
     row_order, column_order = _matched_order(counts.to_numpy())
     return _Table(
         counts.iloc[row_order, column_order],
-        adjusted_rand_score(columns, rows),
+        loaded("sklearn.metrics").adjusted_rand_score(columns, rows),
         left_out=int((~is_known).sum()),
         lacking="label" if (component.codes >= 0).all() else "label or component",
     )

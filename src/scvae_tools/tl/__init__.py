@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from scvae_tools._lazy import loaded
 
 if TYPE_CHECKING:
     from scvae_tools.tl._ambiguous_cells import ambiguous_cells
@@ -32,7 +33,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Load a tool, of the file with its name, when it is first used: most need torch (PEP 562)."""
     if name in __all__:
-        return getattr(import_module(f"scvae_tools.tl._{name}"), name)
+        return getattr(loaded(f"scvae_tools.tl._{name}"), name)
     raise AttributeError(f"module 'scvae_tools.tl' has no attribute {name!r}")
 
 

@@ -17,6 +17,7 @@ from scvae_tools._data.roles import column_of_obs, labels_to_score_by
 from scvae_tools._messages import listed, warn
 from scvae_tools._random import as_seed, isolated_random_state
 from scvae_tools._results.writing import require_writable, write_uns
+from scvae_tools._threads import sleeping_threads
 from scvae_tools._version import __version__
 from scvae_tools.tl._models import require_encoder_of_counts
 
@@ -398,7 +399,7 @@ def _copied(name: object, estimator: BaseEstimator, seed: int) -> BaseEstimator:
 def _clusters(name: str, estimator: BaseEstimator, latent: np.ndarray, fitted: np.ndarray, seed: int) -> np.ndarray:
     """Clusters of all cells, as text, (n_cells,)."""
     try:
-        with isolated_random_state(seed):  # some estimators have no seed
+        with isolated_random_state(seed), sleeping_threads():  # some estimators have no seed
             found = (
                 estimator.fit(latent[fitted]).predict(latent)
                 if hasattr(estimator, "predict")
