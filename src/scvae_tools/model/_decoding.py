@@ -16,7 +16,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model.base import RNASeqMixin, VAEMixin
 from torch import Tensor
 
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, checked
 from scvae_tools._messages import warn
 from scvae_tools._module import memory
 from scvae_tools._random import RandomStream
@@ -95,6 +95,7 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
         codes = codes.rows(cells)
         return self.module.decode(codes.z, codes.size, codes.covariates, genes)
 
+    @checked()
     @torch.inference_mode()
     def iter_decoded(
         self,

@@ -14,7 +14,7 @@ from scvi.model.base import RNASeqMixin
 from scvi.utils import track
 from torch import Tensor
 
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, checked
 from scvae_tools._messages import warn
 from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools._random import seeded, with_random_state
@@ -34,6 +34,7 @@ SCVI_PARAMETERS = {"log_rate": ("mean", "mu"), "log_r": ("dispersions", "theta")
 class ExpressionMixin(DecodingMixin):
     """Expression by `SCVAE`, in place of the methods of scvi-tools, which hold the result twice."""
 
+    @checked()
     @torch.inference_mode()
     def iter_lambda(
         self,
@@ -60,6 +61,7 @@ class ExpressionMixin(DecodingMixin):
                 continue
             yield self.module.rate(*self.module.data(tensors), genes=genes).cpu().numpy()
 
+    @checked()
     def get_lambda(
         self,
         adata: AnnData | None = None,
@@ -103,6 +105,7 @@ class ExpressionMixin(DecodingMixin):
             array[start : start + len(chunk)] = chunk
         return rows.result()
 
+    @checked()
     @torch.inference_mode()
     def get_likelihood_parameters(
         self,
@@ -155,6 +158,7 @@ class ExpressionMixin(DecodingMixin):
                         put(places[key], cells, part, value.mean(0) if averages else value)
         return {key: value.result() for key, value in rows.items()}
 
+    @checked()
     def get_normalized_expression(
         self,
         adata: AnnData | None = None,
@@ -316,6 +320,7 @@ class ExpressionMixin(DecodingMixin):
             value = value.mean(0) if decoding.averages else value
             yield cells, part, value * decoding.factor
 
+    @checked()
     def get_feature_correlation_matrix(
         self,
         adata: AnnData | None = None,
@@ -438,6 +443,7 @@ class ExpressionMixin(DecodingMixin):
 
     # For completion and the reference: the arguments of the scvi-tools that is installed.
     differential_expression.__signature__ = inspect.signature(with_random_state(RNASeqMixin.differential_expression))
+    differential_expression = checked()(differential_expression)
 
 
 @dataclass(frozen=True)

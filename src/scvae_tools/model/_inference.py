@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scvi import settings
+from scvi.model.base import VAEMixin
 
 from scvae_tools import _keys
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, checked
 from scvae_tools._module.bounds import kl_of_marginals
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 class InferenceMixin(ExpressionMixin, SamplingMixin):
     """Inference with `SCVAE`, in place of the methods of scvi-tools, which know one Gaussian prior only."""
 
+    @checked()
     @torch.inference_mode()
     def get_elbo_terms(
         self,
@@ -93,6 +95,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         values = -self.get_elbo_terms(*args, **kwargs)["log_likelihood"].to_numpy()
         return {"reconstruction_loss": float(values.mean()) if return_mean else values}
 
+    @checked()
     @torch.inference_mode()
     def get_kl_by_dimension(
         self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
@@ -119,6 +122,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
             n_cells += len(weight)
         return (total / n_cells).numpy()
 
+    @checked()
     @torch.inference_mode()
     def get_marginal_ll(
         self,
@@ -155,6 +159,10 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         values = torch.cat(values).double().numpy()
         return float(values.mean()) if return_mean else values
 
+    get_aggregated_posterior = checked()(VAEMixin.get_aggregated_posterior)
+    differential_abundance = checked()(VAEMixin.differential_abundance)
+
+    @checked()
     @torch.inference_mode()
     def predict(
         self,
@@ -255,6 +263,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         columns = [str(dimension) for dimension in range(decoder.n_latent)]
         return pd.DataFrame(loadings.cpu().numpy().copy(), index=self.var_names, columns=columns)
 
+    @checked()
     def get_latent_representation(
         self,
         adata: AnnData | None = None,

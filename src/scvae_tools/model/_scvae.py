@@ -11,6 +11,7 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from scvae_tools import _keys
+from scvae_tools._checks import checked
 from scvae_tools._data.counts import gene_mean_fraction
 from scvae_tools._module.covariates import Covariates, Sizes
 from scvae_tools._module.mixture_vaes import GMVAE, MixtureVAE, VaDE
@@ -131,6 +132,7 @@ class SCVAE(TrainingMixin, PersistenceMixin):
     _LATENT_QZM_KEY = _keys.LATENT_MEAN
     _LATENT_QZV_KEY = _keys.LATENT_VARIANCE
 
+    @checked()
     def __init__(
         self,
         adata: AnnData | None = None,

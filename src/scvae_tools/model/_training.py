@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._checks import check_choice, check_number, check_share, check_whole
+from scvae_tools._checks import check_choice, checked
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset
 from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
@@ -53,6 +53,7 @@ class TrainingMixin(InferenceMixin):
         """
         return self._state.history
 
+    @checked()
     def train(
         self,
         max_epochs: int | None = None,
@@ -168,9 +169,6 @@ class TrainingMixin(InferenceMixin):
         """
         arguments = dict(locals())
         self._require_data_to_train()
-        max_epochs, batch_size = check_training_arguments(max_epochs, batch_size, train_size, lr)
-        gradient_clip, patience = check_optimisation(weight_decay, gradient_clip, patience)
-        n_warm_up_epochs = check_whole("n_warm_up_epochs", n_warm_up_epochs, least=0, or_none=True)
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         _check_objective(objective, self.module)
         _check_precision(trainer_options.get("precision"))
@@ -488,36 +486,15 @@ def _no_memory(device: torch.device, cells: ResidentCells | CellWindows | None) 
     )
 
 
-def check_training_arguments(
-    max_epochs: int | None, batch_size: int, train_size: float, lr: float
-) -> tuple[int | None, int]:
-    """Check the arguments of `SCVAE.train` that every training has; return the numbers of epochs and cells."""
-    check_share("train_size", train_size)
-    check_number("lr", lr, above=0)
-    return check_whole("max_epochs", max_epochs, or_none=True), check_whole("batch_size", batch_size)
-
-
-def check_optimisation(weight_decay: float, gradient_clip: float | None, patience: int) -> tuple[float | None, int]:
-    """Check how the loss is minimised; return the largest norm of the gradient, and the patience."""
-    check_number("weight_decay", weight_decay, least=0)
-    # Below 0 it would turn the gradient round, and at 0 remove it.
-    clip = None if gradient_clip is None else check_number("gradient_clip", gradient_clip, above=0)
-    return clip, check_whole("patience", patience, least=0)
-
-
 def _check_objective(objective: Objective, module: VAE) -> None:
-    check_whole("n_samples", objective.n_samples)
-    check_whole("n_importance_samples", objective.n_importance_samples)
-    weights = {name: getattr(objective, name) for name in ("kl_weight", "free_nats_y", "free_nats_z")}
-    for name, value in weights.items():
-        check_number(name, value, least=0)
+    """Check that the parts of an objective fit each other and the model."""
     if objective.free_nats_y and (module.y_term == "none" or not isinstance(module, MixtureVAE)):
         found = "y_term='none'" if isinstance(module, MixtureVAE) else "mixture=False"
         raise ValueError(f"`free_nats_y` is of the KL of y, which a model with {found} has not. Leave it out.")
     if objective.n_importance_samples == 1:
         return
     others = {"n_samples": objective.n_samples > 1, "y_term": module.y_term != "kl"}
-    others |= {name: weights[name] > 0 for name in ("free_nats_y", "free_nats_z")}
+    others |= {name: getattr(objective, name) > 0 for name in ("free_nats_y", "free_nats_z")}
     clashing = [name for name, is_set in others.items() if is_set]
     if clashing:
         raise ValueError(

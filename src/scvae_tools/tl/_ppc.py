@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_key, check_whole
+from scvae_tools._checks import check_key, check_random_source, checked, whole
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._keys import Keys
 from scvae_tools._random import as_seed
@@ -31,6 +31,7 @@ SHARE_IN_BINS = 0.995
 _BLOCK = 2**20
 
 
+@checked(random_state=check_random_source, n_samples=whole(least=2))
 def ppc(
     adata: AnnData,
     model: SCVAE,
@@ -126,7 +127,6 @@ def ppc(
     check_key("key_added", key_added, or_none=True)
     require_encoder_of_counts(model, "svt.tl.ppc")
     require_writable(adata)
-    n_samples = check_whole("n_samples", n_samples, least=2)
     genes = _check_genes(model, genes)
     seed = as_seed(random_state, None)
     cells = model.other_cells(adata, indices=indices, layer=layer)

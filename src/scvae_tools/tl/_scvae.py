@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from scvae_tools._checks import check_key
+from scvae_tools._checks import as_plain, check_arguments, check_key, check_random_source, checked
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import obs_keys_of
 from scvae_tools._keys import Keys
@@ -31,6 +31,7 @@ OF_MODEL = ("likelihood", "mixture", "n_components", "n_latent", "n_hidden", "n_
 OF_TRAINING = ("batch_size", "train_size", "early_stopping")
 
 
+@checked(random_state=check_random_source, rng=check_random_source)
 def scvae(
     adata: AnnData,
     *,
@@ -228,7 +229,7 @@ def _split_options(options: dict) -> tuple[dict, dict]:
     Raises
     ------
     ValueError
-        If one belongs to neither.
+        If one belongs to neither, or is out of range.
     """
 
     def known(function: object) -> set[str]:
@@ -244,4 +245,7 @@ def _split_options(options: dict) -> tuple[dict, dict]:
                 f"Unknown argument {name!r}.{hint} Beside its own, scvae takes {', '.join(sorted(of_model))} for the "
                 f"model and {', '.join(sorted(of_training))} for the training."
             )
+    check_arguments(SCVAE.__init__, options)
+    check_arguments(SCVAE.train, options)
+    options = as_plain(options)
     return {k: v for k, v in options.items() if k in of_model}, {k: v for k, v in options.items() if k in of_training}
