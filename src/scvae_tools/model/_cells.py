@@ -146,7 +146,7 @@ class CellsMixin(SetupMixin):
         self._check_columns_of(adata, checked)
         obs = adata.obs[columns_in(checked)]
         if any_labels and label is not None:
-            obs = obs.assign(**{label: self.label_categories[0]})
+            obs = obs.assign(**{label: self._some_label()})
         return obs[columns_in(obs_keys)]
 
     def _places_of_genes(self, adata: AnnData, *, fill_missing: bool | None) -> np.ndarray:
