@@ -18,6 +18,7 @@ from scvae_tools._checks import cell_positions, checked
 from scvae_tools._messages import warn
 from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools._random import seeded, with_random_state
+from scvae_tools._train.run import REMEDY
 from scvae_tools._upstream import quiet
 from scvae_tools.model._chunks import FilledRows, check_overall, put
 from scvae_tools.model._decoding import Codes, DecodingMixin
@@ -53,13 +54,17 @@ class ExpressionMixin(DecodingMixin):
             )
         n_decoded = self.n_components if isinstance(self.module, GMVAE) and self.is_mixture else 1
         n_bytes = self._decoded_bytes(n_decoded * self._n_genes(genes))
+        n_unfit = 0
         for tensors in self._batches(adata, indices, batch_size or self._cells_at_once(adata, n_bytes)):
             if REGISTRY_KEYS.LATENT_QZM_KEY in tensors:
                 _, size, covariates = self.module.data(tensors)
-                px = self.module.decode(tensors[REGISTRY_KEYS.LATENT_QZM_KEY], size, covariates, genes)
-                yield px.mu.cpu().numpy()
-                continue
-            yield self.module.rate(*self.module.data(tensors), genes=genes).cpu().numpy()
+                rate = self.module.decode(tensors[REGISTRY_KEYS.LATENT_QZM_KEY], size, covariates, genes).mu
+            else:
+                rate = self.module.rate(*self.module.data(tensors), genes=genes)
+            n_unfit += int((~torch.isfinite(rate.amax(1))).sum())
+            yield rate.cpu().numpy()
+        if n_unfit:
+            warn(f"λ of {n_unfit:,} cells is NaN or infinite. {REMEDY}")
 
     @checked()
     def get_lambda(

@@ -18,10 +18,10 @@ from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
-from scvae_tools._train.plan import Objective
+from scvae_tools._train.plan import NonFiniteError, Objective
 from scvae_tools._train.progress import Progress
 from scvae_tools._train.recorder import RateRecorder
-from scvae_tools._train.run import Settings, run_stage
+from scvae_tools._train.run import REMEDY, Settings, run_stage
 from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
 from scvae_tools._train.versions import Version, copied, renumbered
@@ -148,7 +148,8 @@ class TrainingMixin(InferenceMixin):
         Raises
         ------
         NonFiniteError
-            If a term of the bound became NaN or infinite, also at a tenth of the learning rate.
+            If a term of the bound, a weight, λ or the mixture became NaN or infinite, also at a tenth of the learning
+            rate.
         ValueError
             If an argument does not fit, or ``checkpoint`` holds a training of other data, another model or other
             arguments; it says which.
@@ -185,8 +186,8 @@ class TrainingMixin(InferenceMixin):
             self._standardize_covariates()
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
-            if record_rates:
-                settings.recorder = RateRecorder(dataset, self.train_indices, random_state)
+            settings.probe = RateRecorder(dataset, self.train_indices, random_state)
+            settings.recorder = settings.probe if record_rates else None
             if checkpoint is not None:
                 settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
             self.to_device(device)
@@ -399,6 +400,10 @@ class TrainingMixin(InferenceMixin):
         """Set the mixture from the latent means of the training cells, and from their labels where these are known."""
         self._state.is_trained = True
         mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+            error = NonFiniteError("q(z|x) of a training cell", "vae", self._state.n_epochs)
+            error.args = (f"{error}. {REMEDY}",)
+            raise error
         options = {"random_state": random_state, "device": self.module.device}
         if self.is_supervised:
             label = self._components_of_labels()[self.train_indices]
