@@ -175,17 +175,26 @@ def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; found {value!r}.")
 
 
-def cell_positions(indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices") -> np.ndarray:
+def cell_positions(
+    indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices", *, may_be_none: bool = False
+) -> np.ndarray:
     """Positions of chosen cells, from positions or from one boolean per cell; all cells for ``None``.
 
     Raises
     ------
     ValueError
-        If the number of booleans is not the number of cells, or a position is outside the cells.
+        If the number of booleans is not the number of cells, a position is outside the cells, or no cell is chosen
+        although there ``may_be_none`` not.
     """
     if indices is None:
         return np.arange(n_cells)
-    chosen = np.asarray(indices)
+    positions = _positions(np.asarray(indices), n_cells, name)
+    if len(positions) == 0 and not may_be_none:
+        raise ValueError(f"`{name}` must choose at least one cell; found none. Pass None for all cells.")
+    return positions
+
+
+def _positions(chosen: np.ndarray, n_cells: int, name: str) -> np.ndarray:
     if chosen.dtype == bool:
         if chosen.shape != (n_cells,):
             raise ValueError(

@@ -38,6 +38,8 @@ def as_seed(random_state: object, rng: object) -> int:
 def isolated_random_state(seed: int) -> Iterator[None]:
     """Seed Python, NumPy and torch inside; leave their global states as they were.
 
+    Inside, torch's default type is float32, of which all networks and their random numbers are.
+
     Raises
     ------
     ValueError
@@ -46,13 +48,16 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     seed = check_seed("random_state", seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices):
+        torch.set_default_dtype(torch.float32)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
         try:
             yield
         finally:
+            torch.set_default_dtype(dtype)
             random.setstate(state)
             np.random.set_state(numpy_state)  # noqa: NPY002
 

@@ -125,8 +125,6 @@ class CellsMixin(SetupMixin):
             If genes or columns of ``obs`` that the model was trained with are missing or unfit, or no cell is chosen.
         """
         cells = np.unique(cell_positions(indices, adata.n_obs))
-        if len(cells) == 0 and adata.n_obs > 0:
-            raise ValueError("`indices` must choose at least one cell; found none. Pass None for all cells.")
         places = self._places_of_genes(adata, fill_missing=fill_missing)
         obs = self._obs_to_show(adata, any_labels=any_labels)
         if len(cells) < adata.n_obs:

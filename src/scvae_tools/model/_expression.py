@@ -22,6 +22,7 @@ from scvae_tools._train.run import REMEDY
 from scvae_tools._upstream import quiet
 from scvae_tools.model._chunks import FilledRows, check_overall, put
 from scvae_tools.model._decoding import Codes, DecodingMixin
+from scvae_tools.model._groups import compared_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -436,12 +437,19 @@ class ExpressionMixin(DecodingMixin):
         Table indexed by the genes. Among its columns: with ``mode="change"`` ``"proba_de"`` and ``"lfc_mean"`` (of
         log2), with ``"vanilla"`` ``"proba_m1"``; ``"bayes_factor"``; ``"scale1"`` and ``"scale2"``, the mean expression
         in each group; and the means of the counts themselves. The AnnData stays as it was.
+
+        Raises
+        ------
+        ValueError
+            If a column, a group or a cell is none of the data, or there are no cells to compare with.
         """
         data = self._validate_anndata(adata)
-        columns = set(data.obs)
+        columns, method = set(data.obs), super().differential_expression
+        given = inspect.signature(method).bind(data, *args, **kwargs)
+        given.arguments |= compared_cells(data, given.arguments)
         try:
             with seeded(random_state), quiet():
-                return super().differential_expression(data, *args, **kwargs)
+                return method(*given.args, **given.kwargs)
         finally:
             for column in set(data.obs) - columns:
                 del data.obs[column]
