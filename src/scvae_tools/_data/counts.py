@@ -53,7 +53,8 @@ def read_counts(
     Parameters
     ----------
     adata
-        In memory, a view, backed, or with arrays of h5py and zarr; sparse (CSR, CSC) or dense, of any numeric type. It is not changed.
+        In memory, a view, backed, or with arrays of h5py and zarr; sparse (CSR, CSC) or dense, of any numeric type. It
+        is not changed.
     layer
         Name of the layer with the counts; ``None`` for ``adata.X``. ``adata.raw`` is never read.
     mask_var
@@ -121,8 +122,8 @@ def require_anndata(adata: object) -> None:
         for name in ("obs", "var"):
             if not isinstance(table := getattr(adata, name), pd.DataFrame):
                 raise TypeError(
-                    f"`adata` must have {name} in memory; found a {type(table).__name__}, as lazily read data have. Read "
-                    "them: adata = adata.to_memory()."
+                    f"`adata` must have {name} in memory; found a {type(table).__name__}, as lazily read data have. "
+                    "Read them: adata = adata.to_memory()."
                 )
         return
     modalities = getattr(adata, "mod", None)
