@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from fractions import Fraction
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 import scvae_tools as svt
@@ -80,52 +82,134 @@ def test_positions_may_count_from_the_end(indices):
     assert cell_positions(indices, 3).tolist() == [2, 0]
 
 
-# -- every argument of a model and its training that is a whole number -------------------------------------------------
+# -- every numeric argument of the public functions --------------------------------------------------------------------
 
-#: Arguments that take more than one kind of value, or whose size would cost time.
-OF_MODEL = {"n_components": 2, "n_latent": 2, "n_layers": 1, "k_max": 0, "random_state": 0, "n_hidden": 4}
-OF_TRAINING = {"max_epochs": 2, "batch_size": 32, "n_warm_up_epochs": 1, "n_samples": 1, "n_importance_samples": 1}
+#: Arguments that are checked where they are read: cells, and what Lightning and scvi-tools know.
+CHECKED_ELSEWHERE = {"indices", "validation_indices", "idx1", "idx2", "device", "devices"}
+#: Methods of scvi-tools that a model inherits, and that mean nothing for it.
+NOT_OF_SCVAE = {"get_importance_weights", "get_latent_library_size"}
+
+
+def public_functions():
+    for room in (svt.tl, svt.pl, svt.datasets, svt.metrics, svt.likelihoods, svt.SCVAE):
+        names = [name for name in dir(room) if not name.startswith("_")] + ["__init__"] * (room is svt.SCVAE)
+        for name in names:
+            function = getattr(room, name)
+            if inspect.isroutine(function) and name not in NOT_OF_SCVAE and "checks" not in function.__name__:
+                yield f"{room.__name__.split('.')[-1]}.{name}", function
+
+
+def numeric_arguments():
+    """Each numeric argument with a value that it takes; one of several kinds, such as ``n_hidden``, is left out."""
+    for place, function in public_functions():
+        for name, parameter in inspect.signature(function).parameters.items():
+            if re.search(r"\b(int|float)\b", str(parameter.annotation)) and name not in CHECKED_ELSEWHERE:
+                yield place, function, name, parameter.default
+
+
+NUMERIC = list(numeric_arguments())
+OF_SEVERAL_KINDS = {"n_components", "n_hidden", "dropout_rate", "weights", "proportions", "dimensions"}
+ARGUMENTS = [pytest.param(*row[1:], id=f"{row[0]}-{row[2]}") for row in NUMERIC]
+SINGLE = [row for row in ARGUMENTS if row.values[1] not in OF_SEVERAL_KINDS]
+
+
+def test_the_numeric_arguments_are_found():
+    assert len(NUMERIC) > 110
+    assert {place.split(".")[0] for place, *_ in NUMERIC} == {"tl", "pl", "datasets", "metrics", "likelihoods", "SCVAE"}
+
+
+@pytest.mark.parametrize(("function", "name", "default"), ARGUMENTS)
+def test_each_may_be_a_number_of_numpy_and_becomes_one_of_python(function, name, default):
+    is_number = isinstance(default, int | float)
+    for value in (np.asarray(default if is_number else 1)[()], np.int64(1), np.uint8(1)):
+        if value == 1 and name in ("n_samples", "fdr_target", "zero_inflation"):
+            continue  # some need more, or less
+        found = function.checks[name](name, value)
+        assert type(found) in (int, float)
+        assert found == value
+
+
+@pytest.mark.parametrize(("function", "name", "default"), SINGLE)
+def test_each_is_checked_before_anything_else_is_done(function, name, default):
+    needed = {
+        parameter.name: object()
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty and "VAR" not in parameter.kind.name
+    }
+    for value in (True, np.True_, float("nan"), "3", b"3", [3], -1, 3 + 1j, object()):
+        with pytest.raises(ValueError, match=f"^`{name}` must be .*; found "):
+            function(**needed | {name: value})
+
+
+@pytest.mark.parametrize(("function", "name", "default"), SINGLE)
+def test_none_passes_where_the_signature_has_it(function, name, default):
+    annotation = str(inspect.signature(function).parameters[name].annotation)
+    if "None" in annotation:
+        assert function.checks[name](name, None) is None
+    else:
+        with pytest.raises(ValueError, match=f"`{name}` must be "):
+            function.checks[name](name, None)
+
+
+TOO_LARGE = {"n_latent": 5000, "k_max": 10_000, "n_layers": 1000, "n_hidden": 10**9, "random_state": 10**30}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_sizes_with_which_a_training_would_not_end_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at most .*; found {TOO_LARGE[name]}"):
+        svt.tl.scvae(svt.datasets.poisson_toy(40), **{name: TOO_LARGE[name]})
 
 
 def model_of(**options):
     adata = svt.datasets.poisson_toy(40)
-    svt.SCVAE.setup_anndata(adata)
+    svt.SCVAE.setup_anndata(adata, allow_non_integer=np.False_)
     return svt.SCVAE(adata, **{"n_latent": 2, "n_hidden": 4} | options)
 
 
-@pytest.mark.parametrize("name", OF_MODEL)
-def test_arguments_of_a_model_may_be_numbers_of_numpy(name, tmp_path):
-    model = model_of(**{name: np.int64(OF_MODEL[name])})
-    model.train(2, progress=False)
-    model.save(tmp_path / "model")
-    assert svt.SCVAE.load(tmp_path / "model").module.n_latent == 2
-
-
-@pytest.mark.parametrize("name", sorted(set(OF_MODEL) - {"random_state"}))
-def test_arguments_of_a_model_are_no_truth_values(name):
+@pytest.mark.parametrize("name", ["n_components", "n_hidden", "dropout_rate"])
+def test_arguments_of_several_kinds_are_no_truth_values(name):
     with pytest.raises(ValueError, match=f"`{name}` must be .*found True"):
         model_of(**{name: True})
 
 
-@pytest.mark.parametrize("name", OF_TRAINING)
-def test_arguments_of_training_may_be_numbers_of_numpy(name):
-    model_of(mixture=False).train(**{"max_epochs": 2, "progress": False} | {name: np.int64(OF_TRAINING[name])})
+def test_a_model_of_numbers_of_numpy_is_the_same_as_one_of_numbers_of_python(tmp_path):
+    of_model = {"n_latent": 2, "n_hidden": [8, 4], "n_layers": 2, "n_components": 2, "weights": [0.25, 0.75]}
+    of_model |= {
+        "k_max": 2,
+        "random_state": 3,
+        "mixture": True,
+        "linear_decoder": False,
+        "dropout_rate": {"input": 0.25},
+    }
+    of_training = {"max_epochs": 3, "batch_size": 16, "lr": 0.25, "weight_decay": 0.5, "kl_weight": 0.5, "patience": 4}
+    of_training |= {"gradient_clip": 10.0, "train_size": 0.75, "n_warm_up_epochs": 1, "n_samples": 2, "random_state": 3}
+    of_training |= {"early_stopping": True, "free_nats_z": 0.5}
+    of_numpy = {"dropout_rate": {"input": np.float32(0.25)}}
+    plain = model_of(**of_model)
+    model = model_of(**{name: np.asarray(value)[()] for name, value in of_model.items()} | of_numpy)
+    assert repr(model.init_params_) == repr(plain.init_params_)
+    plain.train(progress=False, checkpoint=tmp_path / "training", **of_training)
+    in_numpy = {
+        name: np.asarray(value, dtype=np.float32 if type(value) is float else None)[()]
+        for name, value in of_training.items()
+    }
+    model.train(progress=np.False_, checkpoint=tmp_path / "training", **in_numpy)  # takes up the result of the other
+    model.save(tmp_path / "model")
+    loaded = svt.SCVAE.load(tmp_path / "model", svt.datasets.poisson_toy(40))
+    expected = plain.get_elbo(n_samples=2)
+    assert model.get_elbo(n_samples=np.int8(2)) == expected
+    assert loaded.get_elbo(n_samples=np.int64(2)) == expected
+    pd.testing.assert_frame_equal(model.history, plain.history)
 
 
-@pytest.mark.parametrize("name", OF_TRAINING)
-def test_arguments_of_training_are_no_truth_values(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be .*found True"):
-        model_of().train(**{name: True})
-
-
-def test_the_whole_numbers_among_the_arguments_are_all_here():
-    for function, known in ((svt.SCVAE.__init__, OF_MODEL), (svt.SCVAE.train, OF_TRAINING)):
-        whole = {
-            name
-            for name, parameter in inspect.signature(function).parameters.items()
-            if type(parameter.default) is int or (name.startswith("n_") and parameter.default is None)
-        }
-        assert whole - {"patience", "random_state"} <= set(known), function
+@pytest.mark.parametrize("n_components", [np.int64(2), np.array([1, 2]), (np.int64(1), np.int16(2)), [1, 2]], ids=repr)
+def test_numbers_of_components_may_be_those_of_numpy(n_components, tmp_path):
+    adata = svt.datasets.poisson_toy(40)
+    options = {"n_latent": np.int64(2), "n_hidden": np.array([4]), "lr": np.float32(0.001), "verbose": np.False_}
+    model = svt.tl.scvae(adata, n_components=n_components, max_epochs=np.int64(2), return_model=np.True_, **options)
+    model.save(tmp_path / "model")
+    assert type(adata.uns["scvae"]["params"]["lr"]) is float
+    adata.write_h5ad(tmp_path / "cells.h5ad")
 
 
 UNUSABLE_KEYS = ["a/b", "", " ", "_index", ".", "..", "a\0b", None, 5, True, ("a",), np.array("a")]

@@ -1,20 +1,27 @@
 """Checks of arguments: whole numbers, numbers, choices, positions of cells.
 
 NumPy numbers count as numbers; True and False do not. The error of each check names the rule and the value found.
-Numbers are returned as Python's own types, so that they can be saved.
+Numbers are returned as Python's own types, so that they can be saved. `NUMBERS` has the check of each numeric argument
+of the public functions by its name, and the decorator `checked` applies them.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import re
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+#: Check of an argument: takes its name and value, and whether None passes; returns the value to go on with.
+Check = Callable[..., Any]
 
 #: Names with a meaning of their own in h5ad and zarr files.
 RESERVED_KEYS = ("_index", ".", "..")
@@ -30,8 +37,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
 
 
-def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = False, remedy: str = "") -> int | None:
-    """Check a whole number of at least ``least``, or None where None is allowed, and return it.
+def check_whole(
+    name: str, value: object, *, least: int = 1, most: int | None = None, or_none: bool = False, remedy: str = ""
+) -> int | None:
+    """Check a whole number from ``least`` to ``most``, or None where None is allowed, and return it.
 
     The error ends with the ``remedy``, if there is one.
 
@@ -42,10 +51,12 @@ def check_whole(name: str, value: object, *, least: int = 1, or_none: bool = Fal
     """
     if value is None and or_none:
         return None
+    alternative, remedy = ", or None" if or_none else "", f" {remedy}" if remedy else ""
     if not is_whole(value) or value < least:
-        alternative = ", or None" if or_none else ""
         rule = f"a whole number of at least {least}{alternative}"
-        raise ValueError(f"`{name}` must be {rule}; found {value!r}.{f' {remedy}' if remedy else ''}")
+        raise ValueError(f"`{name}` must be {rule}; found {value!r}.{remedy}")
+    if most is not None and value > most:
+        raise ValueError(f"`{name}` must be at most {most:,}{alternative}; found {value!r}.{remedy}")
     return int(value)
 
 
@@ -78,33 +89,78 @@ def check_number(
     above: float = -math.inf,
     most: float = math.inf,
     below: float = math.inf,
-) -> float:
+    or_none: bool = False,
+) -> float | None:
     """Check a finite number, at least ``least``, above ``above``, at most ``most`` and below ``below``, and return it.
 
     Raises
     ------
     ValueError
-        If the value is no such number.
+        If the value is no such number, nor None where None is allowed.
     """
+    if value is None and or_none:
+        return None
     is_within = is_number(value) and math.isfinite(value) and least <= value <= most and above < value < below
     if not is_within:
         limits = {"of at least": least, "above": above, "at most": most, "below": below}
         rule = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
-        raise ValueError(f"`{name}` must be a finite number{f' {rule}' if rule else ''}; found {value!r}.")
+        rule = f"a finite number{f' {rule}' if rule else ''}{', or None' if or_none else ''}"
+        raise ValueError(f"`{name}` must be {rule}; found {value!r}.")
     return float(value)
 
 
-def check_share(name: str, value: object) -> float:
-    """Check a share, above 0 and up to 1, and return it.
+def check_share(name: str, value: object, *, or_none: bool = False) -> float | None:
+    """Check a share, above 0 and up to 1, or None where None is allowed, and return it.
 
     Raises
     ------
     ValueError
         If the value is no such share.
     """
+    if value is None and or_none:
+        return None
     if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` must be in (0, 1]; found {value!r}.")
+        raise ValueError(f"`{name}` must be in (0, 1]{', or None' if or_none else ''}; found {value!r}.")
     return float(value)
+
+
+def check_seed(name: str, value: object, *, or_none: bool = False) -> int | None:
+    """Check a seed, a whole number that torch and files can hold, and return it.
+
+    Raises
+    ------
+    ValueError
+        If the value is no such number.
+    """
+    return check_whole(name, value, least=0, most=2**63 - 1, or_none=or_none)
+
+
+def check_random_source(name: str, value: object, *, or_none: bool = True) -> Any:
+    """Check a seed, a generator of NumPy, or None, as scanpy takes them, and return it.
+
+    Raises
+    ------
+    ValueError
+        If the value is none of these.
+    """
+    if isinstance(value, np.random.Generator | np.random.RandomState):
+        return value
+    if is_whole(value) or (value is None and or_none):
+        return check_seed(name, value, or_none=True)
+    raise ValueError(f"`{name}` must be a whole number of at least 0, a NumPy generator or None; found {value!r}.")
+
+
+def as_plain(value: Any) -> Any:
+    """Numbers, truth values and texts of NumPy, and arrays of them, as Python's own; also within containers."""
+    if isinstance(value, np.bool_ | np.number | np.str_):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(map(as_plain, value))
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    return value
 
 
 def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
@@ -119,17 +175,26 @@ def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; found {value!r}.")
 
 
-def cell_positions(indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices") -> np.ndarray:
+def cell_positions(
+    indices: Sequence[int] | Sequence[bool] | None, n_cells: int, name: str = "indices", *, may_be_none: bool = False
+) -> np.ndarray:
     """Positions of chosen cells, from positions or from one boolean per cell; all cells for ``None``.
 
     Raises
     ------
     ValueError
-        If the number of booleans is not the number of cells, or a position is outside the cells.
+        If the number of booleans is not the number of cells, a position is outside the cells, or no cell is chosen
+        although there ``may_be_none`` not.
     """
     if indices is None:
         return np.arange(n_cells)
-    chosen = np.asarray(indices)
+    positions = _positions(np.asarray(indices), n_cells, name)
+    if len(positions) == 0 and not may_be_none:
+        raise ValueError(f"`{name}` must choose at least one cell; found none. Pass None for all cells.")
+    return positions
+
+
+def _positions(chosen: np.ndarray, n_cells: int, name: str) -> np.ndarray:
     if chosen.dtype == bool:
         if chosen.shape != (n_cells,):
             raise ValueError(
@@ -150,3 +215,103 @@ def cell_positions(indices: Sequence[int] | Sequence[bool] | None, n_cells: int,
             f"`{name}` must be positions among {n_cells} cells; found {chosen[outside][0]}. Positions count from 0."
         )
     return np.where(chosen < 0, chosen + n_cells, chosen)
+
+
+# -- the numeric arguments of the public functions ---------------------------------------------------------------------
+
+
+def whole(least: int = 1, most: int | None = None, remedy: str = "") -> Check:
+    """Check of a whole number; see `check_whole`."""
+    return functools.partial(check_whole, least=least, most=most, remedy=remedy)
+
+
+def number(**limits: float) -> Check:
+    """Check of a number; see `check_number`."""
+    return functools.partial(check_number, **limits)
+
+
+def made_plain(name: str, value: Any, *, or_none: bool = False) -> Any:
+    """Argument of several kinds, which is checked where its kinds are told apart; see `as_plain`."""
+    del name, or_none
+    return as_plain(value)
+
+
+def positive_or_latent(name: str, value: object, *, or_none: bool = False) -> float | str | None:
+    """Number above 0, or ``"latent"``."""
+    return value if isinstance(value, str) and value == "latent" else number(above=0)(name, value, or_none=or_none)
+
+
+#: Check of each numeric argument of the public functions by its name. None passes where the annotation has it. Sizes of
+#: a model have a limit: far above what is of use, and below what would take hours, or more memory than there is.
+NUMBERS: dict[str, Check] = {
+    # sizes of a model and of simulated data
+    "k_max": whole(least=0, most=256, remedy="Pass 0 for no categories."),
+    "n_latent": whole(most=512),
+    "n_layers": whole(most=100),
+    **dict.fromkeys(("n_hidden", "n_components", "dropout_rate", "weights"), made_plain),
+    **dict.fromkeys(("n_cells", "n_genes", "n_batches"), whole()),
+    "proportions": made_plain,
+    **dict.fromkeys(("separation", "gene_sd", "size_factor_sd", "batch_effect", "dispersion_sd"), number(least=0)),
+    **dict.fromkeys(("median_counts", "dispersion"), number(above=0)),
+    "share_changed": number(least=0, most=1),
+    "zero_inflation": number(least=0, below=1),
+    # training
+    **dict.fromkeys(("max_epochs", "batch_size"), whole()),
+    **dict.fromkeys(("n_warm_up_epochs", "patience"), whole(least=0)),
+    **dict.fromkeys(("lr", "gradient_clip"), number(above=0)),  # a clip below 0 would turn the gradient round
+    **dict.fromkeys(("weight_decay", "kl_weight", "free_nats_y", "free_nats_z"), number(least=0)),
+    **dict.fromkeys(("train_size", "test_size"), check_share),
+    # draws and results
+    **dict.fromkeys(("n_samples", "n_importance_samples", "n_samples_overall"), whole()),
+    **dict.fromkeys(("n_mc_samples", "n_mc_samples_per_pass", "mc_samples", "num_cells_posterior"), whole()),
+    "bytes_beside": whole(least=0),
+    **dict.fromkeys(("overhead", "rna_size_factor", "dof"), number(above=0)),
+    "library_size": positive_or_latent,
+    "delta": number(least=0),
+    "fdr_target": number(above=0, below=1),
+    "threshold": check_share,
+    "random_state": check_seed,
+    # pictures
+    "n_bins": whole(remedy="Pass, for example, 10."),
+    "vmax": number(above=0),
+    "dimensions": made_plain,
+}
+
+
+def checked(**own: Check) -> Callable[[Callable], Callable]:
+    """Decorator that checks the numeric arguments of a public function before anything else is done.
+
+    They are checked as ``own`` says, or else `NUMBERS`, and handed on as Python's own numbers, as are truth values.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signature, checks = inspect.signature(function), {}
+        for name, parameter in signature.parameters.items():
+            kinds = str(parameter.annotation)
+            if name in own or (name in NUMBERS and re.search(r"\b(int|float)\b", kinds)):
+                checks[name] = functools.partial(own.get(name, NUMBERS.get(name)), or_none="None" in kinds)
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                given = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # the message of which names the function
+            for name, value in given.arguments.items():
+                if name in checks:
+                    given.arguments[name] = checks[name](name, value)
+                elif isinstance(value, np.bool_ | np.number):
+                    given.arguments[name] = value.item()
+            return function(*given.args, **given.kwargs)
+
+        wrapped.checks = checks
+        return wrapped
+
+    return decorate
+
+
+def check_arguments(function: Callable, arguments: Mapping[str, Any]) -> None:
+    """Check numeric arguments that a function with the decorator `checked` will be given."""
+    for name, check in function.checks.items():
+        if name in arguments:
+            check(name, arguments[name])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scvae_tools._checks import is_whole
+from scvae_tools._checks import check_random_source, check_seed
 from scvae_tools._messages import inform
 
 if TYPE_CHECKING:
@@ -29,17 +29,12 @@ def as_seed(random_state: object, rng: object) -> int:
         if random_state not in (0, None):
             raise ValueError("`random_state` and `rng` say the same; found both. Pass one of them.")
         random_state = rng
+    random_state = check_random_source("random_state", random_state)
     if isinstance(random_state, np.random.Generator):
         return int(random_state.integers(2**31))
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31 - 1))
-    if random_state is None:
-        return int(np.random.default_rng().integers(2**31))
-    if is_whole(random_state) and random_state >= 0:
-        return int(random_state)
-    raise ValueError(
-        f"`random_state` must be a whole number of at least 0, a NumPy generator or None; found {random_state!r}."
-    )
+    return int(np.random.default_rng().integers(2**31)) if random_state is None else random_state
 
 
 class _Turn:
@@ -74,23 +69,26 @@ if hasattr(os, "register_at_fork"):
 def isolated_random_state(seed: int) -> Iterator[None]:
     """Seed Python, NumPy and torch inside; leave their global states as they were. One thread at a time is inside.
 
+    Inside, torch's default type is float32, of which all networks and their random numbers are.
+
     Raises
     ------
     ValueError
-        If the seed is not a whole number.
+        If the seed is not a whole number from 0 to 2^63 − 1.
     """
-    if not is_whole(seed):
-        raise ValueError(f"`random_state` must be a whole number; found {seed!r}.")
+    seed = check_seed("random_state", seed)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with _turn.taken(), torch.random.fork_rng(devices):
         state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-        seed = int(seed)  # `random.seed` refuses NumPy integers
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
         try:
             yield
         finally:
+            torch.set_default_dtype(dtype)
             random.setstate(state)
             np.random.set_state(numpy_state)  # noqa: NPY002
 

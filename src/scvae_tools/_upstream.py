@@ -1,4 +1,4 @@
-"""Private functions of scvi-tools that this package uses, and a context that silences scvi-tools and Lightning.
+"""Private functions of scvi-tools that this package uses, fields of its own, and a context that silences scvi-tools.
 
 This is the one file to check when they change.
 """
@@ -10,8 +10,10 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
 from scvi.data._constants import _SETUP_ARGS_KEY as SETUP_ARGS
 from scvi.data._utils import _get_adata_minify_type as minified_type
+from scvi.data.fields import CategoricalJointObsField, CategoricalObsField
 from scvi.model._utils import parse_device_args
 from scvi.model.base._archesmixin import _pad_and_sort_query_anndata as pad_and_sort_genes
 from scvi.model.base._save_load import _initialize_model as initialize_model
@@ -19,7 +21,31 @@ from scvi.model.base._save_load import _initialize_model as initialize_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from anndata import AnnData
+
 __all__ = ["SETUP_ARGS", "initialize_model", "minified_type", "pad_and_sort_genes", "parse_device_args", "quiet"]
+__all__ += ["UsedCategoriesField", "UsedCategoriesJointField"]
+
+
+class UsedCategoriesField(CategoricalObsField):
+    """Field of a column of ``obs`` with categories, of which those without cells do not count."""
+
+    def register_field(self, adata: AnnData) -> dict:
+        """Register the field; the codes are those of the categories that have cells."""
+        state = super().register_field(adata)
+        used, codes = np.unique(adata.obs[self.attr_key], return_inverse=True)
+        adata.obs[self.attr_key] = codes.astype(adata.obs[self.attr_key].dtype)
+        return state | {self.CATEGORICAL_MAPPING_KEY: state[self.CATEGORICAL_MAPPING_KEY][used]}
+
+
+class UsedCategoriesJointField(CategoricalJointObsField):
+    """Field of several columns of ``obs`` with categories, of which those without cells do not count."""
+
+    def _combine_fields(self, adata: AnnData) -> None:
+        super()._combine_fields(adata)
+        table = adata.obsm[self.attr_key]
+        for key in table.select_dtypes("category"):
+            table[key] = table[key].cat.remove_unused_categories()
 
 
 @contextlib.contextmanager

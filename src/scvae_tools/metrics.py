@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvae_tools._checks import check_random_source, checked
 from scvae_tools._lazy import loaded
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def ami(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Has
     return _agreement("adjusted_mutual_info_score", clusters, labels, excluded)
 
 
+@checked(random_state=check_random_source)
 def silhouette(
     latent: np.ndarray, clusters: Sequence[Any], *, random_state: int | np.random.Generator | None = 0
 ) -> float:

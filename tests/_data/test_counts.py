@@ -6,13 +6,17 @@ import logging
 import warnings
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from adata_forms import N_CELLS, N_GENES, fingerprint, make_adata, make_dense
 from anndata import AnnData
+from anndata.io import sparse_dataset
 from scipy import sparse
 
+import scvae_tools as svt
 from scvae_tools._data.counts import CountsError, gene_mean_fraction, read_counts, resolve_mask_var
 from scvae_tools._data.roles import check_obs
 
@@ -484,3 +488,53 @@ def test_the_mean_fraction_of_every_gene_is_that_of_the_dense_formula(monkeypatc
     assert found.shape == (N_GENES,)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, (make_dense() / make_dense().sum(axis=1, keepdims=True)).mean(axis=0), rtol=1e-13)
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def on_disk(adata, form, path):
+    """The same cells, with the counts in a file."""
+    store, is_sparse = form.split()[0], "sparse" in form
+    if not is_sparse:
+        adata = AnnData(adata.X.toarray(), obs=adata.obs, var=adata.var)
+    if store == "zarr":
+        adata.write_zarr(path)
+        file = zarr.open(path, mode="r")
+    else:
+        adata.write_h5ad(path)
+        file = h5py.File(path)
+    counts = sparse_dataset(file["X"]) if is_sparse else file["X"]
+    return AnnData(counts, obs=adata.obs.copy(), var=adata.var)
+
+
+ON_DISK = ["zarr sparse", "zarr dense", "h5py sparse", "h5py dense"]
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("form", ON_DISK)
+def test_counts_on_disk_are_trained_on_as_those_in_memory(form, copy, tmp_path):
+    adata = svt.datasets.simulate(60, 20, 2, random_state=0)
+    disk = on_disk(adata, form, tmp_path / "cells")
+    options = {"mixture": False, "n_hidden": 4, "n_latent": 2, "max_epochs": 2, "verbose": False, "return_model": True}
+    written, model = svt.tl.scvae(disk, copy=True, **options) if copy else (disk, svt.tl.scvae(disk, **options))
+    svt.tl.scvae(adata, **options)
+    np.testing.assert_array_equal(written.obsm["X_scvae"], adata.obsm["X_scvae"])
+    assert ("X_scvae" in disk.obsm) is not copy
+    predicted = svt.tl.predict(disk, model, copy=True)
+    np.testing.assert_allclose(predicted.obsm["X_scvae"], adata.obsm["X_scvae"], rtol=1e-5, atol=1e-6)
+    svt.SCVAE.setup_anndata(disk)
+    other = svt.SCVAE(disk, mixture=False, n_hidden=4, n_latent=2)
+    other.train(1, progress=False)
+    assert np.isfinite(other.get_elbo())
+
+
+def test_tables_that_are_read_lazily_are_refused_with_what_to_do():
+    adata = make_adata()
+    xarray, backed = pytest.importorskip("xarray"), pytest.importorskip("anndata.experimental.backed")
+    lazy = AnnData(adata.X, obs=backed.Dataset2D(xarray.Dataset.from_dataframe(adata.obs)), var=adata.var)
+    match = r"`adata` must have obs in memory; found a Dataset2D, .*adata = adata\.to_memory\(\)"
+    for call in (svt.tl.scvae, svt.SCVAE.setup_anndata, read_counts):
+        with pytest.raises(TypeError, match=match):
+            call(lazy)
+    read_counts(lazy.to_memory())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import warnings
 from typing import TYPE_CHECKING
@@ -111,6 +112,92 @@ def test_size_factors_must_be_positive(value):
     adata.obs.loc["cell3", "depth"] = value
     with pytest.raises(ValueError, match=rf"must be above 0; found {value} in cell 'cell3' \(1 such of 7 cells\)"):
         check_obs(adata, size_factor_key="depth")
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ([1e-30, 1, 1, 1, 1, 1, 1e30], r"must be at most 1e\+18 in size; found 1e\+30 in cell 'cell6'"),
+        ([1, 1e-20, 1, 1, 1, 1, 1], "must be at least 1e-18; found 1e-20 in cell 'cell1'"),
+        (
+            [2, 2, 2, 2, 2, 2e7, 2],
+            "must be within a factor of 1,000,000 of its median, 2; found 20000000 in cell 'cell5'",
+        ),
+        (
+            [2, 2, 2, 2, 1e-6, 2, 2],
+            "must be within a factor of 1,000,000 of its median, 2; found 1e-06 in cell 'cell4'",
+        ),
+    ],
+)
+def test_size_factors_are_of_one_order_of_magnitude(values, rule):
+    adata = make_obs()
+    adata.obs["depth"] = values
+    with pytest.raises(ValueError, match=rf"adata\.obs\['depth'\] \(`size_factor_key`\) {rule} \(1 such of 7 cells\)"):
+        check_obs(adata, size_factor_key="depth")
+    adata.obs["depth"] = np.geomspace(1e-3, 1e3, N_CELLS)
+    check_obs(adata, size_factor_key="depth")
+
+
+def test_covariates_are_numbers_whose_variance_is_one_too():
+    adata = make_obs()
+    adata.obs["age"] = np.linspace(-1e300, 1e300, N_CELLS)
+    with pytest.raises(
+        ValueError, match=r"must be at most 1e\+18 in size; found -1e\+300 in cell 'cell0' \(6 such of 7"
+    ):
+        check_obs(adata, continuous_covariate_keys=["age"])
+
+
+#: Values that JSON does not hold, which a saved model would not know again; and values of several kinds.
+UNFIT = {
+    "Interval": pd.cut(np.arange(N_CELLS) % 2, 2),
+    "Period": pd.period_range("2020", periods=2, freq="M")[np.arange(N_CELLS) % 2],
+    "Timestamp": pd.to_datetime(["2020-01-01", "2020-01-02"])[np.arange(N_CELLS) % 2],
+    "Timedelta": pd.to_timedelta(np.arange(N_CELLS) % 2, unit="D"),
+    "date": [dt.date(2020, 1, 1 + i % 2) for i in range(N_CELLS)],
+    "bytes": pd.Series([b"a", b"b", b"a", b"b", b"a", b"b", b"a"], dtype=object),
+    "tuple": pd.Series([("a", 1), ("b", 2)] * 3 + [("a", 1)]),
+    "list": pd.Series([["a"], ["b"]] * 3 + [["a"]]),
+    "complex": (np.arange(N_CELLS) % 2) + 1j,
+    "int, str": pd.Series(["a", 1] * 3 + ["a"], dtype=object),
+    "bool, float": pd.Series([True, 0.5] * 3 + [True], dtype=object),
+}
+
+
+@pytest.mark.parametrize("role", ["batch_key", "labels_key", "categorical_covariate_keys"])
+@pytest.mark.parametrize("types", UNFIT)
+def test_categories_that_a_model_could_not_know_again_are_refused(types, role):
+    adata = make_obs()
+    adata.obs["site"] = UNFIT[types].values if isinstance(UNFIT[types], pd.Series) else UNFIT[types]
+    message = (
+        rf"adata\.obs\['site'\] \(`{role}`\) must hold categories of one kind, text, .*, numbers, .*; found "
+        rf"the types {types}\. Make them text: adata\.obs\['site'\] = adata\.obs\['site'\]\.astype\(str\)\."
+    )
+    with pytest.raises(ValueError, match=message):
+        check_obs(adata, **{role: ROLES[role]("site")})
+    adata.obs["site"] = adata.obs["site"].astype(str)
+    check_obs(adata, **{role: ROLES[role]("site")})
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_name_of_several_columns_is_refused(role):
+    adata = make_obs()
+    adata.obs = pd.concat([adata.obs, adata.obs[["depth"]]], axis=1)
+    with pytest.raises(ValueError, match=rf"`{role}` must name one column of adata\.obs; found 2 columns 'depth'"):
+        check_obs(adata, **{role: ROLES[role]("depth")})
+
+
+@pytest.mark.parametrize("role", ["batch_key", "labels_key", "size_factor_key"])
+def test_a_list_in_place_of_a_name_is_refused(role):
+    with pytest.raises(TypeError, match=rf"`{role}` must be the name of one column; found \['depth'\]"):
+        check_obs(make_obs(), **{role: ["depth"]})
+
+
+@pytest.mark.parametrize("role", ["categorical_covariate_keys", "continuous_covariate_keys"])
+def test_a_covariate_is_named_once(role):
+    with pytest.raises(ValueError, match=rf"`{role}` must name each column once; found 'age' again\. Leave it out"):
+        check_obs(make_obs(), **{role: ["age", "depth", "age"]})
+    with pytest.raises(TypeError, match=rf"`{role}` must be a list of names; found 5"):
+        check_obs(make_obs(), **{role: 5})
 
 
 @pytest.mark.parametrize("role", ["categorical_covariate_keys", "continuous_covariate_keys"])

@@ -128,7 +128,7 @@ def test_a_missing_result_names_the_call():
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1, np.nan, 90])
 def test_a_threshold_that_is_no_probability_is_an_error(threshold):
-    with pytest.raises(ValueError, match="`threshold` must be a probability above 0 and up to 1; found"):
+    with pytest.raises(ValueError, match=r"`threshold` must be in \(0, 1\]; found"):
         ambiguous_cells(make_adata(PROBS), threshold=threshold)
 
 

@@ -1,8 +1,9 @@
-"""Counts that were checked once are the counts that are read later, or it is said."""
+"""Set-up: counts that were checked once are those that are read later, or it is said; categories that have cells."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 import scvi
@@ -241,3 +242,74 @@ def test_columns_of_other_cells_are_read_anew_each_time():
     for key in [key for key in fresh.uns if key.startswith("_scvi")]:
         del fresh.uns[key]
     assert model.get_elbo(cells) == model.get_elbo(fresh) != before
+
+
+# -- categories --------------------------------------------------------------------------------------------------------
+
+PLACES = np.arange(60) % 2
+KINDS = {
+    "text": np.array(["a", "b"])[PLACES],
+    "string": pd.array(np.array(["a", "b"])[PLACES], dtype="string"),
+    "bool": PLACES == 1,
+    "boolean": pd.array(PLACES == 1, dtype="boolean"),
+    "int8": PLACES.astype(np.int8),
+    "Int64": pd.array(PLACES, dtype="Int64"),
+    "float32": PLACES.astype(np.float32) / 10,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_knows_the_same_categories_again_in_every_role(kind, tmp_path):
+    adata = svt.datasets.simulate(60, 20, 2, random_state=0)
+    adata.obs["column"] = KINDS[kind]
+    roles = {"batch_key": "column", "labels_key": "column", "categorical_covariate_keys": ["column"]}
+    options = {"n_hidden": 4, "n_latent": 2, "max_epochs": 2, "verbose": False, "return_model": True}
+    model = svt.tl.scvae(adata, **roles, **options)
+    model.save(tmp_path / "model")
+    loaded = svt.SCVAE.load(tmp_path / "model", adata.copy())
+    assert loaded.labels == model.labels == sorted(set(adata.obs["column"].astype(str)))
+    first = adata.obs["column"].iloc[0]
+    for batch in (first, str(first)):
+        expected = model.get_normalized_expression(transform_batch=batch)
+        np.testing.assert_array_equal(loaded.get_normalized_expression(transform_batch=batch), expected)
+    new = adata[:30].copy()
+    svt.tl.predict(new, loaded)
+    np.testing.assert_allclose(new.obsm["X_scvae"], adata.obsm["X_scvae"][:30], rtol=1e-4, atol=1e-5)
+
+
+def with_unused_categories():
+    adata = svt.datasets.simulate(60, 20, 2, n_batches=2, random_state=0)
+    for name in ("component", "batch"):
+        used = adata.obs[name].cat.categories
+        adata.obs[name] = adata.obs[name].cat.set_categories(["before", *used, "after"])
+    return adata
+
+
+@pytest.mark.parametrize("options", [{"weights": "labels"}, {"weights": "labels", "y_term": "kl"}, {}], ids=str)
+def test_categories_without_cells_do_not_count(options, tmp_path):
+    adata, plain = with_unused_categories(), svt.datasets.simulate(60, 20, 2, n_batches=2, random_state=0)
+    roles = {"batch_key": "batch", "labels_key": "component", "categorical_covariate_keys": ["batch"]}
+    common = {"n_hidden": 4, "n_latent": 2, "max_epochs": 3, "verbose": False, "return_model": True}
+    model = svt.tl.scvae(adata, **roles, **options, **common)
+    expected = svt.tl.scvae(plain, **roles, **options, **common)
+    assert model.labels == ["0", "1"]
+    assert model.module.sizes == expected.module.sizes
+    np.testing.assert_array_equal(adata.obsm["X_scvae"], plain.obsm["X_scvae"])
+    assert list(adata.obs["batch"].cat.categories) == ["before", "0", "1", "after"]
+    with pytest.raises(ValueError, match="`transform_batch` must be one of '0', '1'; found 'after'"):
+        model.get_normalized_expression(transform_batch="after")
+    model.save(tmp_path / "model")
+    loaded = svt.SCVAE.load(tmp_path / "model", adata)
+    np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+
+
+def test_a_set_up_leaves_the_categories_of_the_user():
+    adata = with_unused_categories()
+    before = adata.obs["batch"].copy()
+    svt.SCVAE.setup_anndata(adata, batch_key="batch", categorical_covariate_keys=["batch", "component"])
+    pd.testing.assert_series_equal(adata.obs["batch"], before)
+    model = svt.SCVAE(adata, mixture=False, n_hidden=4, n_latent=2)
+    assert model.module.sizes.n_batch == 2
+    assert model.module.sizes.n_categories == (2, 2)
+    svt.SCVAE.setup_anndata(adata, batch_key="batch")
+    assert svt.SCVAE(adata, mixture=False, n_hidden=4).module.sizes.n_batch == 2

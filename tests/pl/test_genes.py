@@ -280,5 +280,5 @@ def test_scaled_counts_are_an_error():
 
 @pytest.mark.parametrize("vmax", [0, -1, np.nan, np.inf])
 def test_a_limit_must_be_above_zero(vmax):
-    with pytest.raises(ValueError, match="`vmax` must be a number of counts above 0"):
+    with pytest.raises(ValueError, match="`vmax` must be a finite number above 0, or None; found"):
         pl.genes(with_counts(make_adata()), "gene0", vmax=vmax)

@@ -1251,7 +1251,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict, str]] = {
     "n_latent 0": ({"n_latent": 0}, r"`n_latent` must be .*at least 1; found 0"),
     "n_latent 1.5": ({"n_latent": 1.5}, r"`n_latent` must be .*found 1\.5"),
     "n_hidden 0": ({"n_hidden": 0}, r"`n_hidden` must be .*at least 1; found 0"),
-    "n_layers 0": ({"n_layers": 0}, r"`n_layers` must be .*at least 1; found 0"),
+    "n_layers 0": ({"n_layers": 0}, r"`n_layers` must be .*at least 1, or None; found 0"),
     "lr 0": ({"lr": 0}, r"`lr` must be a finite number above 0; found 0"),
     "lr NaN": ({"lr": float("nan")}, r"`lr` must be a finite number above 0; found nan"),
     "lr infinite": ({"lr": float("inf")}, r"`lr` must be .*found inf"),

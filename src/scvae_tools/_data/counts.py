@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
+from anndata.compat import ZarrArray
 from scipy import sparse
 
 from scvae_tools._data.structure import check_structure, whole_of_view
@@ -52,7 +53,8 @@ def read_counts(
     Parameters
     ----------
     adata
-        In memory, a view, or backed; sparse (CSR, CSC) or dense, of any numeric type. It is not changed.
+        In memory, a view, backed, or with arrays of h5py and zarr; sparse (CSR, CSC) or dense, of any numeric type. It
+        is not changed.
     layer
         Name of the layer with the counts; ``None`` for ``adata.X``. ``adata.raw`` is never read.
     mask_var
@@ -115,8 +117,14 @@ def load_counts(matrix: object) -> csr_matrix:
 
 
 def require_anndata(adata: object) -> None:
-    """Refuse a MuData, with its modalities named, and anything else that is not an AnnData."""
+    """Refuse what is not an AnnData, such as a MuData, and one whose tables are still to be read from a file."""
     if isinstance(adata, AnnData):
+        for name in ("obs", "var"):
+            if not isinstance(table := getattr(adata, name), pd.DataFrame):
+                raise TypeError(
+                    f"`adata` must have {name} in memory; found a {type(table).__name__}, as lazily read data have. "
+                    "Read them: adata = adata.to_memory()."
+                )
         return
     modalities = getattr(adata, "mod", None)
     if hasattr(modalities, "keys"):  # a MuData, told without importing mudata
@@ -253,7 +261,7 @@ def _to_csr(matrix: object, mask: np.ndarray | None, where: str) -> csr_matrix:
 
 
 def _check_form(matrix: object, where: str) -> None:
-    known = isinstance(matrix, np.ndarray | h5py.Dataset) and not isinstance(matrix, np.ma.MaskedArray)
+    known = isinstance(matrix, np.ndarray | h5py.Dataset | ZarrArray) and not isinstance(matrix, np.ma.MaskedArray)
     known = known or (sparse.issparse(matrix) and matrix.format in ("csr", "csc"))
     if not known:
         kind = f"{type(matrix).__module__}.{type(matrix).__qualname__}"
@@ -276,7 +284,7 @@ def _compressed_to_csr(matrix: sparse.spmatrix, mask: np.ndarray | None) -> csr_
     return matrix.tocsr()
 
 
-def _dense_to_csr(matrix: np.ndarray | h5py.Dataset, mask: np.ndarray | None) -> csr_matrix:
+def _dense_to_csr(matrix: np.ndarray | h5py.Dataset | ZarrArray, mask: np.ndarray | None) -> csr_matrix:
     n_cells, n_genes = matrix.shape
     genes = slice(None) if mask is None else mask
     blocks = [
@@ -411,7 +419,7 @@ def _seem_counts(matrix: object) -> bool:
     """Whether the first values are non-negative integers, not all 0."""
     if sparse.issparse(matrix):
         values = matrix.data[:100_000]
-    elif isinstance(matrix, np.ndarray | h5py.Dataset | CSRDataset):
+    elif isinstance(matrix, np.ndarray | h5py.Dataset | ZarrArray | CSRDataset):
         values = matrix[:50]
     elif isinstance(matrix, CSCDataset):
         values = matrix[:, :50]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from scvae_tools._data.counts import first_cells, require_anndata
 from scvae_tools._messages import listed, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from anndata import AnnData
 
@@ -51,10 +52,17 @@ class Role:
         if value is None:
             return []
         if not self.takes_several:
+            if not isinstance(value, Hashable):
+                raise TypeError(f"`{argument}` must be the name of one column; found {value!r}. Pass one name.")
             return [value]
         if isinstance(value, str):
             raise TypeError(f"`{argument}` must be a list of names; found the string {value!r}. Pass [{value!r}].")
-        return list(value)
+        if not isinstance(value, Iterable):
+            raise TypeError(f"`{argument}` must be a list of names; found {value!r}. Pass a list.")
+        names = list(value)
+        if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise ValueError(f"`{argument}` must name each column once; found {repeated[0]!r} again. Leave it out.")
+        return names
 
 
 def as_list(value: Iterable[str] | str | None) -> list[str] | None:
@@ -111,7 +119,13 @@ def check_obs(adata: AnnData, *, unlabeled_category: str | None = None, is_new: 
 def column_of_obs(adata: AnnData, key: str, argument: str) -> pd.Series:
     columns = [str(name) for name in adata.obs.columns]
     if key in adata.obs.columns:
-        return adata.obs[key]
+        column = adata.obs[key]
+        if column.ndim > 1:
+            raise ValueError(
+                f"`{argument}` must name one column of adata.obs; found {column.shape[1]} columns {key!r}. Rename or "
+                "remove the others."
+            )
+        return column
     close = get_close_matches(str(key), columns)
     remedy = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Pass one of {listed(columns)}."
     raise ValueError(f"`{argument}` must name a column of adata.obs; found {key!r}, which there is not. {remedy}")
@@ -126,7 +140,26 @@ def check_categories(adata: AnnData, key: str, argument: str) -> pd.Series:
             f"of {adata.n_obs:,} cells: {first_cells(adata, missing)}. Give them a category of their own (of labels "
             f"the `unlabeled_category`), or remove them: adata = adata[adata.obs[{key!r}].notna()].copy()."
         )
+    _check_kinds(column, f"adata.obs[{key!r}]", argument)
     return column
+
+
+#: What categories may be: values that a saved model knows again, and of which each two can be compared.
+KINDS = {"text": str, "True and False": (bool, np.bool_), "numbers": (int, float, np.integer, np.floating)}
+
+
+def _check_kinds(column: pd.Series, name: str, argument: str) -> None:
+    """Refuse categories that a saved model could not hold, such as dates, and those of several kinds."""
+    is_categorical = isinstance(column.dtype, pd.CategoricalDtype)
+    values = column.cat.remove_unused_categories().cat.categories if is_categorical else column
+    types = sorted(set(map(type, values)), key=lambda each: each.__name__)
+    kinds = {next((kind for kind, base in KINDS.items() if issubclass(each, base)), None) for each in types}
+    if len(kinds) > 1 or None in kinds:
+        raise ValueError(
+            f"{name} (`{argument}`) must hold categories of one kind, {', '.join(KINDS)}, that a saved model can hold; "
+            f"found the types {', '.join(each.__name__ for each in types)}. Make them text: "
+            f"{name} = {name}.astype(str)."
+        )
 
 
 #: What cells without a label are often called, in lower case.
@@ -179,6 +212,10 @@ def _check_batch(adata: AnnData, key: str, argument: str) -> None:
     )
 
 
+#: Largest number in a column, whose square float32 can nearly hold.
+LARGEST_VALUE = 1e18
+
+
 def _check_finite(adata: AnnData, key: str, argument: str) -> np.ndarray:
     """Check a numeric column, and return it as (n_cells,) float64."""
     column = column_of_obs(adata, key, argument)
@@ -189,12 +226,23 @@ def _check_finite(adata: AnnData, key: str, argument: str) -> np.ndarray:
         )
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     _refuse_cells(adata, ~np.isfinite(values), values, f"adata.obs[{key!r}] (`{argument}`) must be finite")
+    rule = f"adata.obs[{key!r}] (`{argument}`) must be at most {LARGEST_VALUE:g} in size"
+    _refuse_cells(adata, np.abs(values) > LARGEST_VALUE, values, rule)
     return values
+
+
+#: Largest ratio of two size factors; those of real cells differ by a few thousand.
+LARGEST_RATIO = 1e12
 
 
 def _check_size_factor(adata: AnnData, key: str, argument: str) -> None:
     values = _check_finite(adata, key, argument)
     _refuse_cells(adata, values <= 0, values, f"adata.obs[{key!r}] (`{argument}`) must be above 0")
+    least = f"adata.obs[{key!r}] (`{argument}`) must be at least {1 / LARGEST_VALUE:g}"
+    _refuse_cells(adata, values < 1 / LARGEST_VALUE, values, least)
+    middle, reach = np.median(values), LARGEST_RATIO**0.5
+    rule = f"adata.obs[{key!r}] (`{argument}`) must be within a factor of {reach:,.0f} of its median, {middle:.8g}"
+    _refuse_cells(adata, (values > reach * middle) | (values < middle / reach), values, rule)
 
 
 def _refuse_cells(adata: AnnData, bad: np.ndarray, values: np.ndarray, rule: str) -> None:

@@ -202,7 +202,7 @@ class _Place(DeviceCells):
             each.to(device, copy=True) for each in (gathered.start, gathered.gene, gathered.value)
         )
         self.columns = {key: each.to(device, copy=True) for key, each in gathered.columns.items()}
-        self.log_base_measure = torch.zeros(len(self), device=device)
+        self.log_base_measure = torch.zeros(len(self), dtype=torch.float32, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._used: torch.cuda.Event | None = None
 

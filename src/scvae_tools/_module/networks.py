@@ -45,6 +45,10 @@ DROPOUT_PARTS = ("hidden", "input", "latent", "y")
 LARGEST_SPARSE_DENSITY = 0.7
 
 
+#: Largest width and number of hidden layers, far above what is of use.
+LARGEST_WIDTH, LARGEST_N_LAYERS = 100_000, 100
+
+
 def hidden_widths(n_hidden: int | Sequence[int], n_layers: int | None = None) -> tuple[int, ...]:
     """Widths of the encoder's hidden layers from first to last; the decoder has them from last to first.
 
@@ -65,8 +69,9 @@ def hidden_widths(n_hidden: int | Sequence[int], n_layers: int | None = None) ->
     if not widths or not all(is_whole(width) and width >= 1 for width in widths):
         rule = "a whole number of at least 1" + " for each hidden layer" * is_each
         raise ValueError(f"`n_hidden` must be {rule}; found {n_hidden!r}.")
+    check_whole("n_hidden", max(widths), most=LARGEST_WIDTH)
     n = (len(widths) if is_each else 1) if n_layers is None else n_layers
-    n = check_whole("n_layers", n)
+    n = check_whole("n_layers", n, most=LARGEST_N_LAYERS)
     if is_each and n != len(widths):
         raise ValueError(
             f"`n_layers` must be the number of widths in `n_hidden`; found n_layers={n_layers} for "

@@ -105,10 +105,10 @@ class ScviModule(BaseMinifiedModeModuleClass):
         posterior = self.posterior(self.encode(x, size, covariates))
         mean, variance = posterior.moments()
         z = posterior.sample(n_samples)
-        return {"posterior": posterior, "qz": Normal(mean, variance.sqrt()), "z": drop_single(z), "size": size}
+        return {"posterior": posterior, "qz": normal(mean, variance), "z": drop_single(z), "size": size}
 
     def _cached_inference(self, qzm: Tensor, qzv: Tensor, size: Tensor, n_samples: int = 1) -> dict:
-        qz = Normal(qzm, qzv.sqrt())
+        qz = normal(qzm, qzv)
         return {"qz": qz, "z": drop_single(qz.sample((n_samples,))), "size": size}
 
     def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict) -> dict:
@@ -144,6 +144,11 @@ class ScviModule(BaseMinifiedModeModuleClass):
     def label(self, tensors: dict[str, Counts | Tensor]) -> Tensor | None:
         """Component that the label of each cell stands for, −1 where it is not known; None if labels are not used."""
         return None
+
+
+def normal(mean: Tensor, variance: Tensor) -> Normal:
+    """Normal distributions; a variance so small that float32 has 0 for it is no error."""
+    return Normal(mean, variance.sqrt(), validate_args=False)
 
 
 def drop_single(samples: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from scvae_tools._checks import check_choice, check_whole
+from scvae_tools._checks import check_choice, checked
 from scvae_tools._module import gene_sum
 from scvae_tools._module.bounds import Bound, Decoded, Posterior, StandardNormal, cross_entropy, log_softplus
 from scvae_tools._module.covariates import Covariates, Sizes
@@ -98,6 +98,7 @@ class VAE(ScviModule):
     y_term = "kl"
     has_component_posterior = False  #: whether y enters q(z|x,y)
 
+    @checked()
     def __init__(
         self,
         sizes: Sizes,
@@ -122,7 +123,7 @@ class VAE(ScviModule):
         super().__init__()
         self._check_choices(engine, dispersion, normalization, posterior_variance, encoder_input)
         widths, rates = hidden_widths(n_hidden, n_layers), self._checked_rates(dropout_rate)
-        self.sizes, self.n_latent, self.normalization = sizes, check_whole("n_latent", n_latent), normalization
+        self.sizes, self.n_latent, self.normalization = sizes, n_latent, normalization
         self.likelihood: Likelihood = get_likelihood(likelihood, k_max)
         if self.likelihood.normalizes_rates and not use_size_factor:
             raise ValueError(

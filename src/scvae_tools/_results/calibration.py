@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_whole
+from scvae_tools._checks import checked
 from scvae_tools._results.probabilities import check_probabilities, count_pairs
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Calibration(NamedTuple):
     expected_error: float  # mean over cells of |accuracy − confidence| of their bin
 
 
+@checked()
 def calibration(probs: ArrayLike, labels: ArrayLike, n_bins: int = 10, *, pool: bool = False) -> Calibration:
     """Compare the probabilities of the components with how often they are right about known labels.
 
@@ -67,7 +68,6 @@ def calibration(probs: ArrayLike, labels: ArrayLike, n_bins: int = 10, *, pool: 
     --------
     >>> calibration(adata.obsm["scvae_probs"], adata.obs["cell_type"]).expected_error
     """
-    n_bins = check_whole("n_bins", n_bins, remedy="Pass, for example, 10.")
     probs = check_probabilities(probs, "`probs`")
     codes = _label_codes(labels, len(probs))
     is_known = codes >= 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 
 if TYPE_CHECKING:
@@ -113,13 +114,12 @@ def ambiguity_of_components(adata: AnnData, *, key: str = "scvae", threshold: fl
     return table[table["n_cells"] > 0]
 
 
+@checked()
 def ambiguous_positions(probs: np.ndarray, threshold: float) -> np.ndarray:
     """Return the positions of the cells whose top probability is below the threshold."""
-    if not 0 < threshold <= 1:
-        raise ValueError(f"`threshold` must be a probability above 0 and up to 1; found {threshold!r}. Pass 0.9.")
     if probs.shape[1] == 1:  # no other component is possible
         return np.array([], dtype=int)
-    return np.flatnonzero(probs.max(1) < float(threshold))
+    return np.flatnonzero(probs.max(1) < threshold)
 
 
 def two_most_probable(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,8 +28,10 @@ def require_writable(adata: AnnData, *, copy: bool = False) -> None:
 
 
 def copy_in_memory(adata: AnnData) -> AnnData:
-    """Copy an AnnData in memory; `AnnData.copy` fails with layers on disk."""
-    is_on_disk = any(not hasattr(layer, "copy") for key, layer in adata.layers.items() if key is not None)
+    """Copy an AnnData in memory; `AnnData.copy` fails with arrays on disk."""
+    mappings = (adata.layers, adata.obsm, adata.varm, adata.obsp, adata.varp)
+    arrays = [adata.X, *(array for mapping in mappings for key, array in mapping.items() if key is not None)]
+    is_on_disk = any(array is not None and not hasattr(array, "copy") for array in arrays)
     return adata.to_memory(copy=True) if adata.isbacked or is_on_disk else adata.copy()
 
 

@@ -25,7 +25,7 @@ DISPERSION_RATE = 10.0
 
 
 class NonFiniteError(ArithmeticError):
-    """Error for a term of the bound that became NaN or infinite."""
+    """Error for a term of the bound, or another number of a model, that became NaN or infinite."""
 
     def __init__(self, term: str, stage: str, epoch: int) -> None:
         super().__init__(f"{term} became NaN or infinite in epoch {epoch} (stage {stage!r})")

@@ -70,14 +70,15 @@ class RateRecorder(Callback):
         module.eval()
         try:
             with torch.no_grad():
-                for rows, batch in self._batches(module):
+                for rows, batch in self.batches(module):
                     rates[rows] = _rates(module, batch)
         finally:
             module.train(was_training)
         at_zeros, largest = rates.unbind(1)
         return {"rate_at_zeros": float(at_zeros.mean()), "max_rate": float(largest.max())}
 
-    def _batches(self, module: VAE) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    def batches(self, module: VAE) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Batches of the cells on the device of the module, with their places among these cells."""
         n_at_once = self._cells_at_once(module)
         for start in range(0, len(self.indices), n_at_once):
             rows = slice(start, start + n_at_once)

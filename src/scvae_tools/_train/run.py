@@ -24,14 +24,22 @@ from scvae_tools._train.versions import KeepBest, Version, copied
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from torch import Tensor
+
     from scvae_tools._data.resident import ResidentCells
     from scvae_tools._data.windows import CellWindows
     from scvae_tools._module.vae import VAE
     from scvae_tools._train.checkpoint import Checkpointer
     from scvae_tools._train.progress import Progress
+    from scvae_tools._train.recorder import RateRecorder
     from scvae_tools._train.stages import Stage
 
 LEARNING_RATE_CUT = 0.1
+#: What helps where numbers are not finite.
+REMEDY = (
+    "Try a lower `lr`, a smaller `gradient_clip`, likelihood='nb' (the most stable), or look for cells with extreme "
+    "counts."
+)
 
 
 @dataclass
@@ -51,6 +59,9 @@ class Settings:
     trainer_options: dict = field(default_factory=dict)
     cells: ResidentCells | CellWindows | None = (
         None  #: cells that are held on the device, whose positions are the batches
+    )
+    probe: RateRecorder | None = (
+        None  #: cells of which λ is computed at the end of each stage, to see that it is finite
     )
     recorder: Callback | None = None  #: callback that adds columns to the history
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
@@ -96,10 +107,7 @@ def run_stage(
         return _fit(module, stage, loaders, settings, first_epoch, lower)
     except NonFiniteError as error:
         module.load_state_dict(before)
-        error.args = (
-            f"Training stopped: {error}, also with a learning rate of {lower:g}. Try a lower `lr`, a smaller "
-            "`gradient_clip`, likelihood='nb' (the most stable), or look for cells with extreme counts.",
-        )
+        error.args = (f"Training stopped: {error}, also with a learning rate of {lower:g}. {REMEDY}",)
         raise
 
 
@@ -150,9 +158,42 @@ def _fit(
     if best is not None:
         best.restore(module)
     module.eval()
+    if settings.probe is not None and not interrupted:
+        refuse_non_finite(module, settings.probe, stage, first_epoch + len(plan.history))
     if settings.progress is not None and not interrupted:
         settings.progress.skip(stage.max_epochs - len(plan.history))
     return Trained(plan.history, interrupted, versions)
+
+
+@torch.no_grad()
+def refuse_non_finite(module: VAE, probe: RateRecorder, stage: Stage, epoch: int) -> None:
+    """Raise a NonFiniteError where a weight, the mixture, or q(z|x) or λ of some cells is NaN or infinite.
+
+    The terms of the bound may be finite all the same, since they are computed from the logs of λ and of the variances.
+
+    Parameters
+    ----------
+    module
+        In evaluation mode.
+    probe
+        Cells to look at.
+    stage, epoch
+        Where the training is, for the message.
+    """
+
+    def check(term: str, *tensors: Tensor) -> None:
+        if not all(bool(torch.isfinite(each).all()) for each in tensors):
+            raise NonFiniteError(term, stage.name, epoch)
+
+    check("a weight of the model", *module.parameters())
+    try:
+        check("a mean or variance of the mixture", *module.prior.marginals())
+    except torch.linalg.LinAlgError:  # a covariance without an inverse
+        check("a mean or variance of the mixture", torch.tensor(torch.nan))
+    for _, batch in probe.batches(module):
+        data = module.data(batch)
+        check("q(z|x)", *module.posterior(module.encode(*data)).moments())
+        check("λ", module.rate(*data))
 
 
 def _versions(module: VAE, plan: TrainingPlan, best: KeepBest | None, *, interrupted: bool) -> dict[str, Version]:

@@ -54,7 +54,7 @@ def split_cells(
         If ``validation_indices`` are no positions of cells, or leave no cell to train on.
     """
     if validation_indices is not None:
-        validation = np.unique(cell_positions(validation_indices, n_cells, "validation_indices"))
+        validation = np.unique(cell_positions(validation_indices, n_cells, "validation_indices", may_be_none=True))
         train = np.setdiff1d(np.arange(n_cells), validation)
         if len(train) == 0:
             raise ValueError(f"`validation_indices` must leave cells to train on; found all {n_cells} held out.")

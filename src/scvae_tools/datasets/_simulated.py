@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import log_softmax, logit
 
-from scvae_tools._checks import check_number, check_whole
+from scvae_tools._checks import checked, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHUNK_ENTRIES = 2**24
 
 
+@checked(n_components=whole())
 def simulate(
     n_cells: int = 1000,
     n_genes: int = 500,
@@ -122,7 +123,7 @@ def simulate(
             f"`likelihood` must be one that counts can be drawn from; found {likelihood!r}, a density. Simulate with "
             "another, such as 'nb': a model of any likelihood can be trained on its counts."
         )
-    _check_ranges(arguments)
+    _check_batches(n_batches, n_cells)
     arguments["proportions"] = _check_proportions(proportions, n_components)
 
     rng = np.random.default_rng(random_state)
@@ -151,6 +152,7 @@ def simulate(
     return adata
 
 
+@checked()
 def mouse_brain_20k_like(n_cells: int = 20_000, *, random_state: int = 0) -> ad.AnnData:
     """Simulate counts as many and as sparse as those of ``mouse_brain_20k``: no real cell or gene is among them.
 
@@ -182,6 +184,7 @@ def mouse_brain_20k_like(n_cells: int = 20_000, *, random_state: int = 0) -> ad.
     return adata
 
 
+@checked()
 def poisson_toy(n_cells: int = 2000, *, random_state: int = 0) -> ad.AnnData:
     """Simulate ten independent genes, gene j being Poisson with mean j + 1: no latent structure to find.
 
@@ -208,6 +211,7 @@ def poisson_toy(n_cells: int = 2000, *, random_state: int = 0) -> ad.AnnData:
     return adata
 
 
+@checked()
 def poisson_mixture_toy(n_cells: int = 10_000, *, random_state: int = 0) -> ad.AnnData:
     """Simulate ten Poisson genes of cells from five equally large components.
 
@@ -241,21 +245,11 @@ def poisson_mixture_toy(n_cells: int = 10_000, *, random_state: int = 0) -> ad.A
     return _poisson_mixture(n_cells, rates, random_state)
 
 
-def _check_ranges(arguments: dict) -> None:
-    """Refuse numbers that no simulation is defined for."""
-    for name in ["n_cells", "n_genes", "n_components", "n_batches"]:
-        check_whole(name, arguments[name], least=1)
-    check_whole("random_state", arguments["random_state"], least=0)
-    for name in ["median_counts", "dispersion"]:
-        check_number(name, arguments[name], above=0)
-    for name in ["separation", "gene_sd", "size_factor_sd", "batch_effect", "dispersion_sd"]:
-        check_number(name, arguments[name], least=0)
-    check_number("zero_inflation", arguments["zero_inflation"], least=0, below=1)
-    check_number("share_changed", arguments["share_changed"], least=0, most=1)
-    if arguments["n_batches"] > arguments["n_cells"]:
+def _check_batches(n_batches: int, n_cells: int) -> None:
+    if n_batches > n_cells:
         raise ValueError(
-            f"Every batch needs a cell; found `n_batches={arguments['n_batches']}` for "
-            f"`n_cells={arguments['n_cells']}`. Ask for fewer batches or more cells."
+            f"Every batch needs a cell; found `n_batches={n_batches}` for `n_cells={n_cells}`. Ask for fewer batches "
+            "or more cells."
         )
 
 
@@ -320,8 +314,6 @@ def _poisson_mixture(n_cells: int, rates: np.ndarray, random_state: int) -> ad.A
     """Cells from equally large Poisson components with the rates (n_components, n_genes), in counts."""
     from scvae_tools.likelihoods import get_likelihood
 
-    check_whole("n_cells", n_cells, least=1)
-    check_whole("random_state", random_state, least=0)
     rng = np.random.default_rng(random_state)
     component = _assign_components(n_cells, _check_proportions(None, len(rates)), rng)
     adata = _name(_draw(get_likelihood("poisson"), np.log(rates), component, np.zeros(n_cells), {}, rng))

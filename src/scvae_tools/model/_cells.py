@@ -127,8 +127,6 @@ class CellsMixin(SetupMixin):
             If genes or columns of ``obs`` that the model was trained with are missing or unfit, or no cell is chosen.
         """
         cells = np.unique(cell_positions(indices, adata.n_obs))
-        if len(cells) == 0 and adata.n_obs > 0:
-            raise ValueError("`indices` must choose at least one cell; found none. Pass None for all cells.")
         places = self._places_of_genes(adata, fill_missing=fill_missing)
         obs = self._obs_to_show(adata, any_labels=any_labels)
         if len(cells) < adata.n_obs:
@@ -148,7 +146,7 @@ class CellsMixin(SetupMixin):
         self._check_columns_of(adata, checked)
         obs = adata.obs[columns_in(checked)]
         if any_labels and label is not None:
-            obs = obs.assign(**{label: self.label_categories[0]})
+            obs = obs.assign(**{label: self._some_label()})
         return obs[columns_in(obs_keys)]
 
     def _places_of_genes(self, adata: AnnData, *, fill_missing: bool | None) -> np.ndarray:

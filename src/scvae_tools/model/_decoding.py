@@ -16,7 +16,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model.base import RNASeqMixin, VAEMixin
 from torch import Tensor
 
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, checked
 from scvae_tools._messages import warn
 from scvae_tools._module import memory
 from scvae_tools._random import RandomStream
@@ -95,6 +95,7 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
         codes = codes.rows(cells)
         return self.module.decode(codes.z, codes.size, codes.covariates, genes)
 
+    @checked()
     @torch.inference_mode()
     def iter_decoded(
         self,
@@ -145,13 +146,7 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
     def _gene_positions(self, gene_list: Sequence[str] | None) -> torch.Tensor | None:
         if gene_list is None:
             return None
-        positions = pd.Index(self.var_names).get_indexer(list(gene_list))
-        if (positions < 0).any():
-            unknown = [gene for gene, at in zip(gene_list, positions, strict=True) if at < 0]
-            raise ValueError(
-                f"`gene_list` must name genes of the model; {len(unknown)} are not, the first {unknown[0]!r}. "
-                "`model.var_names` lists them."
-            )
+        positions = places_of_genes(self.var_names, list(gene_list), "gene_list")
         return torch.as_tensor(positions, device=self.module.device)
 
     def _genes_of_model(self, gene_list: Sequence[str] | None) -> Tensor | None:
@@ -189,6 +184,32 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
         """Codes of the batches to transform to; None, alone or in the list, for each cell's own."""
         batches = [batches] if batches is None or np.isscalar(batches) else list(batches)
         return [None if batch is None else self._batch_code(batch, "transform_batch") for batch in batches]
+
+
+def places_of_genes(known: np.ndarray, names: Sequence[str], argument: str) -> list[int]:
+    """Places of named genes among those of a model.
+
+    Raises
+    ------
+    ValueError
+        If a gene is none of the model, or several have its name.
+    """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(known.tolist()):
+        places.setdefault(name, []).append(place)
+    unknown = [name for name in names if name not in places]
+    if unknown:
+        raise ValueError(
+            f"`{argument}` must name genes of the model; {len(unknown)} of {len(names)} are not, the first "
+            f"{unknown[0]!r}. `model.var_names` lists them."
+        )
+    for name in names:
+        if len(places[name]) > 1:
+            raise ValueError(
+                f"`{argument}` must name one gene each; found {name!r}, the name of {len(places[name])} genes of "
+                "the model. Train on data with names of their own, for example after adata.var_names_make_unique()."
+            )
+    return [places[name][0] for name in names]
 
 
 class DecodedPart(NamedTuple):

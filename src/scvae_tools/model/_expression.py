@@ -14,13 +14,15 @@ from scvi.model.base import RNASeqMixin
 from scvi.utils import track
 from torch import Tensor
 
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, checked
 from scvae_tools._messages import warn
 from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools._random import seeded, with_random_state
+from scvae_tools._train.run import REMEDY
 from scvae_tools._upstream import quiet
 from scvae_tools.model._chunks import FilledRows, check_overall, put
 from scvae_tools.model._decoding import Codes, DecodingMixin
+from scvae_tools.model._groups import compared_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +36,7 @@ SCVI_PARAMETERS = {"log_rate": ("mean", "mu"), "log_r": ("dispersions", "theta")
 class ExpressionMixin(DecodingMixin):
     """Expression by `SCVAE`, in place of the methods of scvi-tools, which hold the result twice."""
 
+    @checked()
     @torch.inference_mode()
     def iter_lambda(
         self,
@@ -52,14 +55,19 @@ class ExpressionMixin(DecodingMixin):
             )
         n_decoded = self.n_components if isinstance(self.module, GMVAE) and self.is_mixture else 1
         n_bytes = self._decoded_bytes(n_decoded * self._n_genes(genes))
+        n_unfit = 0
         for tensors in self._batches(adata, indices, batch_size or self._cells_at_once(adata, n_bytes)):
             if REGISTRY_KEYS.LATENT_QZM_KEY in tensors:
                 _, size, covariates = self.module.data(tensors)
-                px = self.module.decode(tensors[REGISTRY_KEYS.LATENT_QZM_KEY], size, covariates, genes)
-                yield px.mu.cpu().numpy()
-                continue
-            yield self.module.rate(*self.module.data(tensors), genes=genes).cpu().numpy()
+                rate = self.module.decode(tensors[REGISTRY_KEYS.LATENT_QZM_KEY], size, covariates, genes).mu
+            else:
+                rate = self.module.rate(*self.module.data(tensors), genes=genes)
+            n_unfit += int((~torch.isfinite(rate.amax(1))).sum())
+            yield rate.cpu().numpy()
+        if n_unfit:
+            warn(f"λ of {n_unfit:,} cells is NaN or infinite. {REMEDY}")
 
+    @checked()
     def get_lambda(
         self,
         adata: AnnData | None = None,
@@ -103,6 +111,7 @@ class ExpressionMixin(DecodingMixin):
             array[start : start + len(chunk)] = chunk
         return rows.result()
 
+    @checked()
     @torch.inference_mode()
     def get_likelihood_parameters(
         self,
@@ -155,6 +164,7 @@ class ExpressionMixin(DecodingMixin):
                         put(places[key], cells, part, value.mean(0) if averages else value)
         return {key: value.result() for key, value in rows.items()}
 
+    @checked()
     def get_normalized_expression(
         self,
         adata: AnnData | None = None,
@@ -316,6 +326,7 @@ class ExpressionMixin(DecodingMixin):
             value = value.mean(0) if decoding.averages else value
             yield cells, part, value * decoding.factor
 
+    @checked()
     def get_feature_correlation_matrix(
         self,
         adata: AnnData | None = None,
@@ -426,18 +437,26 @@ class ExpressionMixin(DecodingMixin):
         Table indexed by the genes. Among its columns: with ``mode="change"`` ``"proba_de"`` and ``"lfc_mean"`` (of
         log2), with ``"vanilla"`` ``"proba_m1"``; ``"bayes_factor"``; ``"scale1"`` and ``"scale2"``, the mean expression
         in each group; and the means of the counts themselves. The AnnData stays as it was.
+
+        Raises
+        ------
+        ValueError
+            If a column, a group or a cell is none of the data, or there are no cells to compare with.
         """
         data = self._validate_anndata(adata)
-        columns = set(data.obs)
+        columns, method = set(data.obs), super().differential_expression
+        given = inspect.signature(method).bind(data, *args, **kwargs)
+        given.arguments |= compared_cells(data, given.arguments)
         try:
             with seeded(random_state), quiet():
-                return super().differential_expression(data, *args, **kwargs)
+                return method(*given.args, **given.kwargs)
         finally:
             for column in set(data.obs) - columns:
                 del data.obs[column]
 
     # For completion and the reference: the arguments of the scvi-tools that is installed.
     differential_expression.__signature__ = inspect.signature(with_random_state(RNASeqMixin.differential_expression))
+    differential_expression = checked()(differential_expression)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from scvi import settings
 
 from scvae_tools import _keys
-from scvae_tools._checks import cell_positions
+from scvae_tools._checks import cell_positions, checked
+from scvae_tools._data.roles import column_of_obs
 from scvae_tools._module.bounds import kl_of_marginals
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 class InferenceMixin(ExpressionMixin, SamplingMixin):
     """Inference with `SCVAE`, in place of the methods of scvi-tools, which know one Gaussian prior only."""
 
+    @checked()
     @torch.inference_mode()
     def get_elbo_terms(
         self,
@@ -93,6 +95,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         values = -self.get_elbo_terms(*args, **kwargs)["log_likelihood"].to_numpy()
         return {"reconstruction_loss": float(values.mean()) if return_mean else values}
 
+    @checked()
     @torch.inference_mode()
     def get_kl_by_dimension(
         self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
@@ -119,6 +122,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
             n_cells += len(weight)
         return (total / n_cells).numpy()
 
+    @checked()
     @torch.inference_mode()
     def get_marginal_ll(
         self,
@@ -155,6 +159,54 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         values = torch.cat(values).double().numpy()
         return float(values.mean()) if return_mean else values
 
+    @checked()
+    def get_aggregated_posterior(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        dof: float | None = 3.0,
+    ) -> torch.distributions.Distribution:
+        """Mixture of the posteriors of cells, as `differential_abundance` of scvi-tools uses it.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in `get_elbo_terms`.
+        dof
+            Degrees of freedom of Student's t-distributions; None for Gaussians.
+        """
+        adata = self._validate_anndata(adata)
+        cells = cell_positions(indices, adata.n_obs)
+        return super().get_aggregated_posterior(adata, cells, batch_size, dof)
+
+    @checked()
+    def differential_abundance(
+        self,
+        adata: AnnData | None = None,
+        sample_key: str | None = None,
+        batch_size: int = 128,
+        num_cells_posterior: int | None = None,
+        dof: float | None = None,
+    ) -> None:
+        """Log-probability of each cell in each sample, by scvi-tools, which writes it into ``adata``.
+
+        Parameters
+        ----------
+        adata, batch_size
+            As in `get_elbo_terms`.
+        sample_key
+            Column of ``obs`` with the sample of each cell.
+        num_cells_posterior
+            Most cells of a sample that are used, drawn at random; None for all.
+        dof
+            As in `get_aggregated_posterior`.
+        """
+        adata = self._validate_anndata(adata)
+        column_of_obs(adata, sample_key, "sample_key")
+        super().differential_abundance(adata, sample_key, batch_size, num_cells_posterior, dof)
+
+    @checked()
     @torch.inference_mode()
     def predict(
         self,
@@ -255,6 +307,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         columns = [str(dimension) for dimension in range(decoder.n_latent)]
         return pd.DataFrame(loadings.cpu().numpy().copy(), index=self.var_names, columns=columns)
 
+    @checked()
     def get_latent_representation(
         self,
         adata: AnnData | None = None,

@@ -13,6 +13,7 @@ from scvi import REGISTRY_KEYS, settings
 from scvi.utils import track
 from torch import Tensor
 
+from scvae_tools._checks import checked
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, registered_columns
 from scvae_tools._module import memory
 from scvae_tools._random import RandomStream, seeded
@@ -39,6 +40,7 @@ class SampledPart(NamedTuple):
 class SamplingMixin(DecodingMixin):
     """Draws from `SCVAE`, in parts that fit into memory."""
 
+    @checked()
     @torch.inference_mode()
     def posterior_predictive_sample(
         self,
@@ -125,6 +127,7 @@ class SamplingMixin(DecodingMixin):
         counts = counts if genes is None else counts[:, genes.cpu()]
         return counts.reshape(*counts.shape[:2], n_samples).numpy()
 
+    @checked()
     @torch.inference_mode()
     def iter_samples(
         self,
@@ -165,6 +168,7 @@ class SamplingMixin(DecodingMixin):
                 yield SampledPart(slice(start, stop), slice(first, first + n), np.moveaxis(counts, 2, 0))
             start = stop
 
+    @checked()
     @torch.inference_mode()
     def iter_component_expression(
         self, components: Sequence[str], n_samples: int = 200, *, bytes_beside: int = 0, random_state: int = 0
@@ -227,6 +231,7 @@ class SamplingMixin(DecodingMixin):
         values = registered_columns(self.adata_manager).get(key)
         return None if values is None else torch.as_tensor(values, dtype=dtype, device=self.module.device)
 
+    @checked()
     def sample(
         self,
         n_cells: int = 1000,

@@ -11,6 +11,7 @@ import torch
 from scvi import REGISTRY_KEYS
 
 from scvae_tools import _keys
+from scvae_tools._checks import checked
 from scvae_tools._data.counts import gene_mean_fraction
 from scvae_tools._data.loader import registered_columns
 from scvae_tools._module.covariates import Covariates, Sizes
@@ -132,6 +133,7 @@ class SCVAE(TrainingMixin, PersistenceMixin):
     _LATENT_QZM_KEY = _keys.LATENT_MEAN
     _LATENT_QZV_KEY = _keys.LATENT_VARIANCE
 
+    @checked()
     def __init__(
         self,
         adata: AnnData | None = None,

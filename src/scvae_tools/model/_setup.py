@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.data.fields import (
-    CategoricalJointObsField,
-    CategoricalObsField,
-    LayerField,
-    NumericalJointObsField,
-    NumericalObsField,
-)
+from scvi.data.fields import LayerField, NumericalJointObsField, NumericalObsField
 from scvi.model.base import BaseMinifiedModeModelClass
 
 from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
 from scvae_tools._data.loader import registered_columns
 from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
-from scvae_tools._upstream import SETUP_ARGS, minified_type, quiet
+from scvae_tools._upstream import (
+    SETUP_ARGS,
+    UsedCategoriesField,
+    UsedCategoriesJointField,
+    minified_type,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -257,7 +257,11 @@ class SetupMixin(BaseMinifiedModeModelClass):
 
     def _any_label_does(self) -> str:
         key = self._setup["labels_key"]
-        return f"No result depends on it: any known label does, adata.obs[{key!r}] = {self.label_categories[0]!r}."
+        return f"No result depends on it: any known label does, adata.obs[{key!r}] = {self._some_label()!r}."
+
+    def _some_label(self) -> Any:
+        """Some label that the model knows, as its column holds it."""
+        return self._known_categories()[self._setup["labels_key"]][0]
 
 
 def _check_kind(key: str, new: list, known: list) -> None:
@@ -292,8 +296,8 @@ def _has_same_counts(manager: AnnDataManager) -> bool:
 def _field_of(role: Role, keys: str | list[str] | None) -> BaseAnnDataField:
     """Field by which scvi-tools registers the columns of a role."""
     if role.takes_several:
-        kind = CategoricalJointObsField if role.is_categorical else NumericalJointObsField
+        kind = UsedCategoriesJointField if role.is_categorical else NumericalJointObsField
         return kind(role.registry_key, keys)
     if role.is_categorical:
-        return CategoricalObsField(role.registry_key, keys)
+        return UsedCategoriesField(role.registry_key, keys)
     return NumericalObsField(role.registry_key, keys, required=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._checks import check_choice, check_number, check_share, check_whole
+from scvae_tools._checks import check_choice, checked
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, registered_columns
 from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._interrupts import interrupts_held
@@ -20,10 +20,10 @@ from scvae_tools._random import seeded
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
-from scvae_tools._train.plan import Objective
+from scvae_tools._train.plan import NonFiniteError, Objective
 from scvae_tools._train.progress import Progress
 from scvae_tools._train.recorder import RateRecorder
-from scvae_tools._train.run import Settings, run_stage
+from scvae_tools._train.run import REMEDY, Settings, run_stage
 from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
 from scvae_tools._train.versions import Version, copied, renumbered
@@ -55,6 +55,7 @@ class TrainingMixin(InferenceMixin):
         """
         return self._state.history
 
+    @checked()
     def train(
         self,
         max_epochs: int | None = None,
@@ -149,7 +150,8 @@ class TrainingMixin(InferenceMixin):
         Raises
         ------
         NonFiniteError
-            If a term of the bound became NaN or infinite, also at a tenth of the learning rate.
+            If a term of the bound, a weight, λ or the mixture became NaN or infinite, also at a tenth of the learning
+            rate.
         ValueError
             If an argument does not fit, or ``checkpoint`` holds a training of other data, another model or other
             arguments; it says which.
@@ -171,9 +173,6 @@ class TrainingMixin(InferenceMixin):
         """
         arguments = dict(locals())
         self._require_data_to_train()
-        max_epochs, batch_size = check_training_arguments(max_epochs, batch_size, train_size, lr)
-        gradient_clip, patience = check_optimisation(weight_decay, gradient_clip, patience)
-        n_warm_up_epochs = check_whole("n_warm_up_epochs", n_warm_up_epochs, least=0, or_none=True)
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         _check_objective(objective, self.module)
         _check_precision(trainer_options.get("precision"))
@@ -190,8 +189,8 @@ class TrainingMixin(InferenceMixin):
             self._standardize_covariates()
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
-            if record_rates:
-                settings.recorder = RateRecorder(dataset, self.train_indices, random_state)
+            settings.probe = RateRecorder(dataset, self.train_indices, random_state)
+            settings.recorder = settings.probe if record_rates else None
             if checkpoint is not None:
                 settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
             self.to_device(device)
@@ -430,6 +429,10 @@ class TrainingMixin(InferenceMixin):
         """Set the mixture from the latent means of the training cells, and from their labels where these are known."""
         self._state.is_trained = True
         mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
+        if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+            error = NonFiniteError("q(z|x) of a training cell", "vae", self._state.n_epochs)
+            error.args = (f"{error}. {REMEDY}",)
+            raise error
         options = {"random_state": random_state, "device": self.module.device}
         if self.is_supervised:
             label = self._components_of_labels()[self.train_indices]
@@ -517,36 +520,15 @@ def _no_memory(device: torch.device, cells: ResidentCells | CellWindows | None) 
     )
 
 
-def check_training_arguments(
-    max_epochs: int | None, batch_size: int, train_size: float, lr: float
-) -> tuple[int | None, int]:
-    """Check the arguments of `SCVAE.train` that every training has; return the numbers of epochs and cells."""
-    check_share("train_size", train_size)
-    check_number("lr", lr, above=0)
-    return check_whole("max_epochs", max_epochs, or_none=True), check_whole("batch_size", batch_size)
-
-
-def check_optimisation(weight_decay: float, gradient_clip: float | None, patience: int) -> tuple[float | None, int]:
-    """Check how the loss is minimised; return the largest norm of the gradient, and the patience."""
-    check_number("weight_decay", weight_decay, least=0)
-    # Below 0 it would turn the gradient round, and at 0 remove it.
-    clip = None if gradient_clip is None else check_number("gradient_clip", gradient_clip, above=0)
-    return clip, check_whole("patience", patience, least=0)
-
-
 def _check_objective(objective: Objective, module: VAE) -> None:
-    check_whole("n_samples", objective.n_samples)
-    check_whole("n_importance_samples", objective.n_importance_samples)
-    weights = {name: getattr(objective, name) for name in ("kl_weight", "free_nats_y", "free_nats_z")}
-    for name, value in weights.items():
-        check_number(name, value, least=0)
+    """Check that the parts of an objective fit each other and the model."""
     if objective.free_nats_y and (module.y_term == "none" or not isinstance(module, MixtureVAE)):
         found = "y_term='none'" if isinstance(module, MixtureVAE) else "mixture=False"
         raise ValueError(f"`free_nats_y` is of the KL of y, which a model with {found} has not. Leave it out.")
     if objective.n_importance_samples == 1:
         return
     others = {"n_samples": objective.n_samples > 1, "y_term": module.y_term != "kl"}
-    others |= {name: weights[name] > 0 for name in ("free_nats_y", "free_nats_z")}
+    others |= {name: getattr(objective, name) > 0 for name in ("free_nats_y", "free_nats_z")}
     clashing = [name for name, is_set in others.items() if is_set]
     if clashing:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
 from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, name_latent_axes
@@ -26,6 +27,7 @@ ROWS = 10_000  # of a backed sparse matrix in memory at once
 _LARGEST_LIST = 3  # unknown genes for which similar names are looked up, which takes a while
 
 
+@checked()
 def genes(
     adata: AnnData,
     genes: str | Sequence[str],
@@ -91,7 +93,6 @@ def genes(
     positions = gene_positions(adata, genes)
     counts_layer = layer_of_counts(adata, key, layer)
     basis = find_basis(adata, key, basis)
-    _check_limit(vmax)
     values = [(_counts(adata, gene, counts_layer), _rate(adata, gene, rate)) for gene in positions]
     names = [str(name) for name in adata.var_names[positions]]
     if axes is None:
@@ -168,11 +169,6 @@ def layer_of_counts(adata: AnnData, key: str, layer: str | None) -> str | None:
     raise ValueError(
         f"{which} a layer of adata; {chosen!r} is not among {there_are}. Pass the layer= that holds the counts."
     )
-
-
-def _check_limit(vmax: float | None) -> None:
-    if vmax is not None and not (np.isfinite(vmax) and vmax > 0):
-        raise ValueError(f"`vmax` must be a number of counts above 0; found {vmax!r}. Pass None for the largest value.")
 
 
 def _counts(adata: AnnData, gene: int, layer: str | None) -> np.ndarray:

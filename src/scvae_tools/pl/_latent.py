@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import product
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scvae_tools._checks import checked, is_whole
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
 from scvae_tools._results.probabilities import component_probabilities
@@ -40,6 +40,7 @@ class _Prior(NamedTuple):
     covariances: np.ndarray  # (n_used, 2, 2)
 
 
+@checked()
 def latent(
     adata: AnnData,
     *,
@@ -124,7 +125,7 @@ def _private_cells(adata: AnnData, key: str, dimensions: tuple[int, int]) -> Ann
     coordinates = np.asarray(adata.obsm[slot])
     n_latent = coordinates.shape[1]
     chosen = tuple(np.ravel(np.asarray(dimensions, dtype=object)))
-    is_valid = len(chosen) == 2 and all(isinstance(number, Integral) and 1 <= number <= n_latent for number in chosen)
+    is_valid = len(chosen) == 2 and all(is_whole(number) and 1 <= number <= n_latent for number in chosen)
     if not is_valid or chosen[0] == chosen[1]:
         remedy = "Pass dimensions=(1, 2)" if n_latent > 1 else "Train with n_latent=2 or more"
         raise ValueError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scvae_tools._checks import checked, is_whole
 from scvae_tools._keys import Keys
 from scvae_tools.pl._figures import ACCENT, FONT, LINE, TEXT, finish, given_axes, new_grid, stored_results, write_names
 
@@ -22,6 +22,7 @@ _ROW = 1.4 * FONT / 72  # inches for a gene
 _AROUND = 0.95  # inches above and below the genes of a panel
 
 
+@checked()
 def loadings(
     adata: AnnData,
     *,
@@ -76,8 +77,6 @@ def loadings(
     """
     values = _stored(adata, key)
     numbers = _numbers(dimensions, values.shape[1], key)
-    if not isinstance(n_genes, Integral) or n_genes < 1:
-        raise ValueError(f"`n_genes` must be a whole number of at least 1; found {n_genes!r}.")
     chosen = [_largest(values[:, number - 1], n_genes) for number in numbers]
     panels = [f"dimension {number}" for number in numbers]
     n_rows = max(len(rising) + len(falling) for rising, falling in chosen) + 1
@@ -118,7 +117,7 @@ def _numbers(dimensions: int | Sequence[int] | None, n_latent: int, key: str) ->
     """Return the numbers of the dimensions from 1 on."""
     given = range(1, n_latent + 1) if dimensions is None else np.ravel(np.asarray(dimensions, dtype=object))
     numbers = list(given)
-    if not numbers or not all(isinstance(number, Integral) and 1 <= number <= n_latent for number in numbers):
+    if not numbers or not all(is_whole(number) and 1 <= number <= n_latent for number in numbers):
         raise ValueError(
             f"`dimensions` must be latent dimensions, counted from 1 to {n_latent}, the columns of "
             f"obsm[{Keys(key).latent!r}]; found {dimensions!r}. Pass dimensions=[1]."

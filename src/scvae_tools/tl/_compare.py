@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._checks import check_key, check_whole
+from scvae_tools._checks import check_key, check_random_source, checked
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import check_obs, labels_to_score_by, obs_keys_of
 from scvae_tools._messages import warn
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@checked(random_state=check_random_source)
 def compare(
     adata: AnnData,
     grid: Mapping[str, Sequence[Any]],
@@ -167,7 +168,7 @@ def compare(
     require_anndata(adata)
     require_writable(adata)
     seed = as_seed(random_state, None)
-    _check_sizes(train_size, test_size, n_importance_samples)
+    _check_sizes(train_size, test_size)
     named = {name: arguments[name] for name in (*OBS_KEYS, "max_epochs", "accelerator")}
     defaults = defaults_of_models()
     shared = set(inspect.signature(compare).parameters)
@@ -220,14 +221,12 @@ def _warn_of_kinds(likelihoods: set[str]) -> None:
         )
 
 
-def _check_sizes(train_size: float, test_size: float, n_importance_samples: int) -> None:
-    if not (train_size > 0 and test_size > 0 and train_size + test_size < 1 - 1e-9):
+def _check_sizes(train_size: float, test_size: float) -> None:
+    if not train_size + test_size < 1 - 1e-9:
         raise ValueError(
-            "`train_size` and `test_size` must be positive, and leave cells for the validation, which chooses the "
-            f"weights: their sum must be below 1; found {train_size!r} and {test_size!r}. Pass, for example, 0.8 and "
-            "0.1."
+            "`train_size` and `test_size` must leave cells for the validation, which chooses the weights: their sum "
+            f"must be below 1; found {train_size!r} and {test_size!r}. Pass, for example, 0.8 and 0.1."
         )
-    check_whole("n_importance_samples", n_importance_samples)
 
 
 def _split(n_cells: int, train_size: float, test_size: float, seed: int) -> tuple[np.ndarray, ...]:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_choice, is_number
+from scvae_tools._checks import check_arguments, check_choice, is_number
 from scvae_tools._data.roles import ROLES, obs_keys_of
-from scvae_tools._random import as_seed
 from scvae_tools._upstream import parse_device_args, quiet
 from scvae_tools.model._scvae import SCVAE
-from scvae_tools.model._training import check_optimisation, check_training_arguments
+from scvae_tools.model._training import TrainingMixin
 
 if TYPE_CHECKING:
     from scvae_tools.tl._comparison_cells import Cells
@@ -166,11 +165,9 @@ def _check_types(combination: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def _check_training(combination: dict[str, Any]) -> None:
-    check_training_arguments(combination["max_epochs"], combination["batch_size"], 0.5, combination["lr"])
+    check_arguments(TrainingMixin.train, combination)
     check_choice("matmul_precision", combination["matmul_precision"], (None, "highest", "high", "medium"))
     check_choice("hold_on_device", combination["hold_on_device"], (None, True, False))
-    as_seed(combination["random_state"], None)
-    check_optimisation(*(combination[name] for name in ("weight_decay", "gradient_clip", "patience")))
     with quiet():
         parse_device_args(combination["accelerator"], combination["devices"], return_device="torch")
 

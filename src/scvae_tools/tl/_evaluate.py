@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools import metrics
-from scvae_tools._checks import check_key, check_whole
+from scvae_tools._checks import check_key, check_random_source, checked, whole
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._data.roles import column_of_obs, labels_to_score_by
 from scvae_tools._messages import listed, warn
@@ -35,6 +35,7 @@ OF_MODEL, NO_CLUSTERING = "model", "none"
 TERMS = ("elbo", "log_likelihood", "kl_z", "kl_y")
 
 
+@checked(random_state=check_random_source, n_importance_samples=whole(least=0))
 def evaluate(
     adata: AnnData,
     model: SCVAE,
@@ -156,9 +157,6 @@ def evaluate(
     check_key("key_added", key_added)
     require_encoder_of_counts(model, "svt.tl.evaluate")
     require_writable(adata)
-    n_samples = check_whole("n_samples", n_samples)
-    n_importance_samples = check_whole("n_importance_samples", n_importance_samples, least=0)
-    batch_size = check_whole("batch_size", batch_size, or_none=True)
     seed = as_seed(random_state, None)
     truth = _truth(adata, model, labels_key, superset, excluded)
     estimators = _estimators(clusterers, truth, model, seed)

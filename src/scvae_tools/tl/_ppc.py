@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_key, check_whole
+from scvae_tools._checks import check_key, check_random_source, checked, whole
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._keys import Keys
 from scvae_tools._random import as_seed
 from scvae_tools._results.predictive_check import STATISTICS
 from scvae_tools._results.writing import require_writable, write_uns
+from scvae_tools.model._decoding import places_of_genes
 from scvae_tools.tl._models import require_encoder_of_counts
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ SHARE_IN_BINS = 0.995
 _BLOCK = 2**20
 
 
+@checked(random_state=check_random_source, n_samples=whole(least=2))
 def ppc(
     adata: AnnData,
     model: SCVAE,
@@ -126,7 +128,6 @@ def ppc(
     check_key("key_added", key_added, or_none=True)
     require_encoder_of_counts(model, "svt.tl.ppc")
     require_writable(adata)
-    n_samples = check_whole("n_samples", n_samples, least=2)
     genes = _check_genes(model, genes)
     seed = as_seed(random_state, None)
     cells = model.other_cells(adata, indices=indices, layer=layer)
@@ -250,11 +251,4 @@ def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
 def _check_genes(model: SCVAE, genes: str | Sequence[str] | None) -> dict[str, int]:
     """Places of the genes in the model, each once."""
     names = [] if genes is None else [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
-    known = model.var_names.tolist()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"`genes` must name genes of the model; {len(unknown)} of {len(names)} are not, the first {unknown[0]!r}. "
-            "`model.var_names` lists them."
-        )
-    return {str(name): known.index(name) for name in names}
+    return dict(zip(map(str, names), places_of_genes(model.var_names, names, "genes"), strict=True))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_key, check_whole
+from scvae_tools._checks import check_key, check_random_source, checked, whole
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import write_uns
 from scvae_tools.tl._models import components_of, positions_of, require_two
@@ -26,6 +26,7 @@ COMPARED_NUMBERS = 4
 FIELDS = {"names": "O", "scores": "float32", "logfoldchanges": "float32", "pvals": "float64", "pvals_adj": "float64"}
 
 
+@checked(random_state=check_random_source, n_samples=whole(least=2))
 def rank_components(
     adata: AnnData,
     model: SCVAE,
@@ -129,8 +130,6 @@ def rank_components(
     require_two(used, f"`adata.obs[{key!r}]` must have cells of at least two components to compare")
     groups, references = _compared(used, reference)
     _require_genes(adata, model)
-    n_samples = check_whole("n_samples", n_samples, least=2)
-    n_genes = check_whole("n_genes", n_genes, or_none=True)
     seed = as_seed(random_state, None)
 
     weights = _reference_weights(model, groups, references)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from scvae_tools._checks import check_key
+from scvae_tools._checks import as_plain, check_arguments, check_key, check_random_source, checked
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import obs_keys_of
 from scvae_tools._interrupts import interrupts_held
@@ -33,6 +33,7 @@ OF_MODEL = ("likelihood", "mixture", "n_components", "n_latent", "n_hidden", "n_
 OF_TRAINING = ("batch_size", "train_size", "early_stopping")
 
 
+@checked(random_state=check_random_source, rng=check_random_source)
 def scvae(
     adata: AnnData,
     *,
@@ -233,7 +234,7 @@ def _split_options(options: dict) -> tuple[dict, dict]:
     Raises
     ------
     ValueError
-        If one belongs to neither.
+        If one belongs to neither, or is out of range.
     """
 
     def known(function: object) -> set[str]:
@@ -249,4 +250,7 @@ def _split_options(options: dict) -> tuple[dict, dict]:
                 f"Unknown argument {name!r}.{hint} Beside its own, scvae takes {', '.join(sorted(of_model))} for the "
                 f"model and {', '.join(sorted(of_training))} for the training."
             )
+    check_arguments(SCVAE.__init__, options)
+    check_arguments(SCVAE.train, options)
+    options = as_plain(options)
     return {k: v for k, v in options.items() if k in of_model}, {k: v for k, v in options.items() if k in of_training}

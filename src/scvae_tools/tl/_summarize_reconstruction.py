@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._checks import check_whole
+from scvae_tools._checks import check_random_source, checked
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._random import as_seed
 from scvae_tools.tl._models import require_encoder_of_counts
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 
+@checked(random_state=check_random_source)
 def summarize_reconstruction(
     adata: AnnData,
     model: SCVAE,
@@ -105,8 +106,6 @@ def summarize_reconstruction(
     """
     require_anndata(adata)
     require_encoder_of_counts(model, "svt.tl.summarize_reconstruction")
-    n_samples = check_whole("n_samples", n_samples)
-    batch_size = check_whole("batch_size", batch_size, or_none=True)
     seed = as_seed(random_state, None)
     cells = model.other_cells(adata, indices=indices, layer=layer, any_labels=True)
     with model.shown(cells) as shown:
