@@ -109,6 +109,9 @@ def probs(
     _name_stretches(ax, stretches, turn=not (by_component and (needs_legend or kind == "heatmap")))
     if is_new:
         _resize_figure(ax, size)
+    n_unnamed = len(stretches.names) - len(ax.get_xticks())
+    if n_unnamed and not by_component:
+        ax.set_xlabel(f"{ax.get_xlabel()} (no room for {n_unnamed} of the {len(stretches.names)} names)")
     if kind == "heatmap":
         write_names(ax.yaxis, np.arange(len(names)), names)  # again, in the height that is left
     _mark_boundaries(ax, columns, "white" if kind == "bars" else "0.75")
