@@ -73,3 +73,9 @@ def test_calibration_of_labels_that_are_not_there_lists_the_columns():
 def test_calibration_needs_probabilities():
     with pytest.raises(ValueError, match=r"'foo_probs'\] is not among"):
         pl.calibration(make_adata(), "cell_type", key="foo")
+
+
+def test_the_legend_is_beside_the_panel():
+    ax = pl.calibration(make_adata(500), "cell_type")
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().x0 > ax.get_window_extent().x1

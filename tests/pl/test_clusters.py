@@ -11,6 +11,7 @@ import pytest
 import scanpy
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from pictures import (
     colours,
     legend_texts,
@@ -81,7 +82,7 @@ def test_components_have_different_colours(n_components):
 def test_few_components_have_colours_safe_for_colour_blind_readers():
     adata = make_adata(n_components=8)
     pl.clusters(adata)
-    assert tuple(adata.uns["scvae_colors"]) == _figures.OKABE_ITO
+    assert tuple(adata.uns["scvae_colors"]) == _figures.SAFE_COLOURS
 
 
 @pytest.mark.parametrize("n_components", [20, 21, 28, 29, 102])
@@ -261,3 +262,82 @@ def test_clusters_need_an_axes_per_panel():
     _, given = plt.subplots()
     with pytest.raises(ValueError, match=r"there are 1 for 2 panels \(scvae, cell_type\)"):
         pl.clusters(make_adata(), labels="cell_type", axes=given)
+
+
+# -- colours of two groupings ------------------------------------------------------------------------------------------
+
+
+def with_types(adata):
+    """Add types of which the first is the first component, and of which others are two components or half of one."""
+    code = adata.obs["scvae"].cat.codes.to_numpy()
+    half = np.arange(adata.n_obs) % 8 < 4
+    adata.obs["type"] = pd.Categorical(np.select([code == 0, code == 1, (code == 2) & half], ["A", "B", "C"], "D"))
+    return adata
+
+
+def test_labels_have_the_colours_of_the_components_that_they_match_and_others_else():
+    adata = with_types(make_adata(80))
+    pl.clusters(adata, labels="type")
+    components, types = list(adata.uns["scvae_colors"]), list(adata.uns["type_colors"])
+    assert types[:2] == components[:2]
+    assert types[3] == components[3]  # two thirds of D are component 3
+    assert types[2] not in components  # C is only half of component 2
+    assert len(set(types)) == 4
+
+
+def test_components_without_colours_take_those_of_labels_that_have_some():
+    adata = with_types(make_adata(80))
+    adata.uns["type_colors"] = ["#111111", "#222222", "#333333", "#444444"]
+    pl.clusters(adata, labels="type")
+    components = list(adata.uns["scvae_colors"])
+    assert [components[0], components[1], components[3]] == ["#111111", "#222222", "#444444"]
+    assert components[2] not in adata.uns["type_colors"]
+    assert list(adata.uns["type_colors"]) == ["#111111", "#222222", "#333333", "#444444"]
+
+
+def test_components_that_were_trained_on_labels_have_their_colours():
+    adata = make_adata(n_components=3)
+    adata.obs["scvae"] = adata.obs["scvae"].cat.rename_categories(["T", "B", "new 0"])
+    adata.uns["scvae"]["params"]["labels_key"] = "cell_type"
+    pl.clusters(adata, labels="cell_type")
+    components = dict(zip(["T", "B", "new 0"], adata.uns["scvae_colors"], strict=True))
+    types = dict(zip(["B", "NK", "T"], adata.uns["cell_type_colors"], strict=True))
+    assert (types["T"], types["B"]) == (components["T"], components["B"])
+    assert types["NK"] not in components.values()
+
+
+def test_labels_of_text_have_the_colours_of_their_components():
+    adata = make_adata(40, n_components=2)
+    adata.obs["text"] = np.where(adata.obs["scvae"] == "0", "type 10", "type 9")
+    axes = pl.clusters(adata, labels="text")
+    assert colours(axes[0]) == colours(axes[1])
+
+
+# -- names on the cells ------------------------------------------------------------------------------------------------
+
+
+def test_names_of_components_are_on_the_cells():
+    (ax,) = pl.clusters(make_adata())
+    assert [text.get_text() for text in ax.texts] == ["0", "1", "2", "3"]
+    adata = make_adata()
+    for text, name in zip(ax.texts, "0123", strict=True):
+        of_component = adata.obsm["X_umap"][adata.obs["scvae"] == name]
+        assert np.isclose(of_component, text.xy).all(1).any()
+
+
+def test_names_of_small_groups_do_not_overlap_or_hide_their_cells():
+    adata = make_adata(500, n_components=25)
+    middles = np.random.default_rng(0).normal(size=(25, 2))
+    adata.obsm["X_umap"] = middles[adata.obs["scvae"].cat.codes] + 0.01 * adata.obsm["X_umap"]
+    (ax,) = pl.clusters(adata)
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*ax.transData.transform(text.xy)) for box, text in zip(boxes, ax.texts, strict=True))
+
+
+def test_users_may_choose_names_or_a_legend_alone():
+    (ax,) = pl.clusters(make_adata(), legend_loc="right margin")
+    assert not ax.texts
+    (ax,) = pl.clusters(make_adata(), groups=["1"])
+    assert [text.get_text() for text in ax.texts] == ["1"]

@@ -189,3 +189,17 @@ def test_nothing_to_plot_is_said():
         pl.compare(make_comparison().assign(state="ValueError: no"))
     with pytest.raises(ValueError, match=r"'ari' is missing for all 6 finished models"):
         pl.compare(make_comparison().assign(ari=np.nan), y="ari")
+
+
+def test_titles_of_heat_maps_do_not_overlap():
+    grid = {"likelihood": ["constrained_poisson"], "mixture": ["gmvae", "vade"], "covariance": ["full", "diag"]}
+    axes = pl.compare(make_comparison(**grid, n_latent=[2, 10], n_hidden=[32, 128]))
+    axes[0].figure.canvas.draw()
+    boxes = [ax._left_title.get_window_extent() for ax in axes[1:]]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_long_legend_is_not_higher_than_the_panel():
+    (ax,) = pl.compare(make_comparison(likelihood=["nb", "zinb"], n_components=list(range(2, 27))))
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().height <= ax.get_window_extent().height

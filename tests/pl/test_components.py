@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pytest
 from pictures import (
+    legend_texts,
     line,
     make_adata,
     make_curve,
@@ -63,6 +64,13 @@ def test_shares_of_runs_are_bars_on_the_right_axis():
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], curve["share_of_runs"])
     np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in right.patches], curve["n_components"])
     assert right.yaxis.get_label_position() == "right"
+
+
+def test_a_legend_below_the_panel_names_all_that_is_drawn():
+    ax = pl.components(with_curve(make_adata()))
+    assert legend_texts(ax) == ["overlap", "threshold", "chosen", "share of runs"]
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().y1 < ax.xaxis.label.get_window_extent().y0
 
 
 def test_bars_are_behind_the_line():

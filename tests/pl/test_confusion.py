@@ -208,3 +208,10 @@ def test_confusion_needs_a_mixture():
 def test_confusion_of_a_missing_result_names_the_call():
     with pytest.raises(ValueError, match=r"no obs\['foo'\].*under \['scvae'\].*key_added='foo'"):
         pl.confusion(make_adata(), "cell_type", key="foo")
+
+
+def test_the_name_of_the_colour_bar_is_no_longer_than_it():
+    ax = pl.confusion(with_counts([[3, 1], [0, 2]], labels=["a long name of a type of cells", "B"]), "label")
+    ax.figure.canvas.draw()
+    bar = next(other for other in ax.figure.axes if other is not ax)
+    assert bar.yaxis.label.get_window_extent().height <= bar.get_window_extent().height

@@ -67,7 +67,7 @@ def test_a_colour_bar_for_both_panels_is_marked_in_counts():
     (bar,) = colour_bars(axes[0, 0].figure)
     assert [label.get_text() for label in bar.get_yticklabels()] == ["0", "1", "2", "5", "10", "20", "50"]
     np.testing.assert_allclose(np.expm1(bar.get_yticks()), [0, 1, 2, 5, 10, 20, 50], atol=1e-9)
-    assert bar.get_ylabel() == "counts"
+    assert bar.get_ylabel() == "counts, up to 63"
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.04, 1, 1.4, 3, 17, 480, 1e4, 3e6])

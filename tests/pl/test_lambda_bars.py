@@ -294,3 +294,20 @@ def test_counts_that_are_not_there_are_an_error():
 def test_rows_are_read_in_parts_that_are_chunks_of_the_file():
     array = zarr.zeros((1_000, 100), chunks=(30, 100))
     assert _lambda_bars._rows_at_once(array) % 30 == 0
+
+
+def test_minor_ticks_are_named_as_major_ones():
+    adata = with_counts(make_adata(300), 60)
+    ax = pl.lambda_bars(adata)
+    ax.figure.canvas.draw()
+    names = [tick.get_text() for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_ticklabels(minor=True)]
+    assert any(names)
+    assert not any("e" in name for name in names)
+
+
+def test_groups_that_no_legend_can_name_have_one_colour():
+    adata = with_counts(make_adata(100, n_components=25), 60)
+    ax = pl.lambda_bars(adata, groupby="scvae")
+    assert ax.get_legend() is None
+    assert len({to_hex(drawn.get_facecolor()[0]) for drawn in ax.collections}) == 1
+    assert titles([ax]) == ["25 groups of scvae"]

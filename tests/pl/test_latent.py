@@ -138,10 +138,10 @@ def test_numbers_have_a_colour_bar():
     assert len(ax.figure.axes) == 2
 
 
-def test_without_ellipses_only_cells_are_drawn_with_a_legend():
+def test_without_ellipses_only_cells_are_drawn_with_a_legend_and_names():
     ax = pl.latent(make_adata(), ellipses=False)
     assert not ax.patches
-    assert not ax.texts
+    assert texts(ax) == ["0", "1", "2", "3"]
     assert legend_texts(ax) == ["0", "1", "2", "3"]
 
 
@@ -266,3 +266,27 @@ def test_a_prior_of_other_components_is_an_error():
     adata.uns["scvae"]["components"]["means"] = np.zeros((3, 5))
     with pytest.raises(ValueError, match=r"each of the 4 components in 5 dimensions.*means of shape \(3, 5\)"):
         pl.latent(adata)
+
+
+@pytest.mark.parametrize(("n_components", "n_ellipses"), [(3, 2), (6, 2), (7, 1), (25, 1)])
+def test_many_components_have_one_ellipse_each_and_the_picture_says_which(n_components, n_ellipses):
+    adata = make_adata(300, n_components=n_components)
+    codes = adata.obs["scvae"].cat.codes.to_numpy()
+    adata.obsm["scvae_probs"] = np.eye(n_components, dtype=np.float32)[codes]
+    ax = pl.latent(with_prior(adata))
+    assert len(ax.patches) == n_components * n_ellipses
+    assert ax.get_title(loc="right") == ("ellipses: 1 SD" if n_ellipses == 1 else "ellipses: 1 and 2 SD")
+
+
+def test_of_many_components_those_with_few_cells_have_thin_lines():
+    adata = make_adata(803, n_components=8)
+    codes = np.repeat(np.arange(8), [100] * 7 + [103])
+    codes[:99] = 7  # one cell is left of component 0
+    adata.obsm["scvae_probs"] = np.eye(8, dtype=np.float32)[codes]
+    lines = [patch.get_linewidth() for patch in ellipses(pl.latent(with_prior(adata)))]
+    assert lines[0] < lines[1] < lines[7]
+
+
+def test_a_long_title_is_not_written_over():
+    ax = pl.latent(with_prior(make_adata()), title="The latent space of 60 cells that were made up")
+    assert ax.get_title(loc="right") == ""

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from pictures import legend_texts, line, make_adata, make_ppc, round_trip, texts, texts_that_overlap, titles, with_ppc
 
 from scvae_tools import pl
@@ -170,3 +170,9 @@ def test_genes_without_a_histogram_are_refused():
         ValueError, match=r"\['gene0', 'HLA-A/B'\]; \['CD3D'\] are not. Run svt.tl.ppc\(adata, model, g"
     ):
         pl.ppc(with_ppc(make_adata()), genes=["gene0", "CD3D"])
+
+
+def test_data_and_draws_differ_in_lightness():
+    weights = [0.299, 0.587, 0.114]
+    data, model = (np.array(to_rgb(colour)) @ weights for colour in (_ppc._DATA, _ppc._MODEL))
+    assert abs(data - model) > 0.2

@@ -296,3 +296,10 @@ def test_a_groupby_without_any_category_is_an_error():
 def test_probs_need_a_mixture():
     with pytest.raises(ValueError, match=r"'scvae_probs'\] is not among.*mixture=True, key_added='scvae'"):
         pl.probs(make_adata(n_components=0))
+
+
+def test_names_without_room_are_counted():
+    adata = with_probabilities(make_adata(1_000), np.tile([0.9, 0.1], (1_000, 1)))
+    adata.obs["type"] = pd.Categorical(["A"] * 500 + ["tiny 1", "tiny 2"] + ["B"] * 498)
+    assert pl.probs(adata, groupby="type").get_xlabel() == "1,000 cells by type (no room for 1 of the 4 names)"
+    assert pl.probs(adata).get_xlabel() == "1,000 cells by most probable component"

@@ -58,6 +58,32 @@ def test_the_legend_is_drawn_once():
     assert legend_texts(axes[0])[:2] == ["train", "validation"]
 
 
+def test_the_legend_hides_no_curve():
+    history = make_history()
+    history["elbo_validation"] -= 3 * np.arange(len(history))  # overfits: curves in all corners
+    ax = pl.training(make_adata(history=history))[0]
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().y1 < ax.xaxis.label.get_window_extent().y0 + 1
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"dropout_rate": 0.2, "mixture": True}, "train (with dropout from epoch 16)"),
+        ({"dropout_rate": {"latent": 0.1}, "mixture": "vade"}, "train (with dropout from epoch 16)"),
+        ({"dropout_rate": 0.2, "mixture": False}, "train (with dropout from epoch 6)"),
+        ({"dropout_rate": 0.0, "mixture": True}, "train"),
+        ({}, "train"),
+    ],
+)
+def test_the_legend_says_where_dropout_begins(params, name):
+    adata = make_adata()
+    adata.uns["scvae"]["params"] |= params
+    assert legend_texts(pl.training(adata)[0])[:2] == [name, "validation"]
+    model = SimpleNamespace(history=make_history(), init_params_={"non_kwargs": params})
+    assert legend_texts(pl.training(model)[0])[:2] == [name, "validation"]
+
+
 def test_the_best_validation_elbo_is_marked_and_named():
     history = make_history()
     ax = pl.training(make_adata(history=history))[0]

@@ -75,7 +75,7 @@ def calibration(
     labels = column_of_obs(adata, labels_key, "labels_key")
     probs, _ = component_probabilities(adata, key)
     found = reliability(probs, labels, n_bins, pool=pool)
-    ax = new_axes(4.2, 4.2) if ax is None else ax
+    ax = new_axes(5.6, 4.2) if ax is None else ax
     _draw_reliability(ax, found.table[found.table["n_cells"] > 0])
     error = f"{found.expected_error:.3f}" if found.expected_error >= 0.0005 else "< 0.001"
     ax.set_title(f"Expected calibration error {error}", loc="left", fontsize=11)
@@ -108,14 +108,15 @@ def _draw_reliability(ax: Axes, table: DataFrame) -> None:
 
 
 def _explain_areas(ax: Axes, n_cells: np.ndarray) -> None:
-    """Add a legend with the diagonal and the areas of round numbers of cells."""
+    """Add a legend with the diagonal and the areas of round numbers of cells, beside the panel."""
     largest = int(n_cells.max())
     numbers = sorted({_round_down(largest / part) for part in (1, 10, 100) if largest >= part}, reverse=True)
     for number in numbers:
         area = max(_LARGEST_BIN * number / largest, _SMALLEST_BIN)
         name = f"{number:,} cell{'s' * (number != 1)}"
         ax.scatter([], [], s=area, color=LINE, alpha=0.75, edgecolor="white", linewidth=0.6, label=name)
-    ax.legend(loc="upper left", fontsize=9, framealpha=0.9, edgecolor="none", labelspacing=0.9, handletextpad=0.8)
+    options = {"frameon": False, "fontsize": 9, "labelspacing": 0.9, "handletextpad": 0.8}
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), **options)
 
 
 def _round_down(value: float) -> int:

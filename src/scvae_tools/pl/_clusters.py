@@ -5,17 +5,27 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from scvae_tools._keys import Keys
-from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, legend_width, name_latent_axes
-from scvae_tools.pl._figures import finish, given_axes, missing_result, new_row
+from scvae_tools.pl._embedding import (
+    draw_cells,
+    embedding_options,
+    find_basis,
+    legend_width,
+    name_components,
+    name_latent_axes,
+)
+from scvae_tools.pl._figures import categories_of, finish, given_axes, missing_result, new_row, safe_palette
+from scvae_tools.pl._matching import colours_beside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from pandas import Series
 
 
 def clusters(
@@ -31,10 +41,16 @@ def clusters(
 ) -> np.ndarray:
     """Scatter the cells by component of the mixture, and by labels beside it.
 
-    Drawn by :func:`scanpy.pl.embedding`, which takes colours from ``adata.uns[f"{column}_colors"]`` and, where there
-    are none, writes there those that it used: colours safe for colour-blind readers for up to 8 categories, scanpy's
-    own for more. More than 20 components are numbered on the cells instead of in a legend. Points are drawn as
-    pixels in vector formats too, so that figures of a million cells stay small.
+    The name of each component is written on its cells; more than 20 have no legend.
+
+    Colours are taken from ``adata.uns[f"{column}_colors"]`` and, where there are none, chosen and written there: for
+    up to 8 components those that are safe for colour-blind readers, scanpy's own for more. A label and a component have
+    the same colour only if they share more than half the cells of each. Where the labels have colours and the
+    components have none, the components take those of the labels that they match, and others. A component that was
+    trained on a label always has its colour.
+
+    Drawn by :func:`scanpy.pl.embedding`. Points are drawn as pixels in vector formats too, so that figures of a million
+    cells stay small.
 
     Parameters
     ----------
@@ -69,8 +85,11 @@ def clusters(
     """
     columns = _columns(adata, key, labels)
     basis = find_basis(adata, key, basis)
+    component = Keys(key).component
+    palettes = _palettes(adata, key, columns)
     options = [
-        embedding_options(adata, column, kwargs, is_component=column == Keys(key).component) for column in columns
+        embedding_options(adata, column, palettes.get(column, {}) | kwargs, is_component=column == component)
+        for column in columns
     ]
     legends = [legend_width(adata.obs[column], option) for column, option in zip(columns, options, strict=True)]
     titles = _titles(columns, kwargs.get("title"))
@@ -79,6 +98,10 @@ def clusters(
         draw_cells(ax, adata, basis, column, **option | {"title": title})
         if basis == Keys(key).latent:
             name_latent_axes(ax, key)
+    # When the legends have taken their room.
+    if columns[0] == component and not {"legend_loc", "components", "projection"} & set(kwargs):
+        places = np.asarray(adata.obsm[basis])[:, np.ravel(kwargs.get("dimensions", (0, 1)))[:2]]
+        name_components(axes[0], places, adata.obs[component], kwargs.get("groups"))
     finish(axes[0].figure, show=show, save=save)
     return axes
 
@@ -102,6 +125,33 @@ def _columns(adata: AnnData, key: str, labels: str | Sequence[str] | None) -> li
             f"Run svt.tl.scvae(adata, mixture=True, key_added={key!r}), or pass labels= to draw only these."
         )
     return labels
+
+
+def _palettes(adata: AnnData, key: str, columns: list[str]) -> dict[str, dict[str, Any]]:
+    """Return scanpy's ``palette`` for the columns without colours, if the components are drawn: matched ones agree."""
+    drawn = {column: adata.obs[column] for column in columns if safe_palette(len(categories_of(adata.obs[column])))}
+    component = Keys(key).component
+    if component not in drawn:
+        return {}
+    trained_on = (adata.uns.get(Keys(key).uns) or {}).get("params", {}).get("labels_key")
+    stored = {column: list(adata.uns.get(f"{column}_colors", ())) for column in drawn}
+    colours = {column: of for column, of in stored.items() if len(of) >= len(categories_of(drawn[column]))}
+    has_colours = set(colours)
+
+    def beside(column: str, other: str) -> list[str]:
+        return colours_beside(drawn[column], drawn[other], colours[other], by_name=trained_on in (column, other))
+
+    if component not in colours:
+        first = next(iter(colours), None)
+        colours[component] = beside(component, first) if first else safe_palette(len(categories_of(drawn[component])))
+    for column in drawn.keys() - colours.keys():
+        colours[column] = beside(column, component)
+    return {column: {"palette": _palette(drawn[column], colours[column])} for column in drawn.keys() - has_colours}
+
+
+def _palette(column: Series, colours: list[str]) -> list[str] | dict[str, str]:
+    """Return colours as scanpy looks them up; text becomes categories in an order of its own."""
+    return colours if hasattr(column, "cat") else dict(zip(categories_of(column), colours, strict=True))
 
 
 def _titles(columns: list[str], given: str | Sequence[str] | None) -> list[str]:

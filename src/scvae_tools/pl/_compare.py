@@ -190,13 +190,19 @@ def _draw_points(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None) -
     if max(len(str(position)) for position in positions) > 8:
         ax.tick_params(axis="x", rotation=30)
     if hue is not None:
-        ax.legend(title=hue, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+        ncols = _n_legend_columns(len(groups))
+        ax.legend(title=hue, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, ncols=ncols)
 
 
 def _colours(n_groups: int) -> list[Any]:
     from matplotlib import colormaps
 
     return safe_palette(n_groups) or list(colormaps["viridis"](np.linspace(0, 0.95, n_groups)))
+
+
+def _n_legend_columns(n_groups: int) -> int:
+    """Return how many columns a legend beside the panel needs, not to be higher than it."""
+    return -(-n_groups // 12)
 
 
 def _markers(n_groups: int) -> list[str]:
@@ -250,7 +256,7 @@ def _draw_heat_maps(axes: np.ndarray, maps: list[_HeatMap], y: str) -> None:
         ax.set_xticks(range(len(heat_map.columns)), [str(value) for value in heat_map.columns])
         ax.set_yticks(range(len(heat_map.rows)), [str(value) for value in heat_map.rows])
         ax.set(xlabel=SIZES[0], ylabel=SIZES[1])
-        ax.set_title(heat_map.title, loc="left", fontsize=11)
+        ax.set_title(heat_map.title.replace(", ", "\n"), loc="left", fontsize=11)  # in one line wider than the panel
         for row, column in np.argwhere(np.isfinite(mean)):
             is_dark = mean[row, column] < low + 0.6 * (high - low)
             text = f"{mean[row, column]:,.{n_decimals}f}".replace("-", "\N{MINUS SIGN}")
@@ -271,11 +277,12 @@ def _new_axes(models: DataFrame, x: str, hue: str | None, n_panels: int) -> np.n
     """Return the Axes of a new figure: the points above, the heat maps below them in rows of up to four."""
     from matplotlib import pyplot as plt
 
-    n_bars = len(_levels(models[x])) * (1 if hue is None else len(_levels(models[hue])))
+    n_groups = 0 if hue is None else len(_levels(models[hue]))
+    n_bars = len(_levels(models[x])) * max(n_groups, 1)
     n_maps = n_panels - 1
     n_columns = min(max(n_maps, 1), 4)
     n_rows = -(-n_maps // n_columns)
-    width = max(3.2 + 0.25 * n_bars + 1.2 * (hue is not None), (3.4 * n_columns + 1) * (n_maps > 0))
+    width = max(3.2 + 0.25 * n_bars + 1.2 * _n_legend_columns(n_groups), (3.4 * n_columns + 1) * (n_maps > 0))
     figure = plt.figure(figsize=(width, 3.8 + 3 * n_rows), layout="constrained")
     grid = figure.add_gridspec(1 + n_rows, n_columns)
     below = [figure.add_subplot(grid[1 + i // n_columns, i % n_columns]) for i in range(n_maps)]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from pandas import DataFrame
 
 
@@ -30,9 +31,9 @@ def components(
     """Plot why the mixture has as many components as it has.
 
     The line is the largest overlap of two components, by the number of components: parts of one type overlap, types do
-    not. Each run takes the largest number whose overlap is below the threshold, the dashed line; the pale bars, on the
+    not. Each run takes the largest number whose overlap is below the threshold, the dashed line; the grey bars, on the
     right axis, are the shares of runs that took each number. Their median is chosen, within ``n_components`` if that is
-    a range, and marked.
+    a range, and marked by the vertical line.
 
     Parameters
     ----------
@@ -57,10 +58,11 @@ def components(
         If there is no result, or if the number of components was given rather than found.
     """
     curve = _component_curve(adata, key)
-    ax = new_axes(5.6, 3.6) if ax is None else ax
+    ax = new_axes(5.6, 3.9) if ax is None else ax
     _draw_overlap(ax, curve)
-    _draw_shares(ax, curve)
+    bars = _draw_shares(ax, curve)
     _mark_chosen(ax, curve)
+    _add_legend(ax, bars)
     finish(ax.figure, show=show, save=save)
     return ax
 
@@ -121,21 +123,22 @@ def _draw_overlap(ax: Axes, curve: DataFrame) -> None:
     ax.yaxis.label.set_color(LINE)
 
 
-def _draw_shares(ax: Axes, curve: DataFrame) -> None:
-    """Draw the shares of runs as bars behind the line, on an axis of their own."""
+def _draw_shares(ax: Axes, curve: DataFrame) -> BarContainer:
+    """Draw the shares of runs as bars behind the line, on an axis of their own; return the bars."""
     from matplotlib.ticker import PercentFormatter
 
     right = ax.twinx()
-    right.bar(curve["n_components"], curve["share_of_runs"], width=0.8, color=PALE)
+    bars = right.bar(curve["n_components"], curve["share_of_runs"], width=0.8, color=PALE, label="share of runs")
     right.set_ylim(*ABOUT_ONE)
     right.set_yticks([0, 0.25, 0.5, 0.75, 1])
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    right.set_ylabel("share of runs", color="0.5")
-    right.tick_params(axis="y", colors="0.5")
+    right.set_ylabel("share of runs", color=TEXT)
+    right.tick_params(axis="y", colors=TEXT)
     right.spines[["top", "left", "right"]].set_visible(False)
     # The axis made last is drawn on top by default. With `ax` on top, its opaque patch would hide the bars.
     ax.set_zorder(right.get_zorder() + 1)
     ax.patch.set_visible(False)
+    return bars
 
 
 def _mark_chosen(ax: Axes, curve: DataFrame) -> None:
@@ -153,3 +156,11 @@ def _mark_chosen(ax: Axes, curve: DataFrame) -> None:
             fontsize=10,
             color=ACCENT,
         )
+
+
+def _add_legend(ax: Axes, bars: BarContainer) -> None:
+    """Add a legend below the panel, where it hides nothing."""
+    handles, names = ax.get_legend_handles_labels()
+    handles, names = [*handles, bars], [*names, bars.get_label()]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0}
+    ax.legend(handles, names, ncols=4, frameon=False, fontsize=9, columnspacing=1.4, handlelength=1.6, **place)

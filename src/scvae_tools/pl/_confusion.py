@@ -75,7 +75,7 @@ def confusion(
     ------
     ValueError
         If the labels or the components are not there, if all labels are missing or are not categories, or if
-        ``normalize`` is none of the three.
+        ``normalize`` is not one of the three.
 
     References
     ----------
@@ -189,8 +189,9 @@ def _new_axes_for(counts: pd.DataFrame) -> Axes:
     longest = [max(map(len, names)) for names in (counts.index, counts.columns)]
     is_turned = 0.07 * longest[1] > field
     width = 1.7 + 0.06 * longest[0] + min(field * n_columns, 11)
-    height = 1.1 + (0.065 * longest[1] if is_turned else 0) + min(0.3 * n_rows, 9)
-    return new_axes(max(width, 4.2), max(height, 3))
+    panel = max(min(0.3 * n_rows, 9), 2.2)  # the colour bar has its name beside it
+    height = 1.1 + (0.065 * longest[1] if is_turned else 0) + panel
+    return new_axes(max(width, 4.2), height)
 
 
 def _draw_counts(ax: Axes, counts: pd.DataFrame, normalize: str | None) -> QuadMesh:

@@ -273,7 +273,7 @@ def _draw_colour_bar(axes: np.ndarray, limit: float, *, is_cut: bool) -> None:
         fraction=0.05,
         pad=0.02,
         aspect=24,
-        label="counts",
+        label="counts" if is_cut else f"counts, up to {limit:,.3g}",
     )
     bar.ax.set_yticklabels([f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.ticker import LogFormatter
     from numpy.typing import ArrayLike
 
 _MOST_BARS = 40  # genes; beyond, points of one against the other
@@ -72,7 +73,8 @@ def lambda_bars(
         Column of ``adata.obs``; the means are those over the cells of each group. A column of ``adata.var`` or an array
         is the truth in all of them.
     group
-        The one group of ``groupby`` to draw. By default all are drawn, as points of their colours.
+        The one group of ``groupby`` to draw. By default all are drawn, as points of their colours; more than 20, which
+        no legend could tell apart, in one colour.
     genes
         Names of the genes to draw, in this order. By default all that the model has.
     layer
@@ -117,10 +119,12 @@ def lambda_bars(
     else:
         is_named = 1 < len(groups) <= _MOST_GROUPS
         ax = new_axes(4.6 + is_named * (0.6 + 0.08 * max(map(len, groups))), 4.4) if ax is None else ax
-        colours = component_colours(adata, groupby, list(groups)) if len(groups) > 1 else [LINE]
+        colours = component_colours(adata, groupby, list(groups)) if is_named else [LINE] * len(groups)
         _draw_points(ax, dict(zip(groups, colours, strict=True)), truth.name, truth.values, reconstructed)
         if is_named:
             _name_groups(ax, groupby)
+        elif len(groups) > 1:
+            ax.set_title(f"{len(groups):,} groups of {groupby}", loc="left", fontsize=11)
     if group is not None:
         above_legend = 6 if ax.get_legend() is None else 26  # points
         ax.set_title(f"{groupby}: {group}", loc="left", fontsize=11, pad=above_legend)
@@ -142,7 +146,7 @@ def _groups(adata: AnnData, groupby: str | None, group: str | None) -> dict[str,
     if groupby not in adata.obs:
         close = get_close_matches(str(groupby), [str(name) for name in adata.obs], n=1)
         remedy = f"Did you mean {close[0]!r}?" if close else f"Pass one of {listed(adata.obs)}."
-        raise ValueError(f"`groupby` must be a column of adata.obs; found {groupby!r}, which there is not. {remedy}")
+        raise ValueError(f"`groupby` must be a column of adata.obs; found {groupby!r}, which is not one. {remedy}")
     column = adata.obs[groupby].astype("category")
     names = [str(name) for name in column.cat.categories]
     cells = {name: column.cat.codes.to_numpy() == code for code, name in enumerate(names)}
@@ -280,7 +284,7 @@ def _draw_points(
     ax: Axes, colours: dict[str, str], of_true: str, true: list[np.ndarray], reconstructed: list[np.ndarray]
 ) -> None:
     """Draw a point for each gene of each group, and the diagonal."""
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+    from matplotlib.ticker import FuncFormatter
 
     positive = [(x > 0) & (y > 0) for x, y in zip(true, reconstructed, strict=True)]
     n_points = int(sum(map(np.sum, positive)))
@@ -296,7 +300,7 @@ def _draw_points(
     ax.set(xscale="log", yscale="log", xlim=limits, ylim=limits, aspect="equal")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        axis.set_minor_formatter(_minor_formatter())
     ax.set(xlabel=f"{of_true} (counts per cell)", ylabel="reconstructed λ (counts per cell)")
     ax.spines[["top", "right"]].set_visible(False)
     n_absent = sum(map(len, positive)) - n_points
@@ -304,6 +308,17 @@ def _draw_points(
         what = "gene" if len(colours) == 1 else "point"
         text = f"{n_absent:,} {what}{'s' * (n_absent > 1)} at 0 not shown"
         ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8, color=TEXT)
+
+
+def _minor_formatter() -> LogFormatter:
+    """Return a formatter that names minor ticks where they are few, as the major ones: 0.6, not 6e-01."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, position) else ""
+
+    return Plain(minor_thresholds=(1, 0.4))
 
 
 def _name_groups(ax: Axes, groupby: str) -> None:

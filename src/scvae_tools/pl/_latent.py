@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,17 @@ from scvae_tools._checks import checked, is_whole
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
 from scvae_tools._results.probabilities import component_probabilities
-from scvae_tools.pl._embedding import draw_cells, embedding_options, legend_width
-from scvae_tools.pl._figures import TEXT, component_colours, finish, missing_result, new_axes
+from scvae_tools.pl._embedding import draw_cells, embedding_options, legend_width, name_components, name_groups
+from scvae_tools.pl._figures import (
+    FONT,
+    TEXT,
+    component_colours,
+    finish,
+    missing_result,
+    new_axes,
+    size_in_points,
+    width_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,11 +33,9 @@ if TYPE_CHECKING:
 _BASIS = "X_latent"  # of the private AnnData that is drawn
 #: Standard deviations of the ellipses, and the width of their lines in points.
 _ELLIPSES = {1: 1.5, 2: 0.8}
+_FEW = 6  # components with two ellipses each; of more, the picture would show nothing else
+_THINNEST = 0.7  # points, of the only ellipse of a component with hardly any cell
 _NEUTRAL = "0.35"  # where colours mean something else than components
-_FONT_SIZE = 9  # points
-#: Distances of a name from its mean, in points: beside the mean, or further away with a line to it.
-_DISTANCES = (9, 15, 22, 30, 40, 52, 66, 82, 100)
-_DIRECTIONS = np.deg2rad([45, 135, -45, -135, 0, 180, 90, -90])
 
 
 class _Prior(NamedTuple):
@@ -38,6 +44,7 @@ class _Prior(NamedTuple):
     names: list[str]
     means: np.ndarray  # (n_used, 2)
     covariances: np.ndarray  # (n_used, 2, 2)
+    n_cells: np.ndarray  # (n_used,), of which it is the most probable one
 
 
 @checked()
@@ -57,9 +64,10 @@ def latent(
 
     A component p(z|y) is drawn as the cross of its mean and the ellipses of its marginal covariance in the two
     dimensions at one standard deviation (thick line) and two (thin line), with its name at the mean: of a Gaussian in
-    two dimensions, 39 % and 86 % are inside. The cross and the ellipses have the colour of the component, or are grey
-    where the cells are coloured by another column. Components that are no cell's most probable one are left out.
-    Without a mixture the prior is N(0, I), of which the circles of radius 1 and 2 are drawn, in grey.
+    two dimensions, 39 % and 86 % are inside. More than 6 components have the first ellipse only, the thinner the fewer
+    cells they have. The cross and the ellipses have the colour of the component, or are grey where the cells are
+    coloured by another column. Components that are no cell's most probable one are left out. Without a mixture the
+    prior is N(0, I), of which the circles of radius 1 and 2 are drawn, in grey.
 
     A point is the mean of q(z|x) of a cell, so that the cells spread less than the prior, by the variance of q(z|x);
     dimensions that the model does not use hold all cells near one point.
@@ -77,7 +85,7 @@ def latent(
         Column of ``adata.obs`` to colour the cells by. By default the component, in the colours of
         :func:`scvae_tools.pl.clusters`; without a mixture all cells are grey.
     ellipses
-        Whether to draw the components. Without them, the components have a legend beside the panel.
+        Whether to draw the components. Without them, their names are on the cells and, up to 20, in a legend.
     ax
         Axes to draw on. By default of a new figure.
     show
@@ -105,12 +113,15 @@ def latent(
     given |= {"legend_loc": None} if ellipses and is_component else {}  # the names are on the cells
     options = embedding_options(cells, column, given | kwargs, is_component=is_component)
     if ax is None:
-        ax = new_axes(5 + (0 if column is None else legend_width(cells.obs[column], options)), 4.6)
+        side = 4.6 if prior is None or len(prior.names) <= 2 * _FEW else 5.6  # inches
+        ax = new_axes(side + 0.4 + (0 if column is None else legend_width(cells.obs[column], options)), side)
     draw_cells(ax, cells, _BASIS, column, **options)
     _scale_axes(ax, dimensions)
     if prior is not None:
         colours = component_colours(cells, key, prior.names) if is_component else [_NEUTRAL] * len(prior.names)
         _draw_components(ax, prior, colours)
+    elif is_component and "legend_loc" not in kwargs:
+        name_components(ax, cells.obsm[_BASIS], cells.obs[column], kwargs.get("groups"))
     finish(ax.figure, show=show, save=save)
     return ax
 
@@ -147,7 +158,7 @@ def _column(adata: AnnData, key: str, color: str | None) -> str | None:
     if color not in adata.obs:
         close = get_close_matches(str(color), [str(name) for name in adata.obs], n=1)
         remedy = f"Did you mean {close[0]!r}?" if close else f"Pass one of {listed(adata.obs)}."
-        raise ValueError(f"`color` must be a column of adata.obs; found {color!r}, which there is not. {remedy}")
+        raise ValueError(f"`color` must be a column of adata.obs; found {color!r}, which is not one. {remedy}")
     return color
 
 
@@ -158,12 +169,12 @@ def _is_mixture(adata: AnnData, key: str) -> bool:
 def _prior(adata: AnnData, key: str, dimensions: tuple[int, int]) -> _Prior:
     """Return the components that some cell is most probably of, in the dimensions drawn."""
     if not _is_mixture(adata, key):
-        return _Prior([""], np.zeros((1, 2)), np.eye(2)[None])
+        return _Prior([""], np.zeros((1, 2)), np.eye(2)[None], np.array([adata.n_obs]))
     probs, names = component_probabilities(adata, key)
     means, covariances = _stored_prior(adata, key, n_components=len(names))
-    used = np.unique(probs.argmax(1))
+    used, n_cells = np.unique(probs.argmax(1), return_counts=True)
     two = _positions(dimensions)
-    return _Prior([names[i] for i in used], means[used][:, two], covariances[used][:, two][:, :, two])
+    return _Prior([names[i] for i in used], means[used][:, two], covariances[used][:, two][:, :, two], n_cells)
 
 
 def _stored_prior(adata: AnnData, key: str, n_components: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,19 +211,38 @@ def _draw_components(ax: Axes, prior: _Prior, colours: list[str]) -> None:
     from matplotlib.patches import Ellipse
     from matplotlib.patheffects import withStroke
 
-    for name, mean, covariance, colour in zip(*prior, colours, strict=True):
+    lines = _lines_of_ellipses(prior.n_cells)
+    size = 8 if len(lines) <= _FEW else 6  # points
+    for name, mean, covariance, colour, line in zip(*prior[:3], colours, lines, strict=True):
         width, height, angle = _axes_of_ellipse(covariance)
-        for deviations, line in _ELLIPSES.items():
-            line = line if colour != _NEUTRAL else 0.6 * line  # many thick lines of one colour hide much
-            edge = [withStroke(linewidth=line + 1.4, foreground="white")]
+        for deviations, lw in line.items():
+            lw = lw if colour != _NEUTRAL else 0.6 * lw  # many thick lines of one colour hide much
+            edge = [withStroke(linewidth=lw + 1.4, foreground="white")]
             ellipse = Ellipse(
-                mean, deviations * width, deviations * height, angle=angle, fill=False, ec=colour, lw=line, zorder=3
+                mean, deviations * width, deviations * height, angle=angle, fill=False, ec=colour, lw=lw, zorder=3
             )
             ellipse.set(path_effects=edge, label=f"{name} at {deviations} SD", gid=f"ellipse {name}")
             ax.add_patch(ellipse)
-        ax.plot(*mean, "P", color=colour, markersize=8, mec="white", mew=1, zorder=4, label=f"mean {name}")
+        ax.plot(*mean, "P", color=colour, markersize=size, mec="white", mew=1, zorder=4, label=f"mean {name}")
     ax.autoscale_view()
-    _write_names(ax, prior)
+    _say_what_ellipses_are(ax, list(lines[0]))
+    name_groups(ax, prior.names, prior.means, np.zeros_like(prior.means))
+
+
+def _lines_of_ellipses(n_cells: np.ndarray) -> list[dict[int, float]]:
+    """Return the ellipses of each component: their standard deviations and the width of their lines in points."""
+    if len(n_cells) <= _FEW:
+        return [_ELLIPSES] * len(n_cells)
+    share = np.sqrt(n_cells / n_cells.max())
+    return [{1: _THINNEST + (_ELLIPSES[1] - _THINNEST) * of} for of in share]
+
+
+def _say_what_ellipses_are(ax: Axes, deviations: list[int]) -> None:
+    """Say it above the panel on the right, where the title leaves room."""
+    text = f"ellipses: {' and '.join(map(str, deviations))} SD"
+    size = ax.title.get_fontsize()
+    if width_of(ax.get_title(), size) / 2 + width_of(text) + size < size_in_points(ax)[0] / 2:
+        ax.set_title(text, loc="right", fontsize=FONT, color=TEXT)
 
 
 def _axes_of_ellipse(covariance: np.ndarray) -> tuple[float, float, float]:
@@ -220,58 +250,3 @@ def _axes_of_ellipse(covariance: np.ndarray) -> tuple[float, float, float]:
     variances, directions = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
     width, height = 2 * np.sqrt(np.maximum(variances, 0))
     return width, height, np.rad2deg(np.arctan2(directions[1, 0], directions[0, 0]))
-
-
-def _write_names(ax: Axes, prior: _Prior) -> None:
-    """Write the name of each component beside its mean; further away, with a line, where others are in the way."""
-    from matplotlib.patheffects import withStroke
-
-    ax.figure.draw_without_rendering()  # the layout decides how far apart the means are
-    points = ax.transData.transform(prior.means) * 72 / ax.figure.dpi
-    frame = ax.get_window_extent().extents * 72 / ax.figure.dpi
-    sizes = np.array([[0.72 * _FONT_SIZE * len(name), 1.3 * _FONT_SIZE] for name in prior.names])  # bold
-    for name, mean, offset in zip(prior.names, prior.means, _place(points, sizes, frame), strict=True):
-        is_far = np.hypot(*offset) > 1.5 * _DISTANCES[0] + 0.4 * _FONT_SIZE * len(name)
-        line = {"arrowstyle": "-", "color": TEXT, "lw": 0.7, "shrinkA": 0, "shrinkB": 3}
-        ax.annotate(
-            name,
-            xy=mean,
-            xytext=offset,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=_FONT_SIZE,
-            fontweight="bold",
-            zorder=5,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            arrowprops=line if is_far else None,
-        )
-
-
-def _place(points: np.ndarray, sizes: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Choose for each name the first place that is free of others and of means; all in points, offsets (n, 2)."""
-    marks = np.column_stack([points - 4, points + 4])  # left, bottom, right, top
-    taken, offsets = list(marks), []
-    for point, size in zip(points, sizes, strict=True):
-        candidates = [
-            (distance + np.abs(np.cos(direction)) * (size[0] - size[1]) / 2) * np.cos(direction) * np.array([1, 0])
-            + distance * np.sin(direction) * np.array([0, 1])
-            for distance, direction in product(_DISTANCES, _DIRECTIONS)
-        ]
-        boxes = [np.concatenate([point + at - size / 2, point + at + size / 2]) for at in candidates]
-        best = int(np.argmin([_overlap(box, taken) + _outside(box, frame) for box in boxes]))
-        taken.append(boxes[best])
-        offsets.append(candidates[best])
-    return np.array(offsets)
-
-
-def _overlap(box: np.ndarray, others: list[np.ndarray]) -> float:
-    """Area that a box (left, bottom, right, top) shares with others."""
-    others = np.array(others)
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    return float(np.prod(np.maximum(sides, 0), axis=1).sum())
-
-
-def _outside(box: np.ndarray, frame: np.ndarray) -> float:
-    """Length by which a box leaves the frame."""
-    return float(np.maximum(frame[:2] - box[:2], 0).sum() + np.maximum(box[2:] - frame[2:], 0).sum())

@@ -78,8 +78,8 @@ def probs(
     Raises
     ------
     ValueError
-        If there are no probabilities, if ``kind`` is none of the three, if ``groupby`` is not a column with categories,
-        or if there are bars to draw of more components than there are colours, 102.
+        If there are no probabilities, if ``kind`` is not one of the three, if ``groupby`` is not a column with
+        categories, or if there are bars to draw of more components than there are colours, 102.
     """
     if kind not in ("auto", "bars", "heatmap"):
         raise ValueError(f"`kind` must be 'auto', 'bars' or 'heatmap'; found {kind!r}. Pass one of these.")
@@ -109,6 +109,9 @@ def probs(
     _name_stretches(ax, stretches, turn=not (by_component and (needs_legend or kind == "heatmap")))
     if is_new:
         _resize_figure(ax, size)
+    n_unnamed = len(stretches.names) - len(ax.get_xticks())
+    if n_unnamed and not by_component:
+        ax.set_xlabel(f"{ax.get_xlabel()} (no room for {n_unnamed} of the {len(stretches.names)} names)")
     if kind == "heatmap":
         write_names(ax.yaxis, np.arange(len(names)), names)  # again, in the height that is left
     _mark_boundaries(ax, columns, "white" if kind == "bars" else "0.75")

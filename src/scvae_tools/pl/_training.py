@@ -40,6 +40,10 @@ def training(
     the steep first epochs, but contain the last epoch and the best validation ELBO. The ELBO is not weighted by the
     warm-up, so that all epochs are comparable.
 
+    Dropout acts in the last stage only, and the curve of the training cells is measured with it: where dropout begins,
+    which the legend says, that curve falls by what the dropped units contribute. The validation cells are measured
+    without dropout in all stages.
+
     Parameters
     ----------
     data
@@ -64,11 +68,11 @@ def training(
     """
     history = history_of(data, key)
     panels = _panels(history)
-    axes = new_grid(len(panels)) if axes is None else given_axes(axes, panels)
+    axes = new_grid(len(panels), height=3.7) if axes is None else given_axes(axes, panels)
     for ax, name in zip(axes, panels, strict=True):
         _draw_curves(ax, history, name)
     _mark_best(axes[0], history)
-    axes[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    _add_legend(axes[0], _first_epoch_with_dropout(data, key, history))
     finish(axes[0].figure, show=show, save=save)
     return axes
 
@@ -213,7 +217,7 @@ def _place_names(stages: list[_Stage], width: float) -> list[tuple[float, int]]:
 
 
 def _mark_best(ax: Axes, history: DataFrame) -> None:
-    """Mark the highest validation ELBO; its value is in the legend, which finds its own place."""
+    """Mark the highest validation ELBO; its value is in the legend."""
     validation = _splits(history, "elbo").get("validation")
     if validation is None:
         return
@@ -222,3 +226,25 @@ def _mark_best(ax: Axes, history: DataFrame) -> None:
     label = f"best: {value:,.1f} (epoch {epoch})".replace("-", "\N{MINUS SIGN}")
     colour = _SPLITS["validation"]
     ax.plot(epoch, value, "o", ms=7, mfc="white", mec=colour, mew=1.6, ls="none", label=label, zorder=4)
+
+
+def _first_epoch_with_dropout(data: AnnData | Any, key: str, history: DataFrame) -> int | None:
+    """Return the epoch from which on dropout acted, by the arguments of the model; None if it did not, or none says."""
+    if hasattr(data, "uns"):
+        params = data.uns[Keys(key).uns].get("params", {})
+    else:
+        params = getattr(data, "init_params_", {}).get("non_kwargs", {})
+    rate = params.get("dropout_rate", 0)
+    rates = list(rate.values()) if isinstance(rate, Mapping) else [rate]
+    last_stage = "mixture" if params.get("mixture", False) else "vae"
+    epochs = history["epoch"][history["stage"].astype(str) == last_stage]
+    return int(epochs.iloc[0]) if any(rates) and len(epochs) else None
+
+
+def _add_legend(ax: Axes, first_with_dropout: int | None) -> None:
+    """Add the legend below the panel, where it hides no curve; it says where dropout begins."""
+    lines, names = ax.get_legend_handles_labels()
+    if first_with_dropout is not None:
+        with_dropout = f"train (with dropout from epoch {first_with_dropout})"
+        names = [with_dropout if name == "train" else name for name in names]
+    ax.legend(lines, names, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False, fontsize=9, borderaxespad=0)
