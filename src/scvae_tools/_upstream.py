@@ -10,6 +10,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
+import rich.pretty  # noqa: F401  (scvi-tools uses it without importing it)
 from scvi.data._constants import _SETUP_ARGS_KEY as SETUP_ARGS
 from scvi.data._utils import _get_adata_minify_type as minified_type
 from scvi.model._utils import parse_device_args

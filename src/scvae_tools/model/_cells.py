@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 #: Share of the cells from which on all of them are copied to a device in order to read these; chosen, not measured.
 SMALLEST_SHARE_TO_COPY = 0.1
+
+
+#: AnnData of the user by the id of a model that has been given a copy of the counts; kept alive by neither.
+_ANNOTATED: weakref.WeakValueDictionary[str, AnnData] = weakref.WeakValueDictionary()
 
 
 class CellsMixin(SetupMixin):
@@ -177,6 +182,42 @@ class CellsMixin(SetupMixin):
             )
         place_of = {name: place for place, name in enumerate(names)}  # of names that may repeat among the others
         return np.array([place_of.get(name, -1) for name in wanted])
+
+    def find_columns_in(self, adata: AnnData) -> None:
+        """Let methods find columns of ``obs`` in an AnnData with the cells of the model too, which may die before it.
+
+        The tools build a model on cells of its own, with no columns but those that it reads.
+
+        Parameters
+        ----------
+        adata
+            That of the user.
+        """
+        _ANNOTATED[self.id] = adata
+
+    @property
+    def _annotated(self) -> AnnData | None:
+        """The user's AnnData with the cells of the model, as long as it is there and has these cells."""
+        adata = _ANNOTATED.get(self.id)
+        return (
+            adata
+            if adata is not None and self.adata is not None and adata.obs_names.equals(self.adata.obs_names)
+            else None
+        )
+
+    @contextmanager
+    def _columns_of_user(self, adata: AnnData | None) -> Iterator[AnnData]:
+        """Context in which cells have the columns of ``obs`` that the user sees, and after which they are as before."""
+        data = self._validate_anndata(adata)
+        others = None if adata is not None else self._annotated
+        columns = set(data.obs)
+        for column in () if others is None else set(others.obs) - columns:
+            data.obs[column] = others.obs[column].array
+        try:
+            yield data
+        finally:
+            for column in set(data.obs) - columns:
+                del data.obs[column]
 
     @contextmanager
     def shown(self, cells: OtherCells) -> Iterator[AnnData]:

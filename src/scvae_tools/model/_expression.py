@@ -15,6 +15,7 @@ from scvi.utils import track
 from torch import Tensor
 
 from scvae_tools._checks import cell_positions
+from scvae_tools._data.roles import column_of_obs
 from scvae_tools._messages import warn
 from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools._random import seeded, with_random_state
@@ -405,7 +406,8 @@ class ExpressionMixin(DecodingMixin):
         Parameters
         ----------
         adata
-            As in `get_elbo_terms`.
+            As in `get_elbo_terms`. A model of :func:`scvae_tools.tl.scvae` has cells of its own; for None it finds the
+            columns of the AnnData that was passed there too, as long as it exists and has the same cells.
         groupby, group1, group2
             Column of ``obs``, the groups of it to compare, and the group to compare them with; None for each group, and
             for all other cells.
@@ -427,14 +429,12 @@ class ExpressionMixin(DecodingMixin):
         log2), with ``"vanilla"`` ``"proba_m1"``; ``"bayes_factor"``; ``"scale1"`` and ``"scale2"``, the mean expression
         in each group; and the means of the counts themselves. The AnnData stays as it was.
         """
-        data = self._validate_anndata(adata)
-        columns = set(data.obs)
-        try:
+        groupby = args[0] if args else kwargs.get("groupby")
+        with self._columns_of_user(adata) as data:
+            if groupby is not None:
+                column_of_obs(data, groupby, "groupby")
             with seeded(random_state), quiet():
                 return super().differential_expression(data, *args, **kwargs)
-        finally:
-            for column in set(data.obs) - columns:
-                del data.obs[column]
 
     # For completion and the reference: the arguments of the scvi-tools that is installed.
     differential_expression.__signature__ = inspect.signature(with_random_state(RNASeqMixin.differential_expression))

@@ -305,8 +305,6 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         FileNotFoundError
             If there is no model.
         """
-        import rich.pretty  # noqa: F401  (scvi-tools uses it without importing it)
-
         AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, prefix))
 
     @classmethod

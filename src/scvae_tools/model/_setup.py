@@ -113,6 +113,11 @@ class SetupMixin(BaseMinifiedModeModelClass):
         return self.registry["setup_args"]
 
     @property
+    def _registry(self) -> dict[str, Any]:
+        """What scvi-tools takes the registry for in `update_setup_method_args`."""
+        return self.registry
+
+    @property
     def _obs_keys(self) -> dict[str, Any]:
         """Columns of ``obs`` by their roles."""
         return {argument: self._setup.get(argument) for argument in ROLES}

@@ -29,7 +29,7 @@ _MARGIN = 0.05  # decades between curve and limits
 
 
 def stability(
-    data: AnnData | Any,
+    data: AnnData | DataFrame | Any,
     *,
     key: str = "scvae",
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
@@ -46,9 +46,10 @@ def stability(
     Parameters
     ----------
     data
-        AnnData with a result of :func:`scvae_tools.tl.scvae`, or a model, trained with ``record_rates=True``.
+        AnnData with a result of :func:`scvae_tools.tl.scvae`, a model, or its ``history``; trained with
+        ``record_rates=True``.
     key
-        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model.
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model or a history.
     axes
         Two Axes to draw on. By default of a new figure.
     show

@@ -27,7 +27,7 @@ FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point
 
 
 def training(
-    data: AnnData | Any,
+    data: AnnData | DataFrame | Any,
     *,
     key: str = "scvae",
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
@@ -43,9 +43,9 @@ def training(
     Parameters
     ----------
     data
-        AnnData with a result of :func:`scvae_tools.tl.scvae`, or a trained model.
+        AnnData with a result of :func:`scvae_tools.tl.scvae`, a trained model, or its ``history``.
     key
-        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model.
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model or a history.
     axes
         Axes to draw on, as many as there are panels: 4 for a mixture, 3 for a plain VAE. By default of a new figure.
     show
@@ -73,15 +73,16 @@ def training(
     return axes
 
 
-def history_of(data: AnnData | Any, key: str, plot: str = "training") -> DataFrame:
-    """Return the history of an AnnData or of a model, and check that it is one of ours; errors name the plot."""
+def history_of(data: AnnData | DataFrame | Any, key: str, plot: str = "training") -> DataFrame:
+    """Return the history of an AnnData or of a model, or one given, if it is one of ours; errors name the plot."""
     if hasattr(data, "uns"):
         result = data.uns.get(Keys(key).uns)
         if not isinstance(result, Mapping) or "history" not in result:
             raise missing_result(data, key, f"uns[{Keys(key).uns!r}]['history']")
         history, remedy = result["history"], f"Run svt.tl.scvae(adata, key_added={key!r}) again."
     else:
-        history, remedy = getattr(data, "history", None), "Call model.train() first."
+        history = data if hasattr(data, "columns") else getattr(data, "history", None)
+        remedy = "Call model.train() first."
     return _check_history(history, f"svt.pl.{plot}", type(data).__name__, remedy)
 
 

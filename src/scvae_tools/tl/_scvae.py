@@ -215,6 +215,7 @@ def scvae(
     results = results_of(model, keys, params, elbo_of(model))
     results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
     target = copy_in_memory(adata) if copy else adata
+    model.find_columns_in(target)
     replace_results(target, results, keys)
     # Last, because it takes longest and may fill a disk.
     write_rate(target, model, keys.rate, write_lambda, gene_places=gene_places)
