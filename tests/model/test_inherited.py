@@ -67,6 +67,7 @@ CALLS = {
     "get_setup_arg": lambda m, a, f: m.get_setup_arg("batch_key"),
     "get_state_registry": lambda m, a, f: m.get_state_registry("batch"),
     "get_var_names": lambda m, a, f: m.get_var_names(),
+    "has_cells": lambda m, a, f: m.has_cells(a.obs_names, m.counts_of_model()),
     "iter_component_expression": lambda m, a, f: list(m.iter_component_expression(m.components, 4)),
     "iter_decoded": lambda m, a, f: list(m.iter_decoded()),
     "iter_lambda": lambda m, a, f: list(m.iter_lambda()),

@@ -344,7 +344,7 @@ def test_errors_come_before_anything_is_written(adata, plain, options, message):
 @pytest.mark.parametrize("function", [svt.tl.evaluate, svt.tl.summarize_reconstruction])
 def test_the_model_must_be_a_trained_one_with_counts(adata, function):
     with pytest.raises(TypeError, match="`model` must be an SCVAE"):
-        function(adata, "model")
+        function(adata, 3)
     SCVAE.setup_anndata(adata)
     model = SCVAE(adata, mixture=False, n_hidden=4, n_latent=2)
     with pytest.raises(ValueError, match="must be trained"):

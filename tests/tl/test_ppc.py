@@ -395,8 +395,8 @@ def test_a_gene_that_is_there_twice_is_refused(adata, model):
 
 
 def test_a_model_that_cannot_draw_is_refused(adata):
-    with pytest.raises(TypeError, match=r"must be an SCVAE; found a NoneType.*return_model=True"):
-        ppc(adata, None)
+    with pytest.raises(TypeError, match=r"must be an SCVAE, or .*; found a int.*return_model=True"):
+        ppc(adata, 3)
     with pytest.raises(TypeError, match="`adata` must be an AnnData; found a ndarray"):
         ppc(np.ones((3, 2)), None)
     own = adata.copy()

@@ -221,4 +221,4 @@ def test_a_model_must_be_trained():
     with pytest.raises(ValueError, match=r"must be trained for svt.tl.predict"):
         svt.tl.predict(cells(1), svt.SCVAE(adata))
     with pytest.raises(TypeError, match="must be an SCVAE"):
-        svt.tl.predict(cells(1), None)
+        svt.tl.predict(cells(1), 3)

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 class PersistenceMixin(ArchesMixin, InferenceMixin):
     """Versions, saving and transfer of `SCVAE`."""
 
-    #: Digest of the names of the cells that `train_indices` and the like count, of a model that was loaded.
-    _digest_of_cells: str | None = None
-
     @property
     def versions(self) -> pd.DataFrame:
         """Versions of the weights that the last training has left, one row each.

@@ -130,7 +130,8 @@ def scvae(
     copy
         Whether to return a copy of ``adata`` with the results instead of writing into it.
     return_model
-        Whether to return the trained `SCVAE`.
+        Whether to return the trained `SCVAE`. Tools such as `svt.tl.rank_components` find it without, as long as the
+        results are in memory.
     **kwargs
         Further arguments of `SCVAE` (such as ``dispersion``, ``covariance``, ``dropout_rate``) and `SCVAE.train` (such
         as ``lr``, ``weight_decay``, ``patience``).
