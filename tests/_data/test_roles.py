@@ -125,7 +125,7 @@ def test_a_label_that_sounds_like_none_is_pointed_out(name, call):
     adata = svt.datasets.simulate(40, 10, 2, random_state=0)
     adata.obs["lab"] = np.where(np.arange(40) % 4 == 0, name, adata.obs["component"].astype(str))
     calls = {
-        "scvae": lambda **keys: svt.tl.scvae(adata, max_epochs=4, n_hidden=4, verbose=False, **keys),
+        "scvae": lambda **keys: svt.tl.scvae(adata, max_epochs=4, n_hidden=4, progress=False, **keys),
         "setup_anndata": lambda **keys: svt.SCVAE.setup_anndata(adata, **keys),
     }
     match = rf"`labels_key`: {re.escape(repr(name))} in adata\.obs\['lab'\] \(10 of 40 cells\) is taken for a label"

@@ -28,7 +28,7 @@ def adata():
 @pytest.fixture(scope="module")
 def model(adata):
     options = {"n_components": 3, "n_latent": 3, "n_hidden": 8, "max_epochs": 4, "linear_decoder": True}
-    return svt.tl.scvae(adata, batch_key="batch", verbose=False, return_model=True, **options)
+    return svt.tl.scvae(adata, batch_key="batch", progress=False, return_model=True, **options)
 
 
 @pytest.fixture(scope="module")

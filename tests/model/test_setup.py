@@ -123,7 +123,7 @@ def test_between_set_up_and_training_too():
 
 def test_a_model_of_the_main_call_notices_it_and_goes_on_with_what_needs_no_counts():
     adata = make_adata()
-    model = svt.tl.scvae(adata, n_components=2, max_epochs=6, verbose=False, return_model=True)
+    model = svt.tl.scvae(adata, n_components=2, max_epochs=6, progress=False, return_model=True)
     before = model.get_elbo(n_samples=20)
     sc.pp.normalize_total(adata)  # makes a matrix of its own: the model still has the counts
     assert model.get_elbo(n_samples=20) == pytest.approx(before)

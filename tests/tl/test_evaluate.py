@@ -148,7 +148,7 @@ def test_the_cells_that_tl_trained_on_are_the_models(adata):
     adata.var["used"] = np.arange(N_GENES) > 3
     adata.layers["counts"], adata.X = adata.X, None
     model = svt.tl.scvae(
-        adata, mixture=False, mask_var="used", layer="counts", max_epochs=1, verbose=False, return_model=True
+        adata, mixture=False, mask_var="used", layer="counts", max_epochs=1, progress=False, return_model=True
     )
     assert svt.tl.evaluate(adata, model, layer="counts")["subset"].tolist() == ["train", "validation"]
     cells = new_cells()

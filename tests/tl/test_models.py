@@ -14,7 +14,7 @@ import pytest
 
 import scvae_tools as svt
 
-FIT = {"n_components": 3, "n_latent": 3, "n_hidden": 8, "max_epochs": 4, "verbose": False}
+FIT = {"n_components": 3, "n_latent": 3, "n_hidden": 8, "max_epochs": 4, "progress": False}
 
 
 def make_adata(seed=0):

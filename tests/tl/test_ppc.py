@@ -235,7 +235,7 @@ def test_cells_are_those_of_indices(adata, model):
 
 
 def test_genes_that_a_mask_left_out_are_not_drawn(adata):
-    options = {"mixture": False, "max_epochs": 1, "n_hidden": 8, "n_latent": 3, "verbose": False}
+    options = {"mixture": False, "max_epochs": 1, "n_hidden": 8, "n_latent": 3, "progress": False}
     adata.layers["counts"] = adata.X.copy()
     adata.X = np.log1p(dense(adata.X))
     keys = {"layer": "counts", "mask_var": "kept", "return_model": True}

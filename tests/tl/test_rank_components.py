@@ -110,7 +110,7 @@ def trained():
     adata.var["kept"] = np.arange(40) % 5 != 0
     options = {"n_components": 3, "n_latent": 4, "n_hidden": 32, "max_epochs": 60, "batch_size": 32, "lr": 5e-3}
     model = svt.tl.scvae(
-        adata, **options, batch_key="batch", mask_var="kept", verbose=False, return_model=True, write_lambda=False
+        adata, **options, batch_key="batch", mask_var="kept", progress=False, return_model=True, write_lambda=False
     )
     rank_components(adata, model)
     dendrogram(adata, model)

@@ -31,6 +31,7 @@ from scvae_tools._cli._writing import (
 )
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._other_names import hint_for
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 #: Arguments that a command sets itself, since it relies on what the function returns or shows.
-SET_HERE = {"adata", "data", "copy", "return_model", "verbose", "show", "save", "ax", "axes"}
+SET_HERE = {"adata", "data", "copy", "return_model", "progress", "show", "save", "ax", "axes"}
 
 
 def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     adata = _read(given)
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
     start = time.perf_counter()
-    model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
+    model = tl.scvae(adata, return_model=True, progress=not _get(given, "quiet", default=False), **options)
     seconds = time.perf_counter() - start
     if model_folder is not None:
         model.save(model_folder, overwrite=overwrite)
@@ -111,7 +112,7 @@ def compare(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str
     output = _check_table(given)
     options = _arguments(given, _options.COMPARE, parser)
     grid = _read_grid(given.grid)
-    table = tl.compare(_read(given), grid, verbose=not _get(given, "quiet", default=False), **options)
+    table = tl.compare(_read(given), grid, progress=not _get(given, "quiet", default=False), **options)
     return _tell_or_write(table, output)
 
 
@@ -263,7 +264,8 @@ def _call(function: Callable[..., Any], *positional: Any, **options: Any) -> Any
         inspect.signature(function).bind(*positional, **options)
     except TypeError as error:
         takes = [name for name in inspect.signature(function).parameters if name not in ("adata", "data", "save")]
-        raise ValueError(f"{function.__name__}: {error}. It takes, by --set, {listed(takes)}.") from error
+        hints = "".join(f" {hint}" for name in options if name not in takes and (hint := hint_for(name, takes)))
+        raise ValueError(f"{function.__name__}: {error}.{hints} It takes, by --set, {listed(takes)}.") from error
     return function(*positional, **options)
 
 

@@ -16,6 +16,7 @@ from scvae_tools._module.covariates import Covariates, Sizes
 from scvae_tools._module.mixture_vaes import GMVAE, MixtureVAE, VaDE
 from scvae_tools._module.networks import hidden_widths
 from scvae_tools._module.vae import N_REFERENCE_CELLS, VAE
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import seeded
 from scvae_tools._train.state import TrainingState
 from scvae_tools.model._inherited import InheritedMixin
@@ -132,6 +133,7 @@ class SCVAE(TrainingMixin, PersistenceMixin, InheritedMixin):
     _LATENT_QZM_KEY = _keys.LATENT_MEAN
     _LATENT_QZV_KEY = _keys.LATENT_VARIANCE
 
+    @answers_other_names
     def __init__(
         self,
         adata: AnnData | None = None,

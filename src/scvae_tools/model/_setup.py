@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from scvi.model.base import BaseMinifiedModeModelClass
 from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
 from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
+from scvae_tools._other_names import unknown_argument
 from scvae_tools._upstream import SETUP_ARGS, minified_type, quiet
 
 if TYPE_CHECKING:
@@ -84,6 +86,9 @@ class SetupMixin(BaseMinifiedModeModelClass):
             If a column of ``obs`` is missing or unfit.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        if kwargs and "source_registry" not in kwargs:  # scvi-tools passes this whenever it passes any
+            known = inspect.signature(cls.setup_anndata).parameters
+            raise unknown_argument("setup_anndata", next(iter(kwargs)), [name for name in known if name != "kwargs"])
         obs_keys = {argument: setup_method_args[SETUP_ARGS][argument] for argument in ROLES}
         minified = minified_type(adata)
         if minified is None:

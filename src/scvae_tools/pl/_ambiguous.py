@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import ambiguity_of_components
 from scvae_tools.pl._figures import TEXT, component_colours, finish, new_axes, percent
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+@answers_other_names
 def ambiguous(
     adata: AnnData,
     *,

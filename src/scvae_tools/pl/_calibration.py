@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.calibration import calibration as reliability
 from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._figures import ACCENT, LINE, TEXT, column_of_obs, finish, new_axes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _LARGEST_BIN, _SMALLEST_BIN = 280, 12  # points squared of the bins with the most and the fewest cells
 
 
+@answers_other_names
 def calibration(
     adata: AnnData,
     labels_key: str,

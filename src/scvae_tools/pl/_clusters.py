@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, legend_width, name_latent_axes
 from scvae_tools.pl._figures import finish, given_axes, missing_result, new_row
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@answers_other_names
 def clusters(
     adata: AnnData,
     *,

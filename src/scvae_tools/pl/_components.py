@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools.pl._figures import ABOUT_ONE, ACCENT, LINE, PALE, TEXT, finish, missing_result, new_axes, tidy
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+@answers_other_names
 def components(
     adata: AnnData,
     *,

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import (
     column_of_obs,
     finish,
@@ -30,6 +31,7 @@ _FONTS = (9, 8, 7, 6)  # points of the counts: the first that has room
 _DARK, _LIGHT = "0.1", "white"
 
 
+@answers_other_names
 def confusion(
     adata: AnnData,
     labels_key: str,

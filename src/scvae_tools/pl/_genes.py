@@ -10,6 +10,7 @@ import pandas as pd
 
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, name_latent_axes
 from scvae_tools.pl._figures import finish, given_axes, missing_result, stored_results
 
@@ -26,6 +27,7 @@ ROWS = 10_000  # of a backed sparse matrix in memory at once
 _LARGEST_LIST = 3  # unknown genes for which similar names are looked up, which takes a while
 
 
+@answers_other_names
 def genes(
     adata: AnnData,
     genes: str | Sequence[str],

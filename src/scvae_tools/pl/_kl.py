@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import LINE, finish, missing_result, new_axes, write_names
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _LEAST_USED = 0.01  # nats per cell
 _UNUSED = "0.6"
 
 
+@answers_other_names
 def kl(
     data: AnnData | Any,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._messages import listed
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import LINE, TEXT, component_colours, finish, new_axes, size_in_points, width_of
 from scvae_tools.pl._genes import ROWS, gene_positions, layer_of_counts, rate_layer, refuse_genes_left_out
 
@@ -34,6 +35,7 @@ class _Truth(NamedTuple):
     values: list[np.ndarray]  # of each group, (n_genes,)
 
 
+@answers_other_names
 def lambda_bars(
     adata: AnnData,
     true: str | ArrayLike | None = None,

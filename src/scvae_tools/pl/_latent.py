@@ -12,6 +12,7 @@ import numpy as np
 
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._embedding import draw_cells, embedding_options, legend_width
 from scvae_tools.pl._figures import TEXT, component_colours, finish, missing_result, new_axes
@@ -40,6 +41,7 @@ class _Prior(NamedTuple):
     covariances: np.ndarray  # (n_used, 2, 2)
 
 
+@answers_other_names
 def latent(
     adata: AnnData,
     *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import ACCENT, FONT, LINE, TEXT, finish, given_axes, new_grid, stored_results, write_names
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _ROW = 1.4 * FONT / 72  # inches for a gene
 _AROUND = 0.95  # inches above and below the genes of a panel
 
 
+@answers_other_names
 def loadings(
     adata: AnnData,
     *,

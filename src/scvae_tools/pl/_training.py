@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import finish, given_axes, missing_result, new_grid, tidy
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _STAGE_FONT = 8  # points
 FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point is invisible
 
 
+@answers_other_names
 def training(
     data: AnnData | DataFrame | Any,
     *,

@@ -11,6 +11,7 @@ from scvae_tools._checks import check_key, check_whole
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import check_obs, labels_to_score_by, obs_keys_of
 from scvae_tools._messages import warn
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import require_writable, write_uns
 from scvae_tools._version import __version__
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@answers_other_names
 def compare(
     adata: AnnData,
     grid: Mapping[str, Sequence[Any]],
@@ -56,7 +58,7 @@ def compare(
     key_added: str = "scvae_compare",
     directory: str | Path | None = None,
     allow_non_integer: bool = False,
-    verbose: bool = True,
+    progress: bool = True,
     **kwargs: Any,
 ) -> pd.DataFrame:
     """Train a model for every combination of arguments, and compare them on cells that none of them has seen.
@@ -101,7 +103,7 @@ def compare(
         after a crash. None to go on from the result of a former call in ``adata.uns``.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
-    verbose
+    progress
         Whether to show a progress bar.
     **kwargs
         Arguments of `SCVAE` and `SCVAE.train` that are the same for all models, such as ``likelihood="zinb"``.
@@ -190,7 +192,7 @@ def compare(
     split = {"random_state": seed, "train_size": float(train_size), "test_size": float(test_size)}
     comparison = Comparison(cells, values, combinations, n_importance_samples, store)
     try:
-        comparison.run(verbose=verbose)
+        comparison.run(progress=progress)
     except BaseException:  # Ctrl-C, the end of the process, a full disk
         if comparison.rows:
             _write_result(adata, key_added, comparison, fixed, split)

@@ -59,11 +59,11 @@ class Comparison:
         #: Results by the place of the combination, or the error that it ended with.
         self.rows = {i: self.store[name] for i, name in enumerate(self.hashes) if name in self.store}
 
-    def run(self, *, verbose: bool) -> None:
+    def run(self, *, progress: bool) -> None:
         """Train what is not finished, one after the other."""
         if self.rows:
             inform("%d of %d combinations are finished from a former call.", len(self.rows), len(self.hashes))
-        bar = _progress_bar(len(self.hashes), len(self.rows)) if verbose else None
+        bar = _progress_bar(len(self.hashes), len(self.rows)) if progress else None
         try:
             for i, (combination, name) in enumerate(zip(self.combinations, self.hashes, strict=True)):
                 if i in self.rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import json
@@ -14,9 +13,11 @@ import pandas as pd
 
 from scvae_tools._checks import check_choice, is_number
 from scvae_tools._data.roles import ROLES, obs_keys_of
+from scvae_tools._other_names import unknown_argument
 from scvae_tools._random import as_seed
 from scvae_tools._upstream import parse_device_args, quiet
 from scvae_tools.model._scvae import SCVAE
+from scvae_tools.model._trainer_options import check_one_device
 from scvae_tools.model._training import check_optimisation, check_training_arguments
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ def _check_name(name: str, defaults: dict[str, Any], shared: set[str]) -> None:
             f"{name!r} is not what models can differ by: they share cells, counts and labels, and svt.tl.compare sets "
             "the split and the progress bar. Leave it out; pass what svt.tl.compare has an argument for to it."
         )
-    close = difflib.get_close_matches(str(name), defaults)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(f"Unknown argument {name!r}.{hint} Models can differ by {', '.join(sorted(defaults))}.")
+    raise unknown_argument("compare", name, defaults, f"Models can differ by {', '.join(sorted(defaults))}.")
 
 
 def _check_values(name: str, given: Sequence[Any]) -> list:
@@ -171,6 +170,7 @@ def _check_training(combination: dict[str, Any]) -> None:
     check_choice("hold_on_device", combination["hold_on_device"], (None, True, False))
     as_seed(combination["random_state"], None)
     check_optimisation(*(combination[name] for name in ("weight_decay", "gradient_clip", "patience")))
+    check_one_device(combination["devices"])
     with quiet():
         parse_device_args(combination["accelerator"], combination["devices"], return_device="torch")
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from scvae_tools._checks import check_key
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import write_uns
 from scvae_tools.tl._models import components_of, find_model, positions_of, require_two
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 
+@answers_other_names
 def dendrogram(
     adata: AnnData, model: SCVAE | str | Path | None = None, *, key: str = "scvae", key_added: str | None = None
 ) -> None:

@@ -14,6 +14,7 @@ from scvae_tools import metrics
 from scvae_tools._checks import check_key, check_whole
 from scvae_tools._data.roles import column_of_obs, labels_to_score_by
 from scvae_tools._messages import listed, warn
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed, isolated_random_state
 from scvae_tools._results.writing import require_writable, write_uns
 from scvae_tools._version import __version__
@@ -34,6 +35,7 @@ OF_MODEL, NO_CLUSTERING = "model", "none"
 TERMS = ("elbo", "log_likelihood", "kl_z", "kl_y")
 
 
+@answers_other_names
 def evaluate(
     adata: AnnData,
     model: SCVAE | str | Path | None = None,

@@ -9,6 +9,7 @@ import pandas as pd
 
 from scvae_tools._checks import check_key, check_whole
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.predictive_check import STATISTICS
 from scvae_tools._results.writing import require_writable, write_uns
@@ -31,6 +32,7 @@ SHARE_IN_BINS = 0.995
 _BLOCK = 2**20
 
 
+@answers_other_names
 def ppc(
     adata: AnnData,
     model: SCVAE | str | Path | None = None,

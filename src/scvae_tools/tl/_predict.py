@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from scvae_tools._checks import check_key
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
 from scvae_tools.tl._models import find_model, require_encoder_of_counts
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 
+@answers_other_names
 def predict(
     adata: AnnData,
     model: SCVAE | str | Path,

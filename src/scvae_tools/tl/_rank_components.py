@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_key, check_whole
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import write_uns
 from scvae_tools.tl._models import components_of, find_model, positions_of, require_two
@@ -28,6 +29,7 @@ COMPARED_NUMBERS = 4
 FIELDS = {"names": "O", "scores": "float32", "logfoldchanges": "float32", "pvals": "float64", "pvals_adj": "float64"}
 
 
+@answers_other_names
 def rank_components(
     adata: AnnData,
     model: SCVAE | str | Path | None = None,

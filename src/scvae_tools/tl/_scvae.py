@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,10 +11,12 @@ from scvae_tools._checks import check_key
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import obs_keys_of
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names, unknown_argument
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
 from scvae_tools.model._build import build_model
 from scvae_tools.model._scvae import SCVAE
+from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
 from scvae_tools.tl._results_of_model import elbo_of, loadings_of, params_of, results_of
 
@@ -31,6 +32,7 @@ OF_MODEL = ("likelihood", "mixture", "n_components", "n_latent", "n_hidden", "n_
 OF_TRAINING = ("batch_size", "train_size", "early_stopping")
 
 
+@answers_other_names
 def scvae(
     adata: AnnData,
     *,
@@ -58,7 +60,7 @@ def scvae(
     key_added: str = "scvae",
     write_lambda: bool | np.ndarray | zarr.Array | h5py.Dataset | None = None,
     allow_non_integer: bool = False,
-    verbose: bool = True,
+    progress: bool = True,
     copy: bool = False,
     return_model: bool = False,
     **kwargs: Any,
@@ -125,7 +127,7 @@ def scvae(
         on disk needs more than about 0.3 GB of memory, whatever the size of λ.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
-    verbose
+    progress
         Whether to show a progress bar.
     copy
         Whether to return a copy of ``adata`` with the results instead of writing into it.
@@ -134,7 +136,7 @@ def scvae(
         results are in memory.
     **kwargs
         Further arguments of `SCVAE` (such as ``dispersion``, ``covariance``, ``dropout_rate``) and `SCVAE.train` (such
-        as ``lr``, ``weight_decay``, ``patience``).
+        as ``lr``, ``weight_decay``, ``patience``), and options of Lightning's trainer (such as ``logger``).
 
     Returns
     -------
@@ -201,14 +203,14 @@ def scvae(
     require_place_for_rate(adata, write_lambda, copy=copy)
     keys = Keys(check_key("key_added", key_added))
     seed = as_seed(random_state, rng)
-    of_model, of_training = _split_options(kwargs)
+    of_model, of_training, of_trainer = _split_options(kwargs)
     mask = resolve_mask_var(adata, mask_var)
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
     obs_keys = obs_keys_of(arguments)
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {name: arguments[name] for name in OF_TRAINING} | of_training
-    model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
+    model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
 
     params = {**params_of(model), **training, **obs_keys, "layer": layer, "max_epochs": max_epochs}
     params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
@@ -224,26 +226,32 @@ def scvae(
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
 
-def _split_options(options: dict) -> tuple[dict, dict]:
-    """Divide further arguments into those of `SCVAE` and of `SCVAE.train`.
+def _split_options(options: dict) -> tuple[dict, dict, dict]:
+    """Divide further arguments into those of `SCVAE`, of `SCVAE.train`, and of Lightning's trainer.
 
     Raises
     ------
+    UnknownArgument
+        If one belongs to none.
     ValueError
-        If one belongs to neither.
+        If an option of the trainer does not work here.
     """
 
     def known(function: object) -> set[str]:
         parameters = inspect.signature(function).parameters.values()
         return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(inspect.signature(scvae).parameters)
 
-    of_model, of_training = known(SCVAE.__init__), known(SCVAE.train) - {"progress"}
+    of_model, of_training = known(SCVAE.__init__), known(SCVAE.train)
     for name in options:
-        if name not in of_model | of_training:
-            close = difflib.get_close_matches(name, [*of_model, *of_training, *inspect.signature(scvae).parameters])
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"Unknown argument {name!r}.{hint} Beside its own, scvae takes {', '.join(sorted(of_model))} for the "
-                f"model and {', '.join(sorted(of_training))} for the training."
+        if name not in of_model | of_training | TRAINER_OPTIONS:
+            takes = (
+                f"Beside its own, it takes {', '.join(sorted(of_model))} for the model, "
+                f"{', '.join(sorted(of_training))} for the training, and options of Lightning's trainer."
             )
-    return {k: v for k, v in options.items() if k in of_model}, {k: v for k, v in options.items() if k in of_training}
+            raise unknown_argument(
+                "scvae", name, [*of_model, *of_training, *inspect.signature(scvae).parameters], takes
+            )
+    parts = of_model, of_training, TRAINER_OPTIONS
+    check_trainer_options({name: value for name, value in options.items() if name in TRAINER_OPTIONS}, SCVAE.train)
+    check_one_device(options.get("devices", "auto"))
+    return tuple({name: value for name, value in options.items() if name in part} for part in parts)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_whole
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools.tl._models import find_model, require_encoder_of_counts
 from scvae_tools.tl._ppc import Totals
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 
+@answers_other_names
 def summarize_reconstruction(
     adata: AnnData,
     model: SCVAE | str | Path | None = None,
