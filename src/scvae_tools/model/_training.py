@@ -19,7 +19,7 @@ from scvae_tools._random import seeded
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import Objective
-from scvae_tools._train.progress import Progress
+from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import Settings, run_stage
 from scvae_tools._train.split import split_cells
@@ -76,7 +76,7 @@ class TrainingMixin(InferenceMixin):
         devices: int | str = "auto",
         hold_on_device: bool | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         record_rates: bool = False,
         checkpoint: str | Path | None = None,
         random_state: int = 0,
@@ -133,7 +133,8 @@ class TrainingMixin(InferenceMixin):
             takes bfloat16 where the processor has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
             the setting as it is.
         progress
-            Whether to show a bar with epoch, ELBO and time left.
+            Whether to show a bar with epoch, ELBO and time left; None to do so unless ``scanpy.settings.verbosity`` is
+            0 or ``scvi.settings.verbosity`` above INFO.
         record_rates
             Whether to put λ of at most 512 training cells into the `history` at the end of each epoch, for
             `scvae_tools.pl.stability`: ``rate_at_zeros``, the mean over cells of the sum of λ over the genes of which
@@ -181,7 +182,7 @@ class TrainingMixin(InferenceMixin):
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = one_device(accelerator, devices)
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
-        bar = Progress(stages, enable=trainer_options.pop("enable_progress_bar", True) and progress)
+        bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
         hold = _whether_to_hold(hold_on_device, trainer_options)
@@ -344,10 +345,12 @@ class TrainingMixin(InferenceMixin):
             checkpoint.restore_result(self.module, state)
             self._note_n_components()
             return
+        settings.progress.start()
         starts_mixture = isinstance(self.module, MixtureVAE) and not self.is_mixture
         first = 0 if checkpoint is None else self._resume(stages, settings)
         for index, stage in enumerate(stages[first:], first):
             if stage.is_mixture and not self.is_mixture:
+                settings.progress.say(START_OF_MIXTURE)
                 self._start_mixture(random_state)
                 if state.is_interrupted:
                     versions = {"end": Version(state.n_epochs, np.nan, copied(self.module))}
@@ -356,6 +359,7 @@ class TrainingMixin(InferenceMixin):
                 versions = self._run_stage(index, stage, loaders, settings)
         state.versions, state.version = versions, "best" if "best" in versions else "end"
         if starts_mixture and self.is_mixture:
+            settings.progress.say("order of the components")
             self._sort_components()
         if checkpoint is not None and not state.is_interrupted:
             checkpoint.finish(self.module, state)
@@ -383,8 +387,7 @@ class TrainingMixin(InferenceMixin):
         if first > 0:  # the weights are those of a finished stage, and no version of an earlier training
             self._state.forget_versions()
         n_done = sum(stage.max_epochs for stage in stages[:first]) + settings.checkpoint.n_epochs_done()
-        if settings.progress is not None:
-            settings.progress.total -= n_done
+        settings.progress.skip(n_done)
         return first
 
     def _note_n_components(self) -> None:

@@ -14,6 +14,7 @@ from scvae_tools._messages import warn
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import require_writable, write_uns
+from scvae_tools._train.progress import is_shown
 from scvae_tools._version import __version__
 from scvae_tools.likelihoods import get_likelihood
 from scvae_tools.tl._comparison import Comparison
@@ -58,7 +59,7 @@ def compare(
     key_added: str = "scvae_compare",
     directory: str | Path | None = None,
     allow_non_integer: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> pd.DataFrame:
     """Train a model for every combination of arguments, and compare them on cells that none of them has seen.
@@ -104,7 +105,7 @@ def compare(
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
     progress
-        Whether to show a progress bar.
+        Whether to show a progress bar, as in `scvae`.
     **kwargs
         Arguments of `SCVAE` and `SCVAE.train` that are the same for all models, such as ``likelihood="zinb"``.
 
@@ -192,7 +193,7 @@ def compare(
     split = {"random_state": seed, "train_size": float(train_size), "test_size": float(test_size)}
     comparison = Comparison(cells, values, combinations, n_importance_samples, store)
     try:
-        comparison.run(progress=progress)
+        comparison.run(progress=is_shown(progress))
     except BaseException:  # Ctrl-C, the end of the process, a full disk
         if comparison.rows:
             _write_result(adata, key_added, comparison, fixed, split)

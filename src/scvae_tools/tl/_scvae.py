@@ -14,6 +14,7 @@ from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names, unknown_argument
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
+from scvae_tools._train.progress import Parts, is_shown
 from scvae_tools.model._build import build_model
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
@@ -60,7 +61,7 @@ def scvae(
     key_added: str = "scvae",
     write_lambda: bool | np.ndarray | zarr.Array | h5py.Dataset | None = None,
     allow_non_integer: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
     copy: bool = False,
     return_model: bool = False,
     **kwargs: Any,
@@ -128,7 +129,8 @@ def scvae(
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
     progress
-        Whether to show a progress bar.
+        Whether to show progress bars; None to do so unless ``scanpy.settings.verbosity`` is 0 or
+        ``scvi.settings.verbosity`` above INFO.
     copy
         Whether to return a copy of ``adata`` with the results instead of writing into it.
     return_model
@@ -210,20 +212,33 @@ def scvae(
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {name: arguments[name] for name in OF_TRAINING} | of_training
+    progress = is_shown(progress, of_trainer.pop("enable_progress_bar", None))
     model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
 
     params = {**params_of(model), **training, **obs_keys, "layer": layer, "max_epochs": max_epochs}
     params |= {"mask_var": mask_var if isinstance(mask_var, str) else None, "random_state": seed}
-    gene_places = None if mask is None else np.flatnonzero(mask)
-    results = results_of(model, keys, params, elbo_of(model))
-    results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
     target = copy_in_memory(adata) if copy else adata
     model.find_columns_in(target)
-    replace_results(target, results, keys)
-    # Last, because it takes longest and may fill a disk.
-    write_rate(target, model, keys.rate, write_lambda, gene_places=gene_places)
+    _write_results(target, model, keys, params, mask, write_lambda, progress=progress)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def _write_results(
+    adata: AnnData, model: SCVAE, keys: Keys, params: dict, mask: np.ndarray | None, place: Any, *, progress: bool
+) -> None:
+    """Write all results of a model; ``place`` is the argument ``write_lambda``."""
+    gene_places = None if mask is None else np.flatnonzero(mask)
+    with Parts("results", 3, enable=progress) as parts:
+        parts.begin("bounds")
+        elbo = elbo_of(model)
+        parts.begin("latent codes")
+        results = results_of(model, keys, params, elbo)
+        results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
+        replace_results(adata, results, keys)
+        # Last, because it takes longest and may fill a disk.
+        parts.begin("λ")
+        write_rate(adata, model, keys.rate, place, gene_places=gene_places)
 
 
 def _split_options(options: dict) -> tuple[dict, dict, dict]:
