@@ -31,7 +31,7 @@ def calibration(
     pool: bool = False,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how often the most probable component is right about known labels, by its probability.
 
@@ -56,7 +56,8 @@ def calibration(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -79,7 +80,7 @@ def calibration(
     _draw_reliability(ax, found.table[found.table["n_cells"] > 0])
     error = f"{found.expected_error:.3f}" if found.expected_error >= 0.0005 else "< 0.001"
     ax.set_title(f"Expected calibration error {error}", loc="left", fontsize=11)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "calibration", show=show, save=save)
     return ax
 
 

@@ -24,11 +24,11 @@ def clusters(
     adata: AnnData,
     *,
     key: str = "scvae",
-    labels: str | Sequence[str] | None = None,
+    labels_key: str | Sequence[str] | None = None,
     basis: str | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     """Scatter the cells by component of the mixture, and by labels beside it.
@@ -44,7 +44,7 @@ def clusters(
         AnnData with a result of :func:`scvae_tools.tl.scvae`.
     key
         Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`.
-    labels
+    labels_key
         One or more columns of ``adata.obs``, a panel each. Without a mixture only these are drawn.
     basis
         Key of ``adata.obsm`` with at least two columns, with or without its ``X_``. By default ``"X_umap"`` or, if
@@ -54,7 +54,8 @@ def clusters(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
     **kwargs
         To :func:`scanpy.pl.embedding`, for every panel: for example ``size``, ``palette``, ``groups``, ``frameon``,
         ``legend_loc``, ``dimensions=(2, 3)``; ``title`` may be a list with one title per panel.
@@ -69,7 +70,7 @@ def clusters(
         If the result, a label or the basis is not in ``adata``, if the basis has one column only, or if the number
         of ``axes`` is not the number of panels.
     """
-    columns = _columns(adata, key, labels)
+    columns = _columns(adata, key, labels_key)
     basis = find_basis(adata, key, basis)
     options = [
         embedding_options(adata, column, kwargs, is_component=column == Keys(key).component) for column in columns
@@ -81,7 +82,7 @@ def clusters(
         draw_cells(ax, adata, basis, column, **option | {"title": title})
         if basis == Keys(key).latent:
             name_latent_axes(ax, key)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "clusters", show=show, save=save)
     return axes
 
 
@@ -91,7 +92,7 @@ def _columns(adata: AnnData, key: str, labels: str | Sequence[str] | None) -> li
     absent = [label for label in labels if label not in adata.obs]
     if absent:
         raise ValueError(
-            f"labels must be columns of adata.obs; {absent} are not among {list(adata.obs)}. Pass one of those."
+            f"labels_key must be columns of adata.obs; {absent} are not among {list(adata.obs)}. Pass one of those."
         )
     component, latent = Keys(key).component, Keys(key).latent
     if component in adata.obs:
@@ -101,7 +102,7 @@ def _columns(adata: AnnData, key: str, labels: str | Sequence[str] | None) -> li
     if not labels:
         raise ValueError(
             f"Components need a mixture; obsm[{latent!r}] is there, but obs[{component!r}] is not. "
-            f"Run svt.tl.scvae(adata, mixture=True, key_added={key!r}), or pass labels= to draw only these."
+            f"Run svt.tl.scvae(adata, mixture=True, key_added={key!r}), or pass labels_key= to draw only these."
         )
     return labels
 

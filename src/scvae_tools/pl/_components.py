@@ -27,7 +27,7 @@ def components(
     key: str = "scvae",
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot why the mixture has as many components as it has.
 
@@ -47,7 +47,8 @@ def components(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -63,7 +64,7 @@ def components(
     _draw_overlap(ax, curve)
     _draw_shares(ax, curve)
     _mark_chosen(ax, curve)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "components", show=show, save=save)
     return ax
 
 

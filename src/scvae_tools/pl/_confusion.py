@@ -40,7 +40,7 @@ def confusion(
     normalize: Literal["labels", "components"] | None = "labels",
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how many cells each component shares with each known label.
 
@@ -66,7 +66,8 @@ def confusion(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -94,7 +95,7 @@ def confusion(
         write_names(ax.xaxis, np.arange(table.counts.shape[1]), list(table.counts.columns))
         write_names(ax.yaxis, np.arange(table.counts.shape[0]), list(table.counts.index))
     _write_counts(ax, table.counts.to_numpy(), mesh)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "confusion", show=show, save=save)
     return ax
 
 

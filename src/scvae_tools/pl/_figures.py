@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,6 @@ from scvae_tools._keys import Keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
@@ -127,11 +127,17 @@ def new_row(legends: list[float]) -> np.ndarray:
     return axes.ravel()
 
 
-def finish(figure: Figure, *, show: bool, save: str | Path | None) -> None:
-    """Save and show, where asked."""
+def finish(figure: Figure, name: str, *, show: bool, save: str | Path | bool | None) -> None:
+    """Save and show, where asked; ``name`` is that of the plot, for a file whose name is not given."""
     from matplotlib import pyplot as plt
 
-    if save is not None:
+    if save is True:
+        import scanpy as sc
+
+        folder = Path(sc.settings.figdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save = folder / f"{name}.{sc.settings.file_format_figs}"
+    if save is not None and save is not False:
         figure.savefig(save, dpi=150, bbox_inches="tight")
     if show:
         plt.show()

@@ -38,7 +38,7 @@ def genes(
     vmax: float | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     """Scatter the cells by their counts of genes and, beside it, by λ, which the model makes of them.
@@ -69,7 +69,8 @@ def genes(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format. The cells are pixels in vector formats too.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot. The cells are pixels in vector formats too.
     **kwargs
         To :func:`scanpy.pl.embedding`, for every panel: for example ``size``, ``cmap``, ``frameon``,
         ``dimensions=(2, 3)``.
@@ -102,7 +103,7 @@ def genes(
         axes = given_axes(axes, [f"{name} {what}" for name in names for what in ("counts", "λ")]).reshape(-1, 2)
     for row, name, pair in zip(axes, names, values, strict=True):
         _draw_gene(row, adata, name, pair, basis=basis, key=key, vmax=vmax, given=kwargs)
-    finish(axes[0, 0].figure, show=show, save=save)
+    finish(axes[0, 0].figure, "genes", show=show, save=save)
     return axes
 
 

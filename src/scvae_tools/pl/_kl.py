@@ -28,7 +28,7 @@ def kl(
     key: str = "scvae",
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how much each latent dimension says about a cell, and so which of them the model uses.
 
@@ -51,7 +51,8 @@ def kl(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -82,7 +83,7 @@ def kl(
     ax.tick_params(axis="x", length=0)
     for at, name in zip(ax.get_xticks(), ax.get_xticklabels(), strict=True):
         name.set_color("black" if is_used[int(at)] else _UNUSED)  # their bars are too low to show a colour
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "kl", show=show, save=save)
     return ax
 
 

@@ -47,7 +47,7 @@ def lambda_bars(
     layer: str | None = None,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot the reconstructed λ of genes beside the true one, or beside the mean count where the truth is not known.
 
@@ -85,7 +85,8 @@ def lambda_bars(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -126,7 +127,7 @@ def lambda_bars(
     if group is not None:
         above_legend = 6 if ax.get_legend() is None else 26  # points
         ax.set_title(f"{groupby}: {group}", loc="left", fontsize=11, pad=above_legend)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "lambda_bars", show=show, save=save)
     return ax
 
 

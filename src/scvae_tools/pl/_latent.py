@@ -51,7 +51,7 @@ def latent(
     ellipses: bool = True,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
     **kwargs: Any,
 ) -> Axes:
     """Scatter the cells in two dimensions of the latent space, with the components of the prior on top.
@@ -84,7 +84,8 @@ def latent(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format. The cells are pixels in vector formats too.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot. The cells are pixels in vector formats too.
     **kwargs
         To :func:`scanpy.pl.embedding`: for example ``size``, ``palette``, ``groups``, ``legend_loc``, ``title``.
 
@@ -112,7 +113,7 @@ def latent(
     if prior is not None:
         colours = component_colours(cells, key, prior.names) if is_component else [_NEUTRAL] * len(prior.names)
         _draw_components(ax, prior, colours)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "latent", show=show, save=save)
     return ax
 
 

@@ -32,7 +32,7 @@ def loadings(
     n_genes: int = 10,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot the genes with the largest loadings on each latent dimension, of a model with a linear decoder.
 
@@ -59,7 +59,8 @@ def loadings(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -96,7 +97,7 @@ def loadings(
         else:
             write_names(ax.yaxis, _places(genes), names)
         ax.tick_params(axis="y", length=0)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "loadings", show=show, save=save)
     return axes
 
 

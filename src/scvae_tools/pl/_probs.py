@@ -43,7 +43,7 @@ def probs(
     groupby: str | None = None,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot q(y|x), the probability of every component, of all cells side by side.
 
@@ -70,7 +70,8 @@ def probs(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -114,7 +115,7 @@ def probs(
     if kind == "heatmap":
         write_names(ax.yaxis, np.arange(len(names)), names)  # again, in the height that is left
     _mark_boundaries(ax, columns, "white" if kind == "bars" else "0.75")
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "probs", show=show, save=save)
     return ax
 
 

@@ -36,7 +36,7 @@ def stability(
     key: str = "scvae",
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot how large λ became: its sum over the zeros of a cell, and its maximum, by epoch.
 
@@ -57,7 +57,8 @@ def stability(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -74,7 +75,7 @@ def stability(
     axes = new_grid(len(_PANELS)) if axes is None else given_axes(axes, list(_PANELS))
     for ax, name in zip(axes, _PANELS, strict=True):
         _draw(ax, history, name)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "stability", show=show, save=save)
     return axes
 
 

@@ -34,7 +34,7 @@ def training(
     key: str = "scvae",
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot ELBO, log-likelihood and KL terms by epoch, for training and validation cells.
 
@@ -53,7 +53,8 @@ def training(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -71,7 +72,7 @@ def training(
         _draw_curves(ax, history, name)
     _mark_best(axes[0], history)
     axes[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "training", show=show, save=save)
     return axes
 
 

@@ -67,7 +67,11 @@ def check_names(
         )
     for name in (*grid, *others):
         _check_name(name, defaults, shared)
-    given = {name for name, value in named.items() if value not in (None, "auto")} | set(others)
+    # Not by `in`: an array of names has no truth value.
+    given = {
+        name for name, value in named.items() if not (value is None or (isinstance(value, str) and value == "auto"))
+    }
+    given |= set(others)
     twice = [name for name in grid if name in given]
     if twice:
         raise ValueError(
