@@ -171,7 +171,7 @@ def main_call(repeats: int, folder: Path) -> dict:
     for seed in range(max(2, repeats)):
         own = adata.copy()
         start = time.perf_counter()
-        model = svt.tl.scvae(own, likelihood="zinb", mixture=True, random_state=seed, verbose=False, return_model=True)
+        model = svt.tl.scvae(own, likelihood="zinb", mixture=True, random_state=seed, progress=False, return_model=True)
         seconds.append(time.perf_counter() - start)
     return {
         "first call, s": round(seconds[0], 1),

@@ -107,7 +107,7 @@ def _trained(adata: anndata.AnnData, likelihood: str, settings: str, epochs: int
     grid = {"likelihood": [likelihood], "max_epochs": sorted({1, epochs})}
     sizes = {"mixture": False, "n_layers": 1, "n_hidden": 100, "n_latent": REPORTED[likelihood].n_latent}
     options = SHARES | sizes | SETTINGS[settings] | {"n_importance_samples": N_IMPORTANCE_SAMPLES}
-    found = svt.tl.compare(adata, grid, verbose=False, **options)
+    found = svt.tl.compare(adata, grid, progress=False, **options)
     for row in found.to_dict("records"):
         yield row | {"settings": settings, "n_latent": sizes["n_latent"]}
 
@@ -200,7 +200,7 @@ def _compared(case: Case, epochs: int | None, seeds: Sequence[int]) -> pd.DataFr
     grid = {"likelihood": list(REPORTED), "random_state": list(seeds)}
     options = {"mixture": False, "n_hidden": N_HIDDEN, "n_latent": N_LATENT, "batch_key": case.batch_key}
     return svt.tl.compare(
-        case.adata, grid, max_epochs=epochs, n_importance_samples=N_IMPORTANCE_SAMPLES, verbose=False, **options
+        case.adata, grid, max_epochs=epochs, n_importance_samples=N_IMPORTANCE_SAMPLES, progress=False, **options
     )
 
 

@@ -48,7 +48,7 @@ def main(folder: Path = Path("demo")) -> None:
     sc.tl.umap(adata)
     svt.pl.training(adata, save=folder / "training.png")
     svt.pl.components(adata, save=folder / "components.png")
-    svt.pl.clusters(adata, labels="bulk_labels", save=folder / "clusters.png")
+    svt.pl.clusters(adata, labels_key="bulk_labels", save=folder / "clusters.png")
     adata.write_h5ad(folder / "pbmc.h5ad")
     names = ("pbmc.h5ad", "clusters.png", "components.png", "training.png")
     print("Written:", ", ".join(str(folder / name) for name in names))

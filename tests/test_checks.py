@@ -205,7 +205,7 @@ def test_a_model_of_numbers_of_numpy_is_the_same_as_one_of_numbers_of_python(tmp
 @pytest.mark.parametrize("n_components", [np.int64(2), np.array([1, 2]), (np.int64(1), np.int16(2)), [1, 2]], ids=repr)
 def test_numbers_of_components_may_be_those_of_numpy(n_components, tmp_path):
     adata = svt.datasets.poisson_toy(40)
-    options = {"n_latent": np.int64(2), "n_hidden": np.array([4]), "lr": np.float32(0.001), "verbose": np.False_}
+    options = {"n_latent": np.int64(2), "n_hidden": np.array([4]), "lr": np.float32(0.001), "progress": np.False_}
     model = svt.tl.scvae(adata, n_components=n_components, max_epochs=np.int64(2), return_model=np.True_, **options)
     model.save(tmp_path / "model")
     assert type(adata.uns["scvae"]["params"]["lr"]) is float

@@ -143,7 +143,7 @@ def test_the_example_for_users_of_the_original_runs():
         "n_components=10, return_model": "n_components=10, max_epochs=4, return_model",
         "max_epochs=500": "max_epochs=4",
         "n_warm_up_epochs=200": "n_warm_up_epochs=1",
-        "return_model=True": "return_model=True, verbose=False",
+        "return_model=True": "return_model=True, progress=False",
     }
     names: dict = {}
     for block in python_blocks(DOCS / "from-scvae.md"):

@@ -118,7 +118,7 @@ def press_in(monkeypatch, owner, name, n_presses=1):
 
 
 def fit(adata, **options):
-    svt.tl.scvae(adata, **{"n_components": 2, "max_epochs": 6, "verbose": False} | options)
+    svt.tl.scvae(adata, **{"n_components": 2, "max_epochs": 6, "progress": False} | options)
 
 
 ALL = {"X_scvae", "scvae_probs"}

@@ -32,7 +32,7 @@ assert states() == after
     [
         "svt.metrics.ari([0, 1], [0, 1]), svt.metrics.silhouette(np.arange(3)[:, None], [0, 0, 1])",
         "from scvae_tools.model import SCVAE",
-        "svt.tl.scvae(svt.datasets.simulate(60, 20, 2), n_components=2, max_epochs=3, verbose=False)",
+        "svt.tl.scvae(svt.datasets.simulate(60, 20, 2), n_components=2, max_epochs=3, progress=False)",
     ],
 )
 def test_the_first_call_leaves_the_random_states_as_they_were(call):

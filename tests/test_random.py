@@ -108,7 +108,7 @@ def test_threads_with_the_same_seed_draw_the_same_one_after_the_other():
 def test_trainings_in_two_threads_are_the_same_as_alone():
     def trained():
         adata = svt.datasets.simulate(80, 20, 2)
-        model = svt.tl.scvae(adata, n_components=2, max_epochs=3, return_model=True, verbose=False)
+        model = svt.tl.scvae(adata, n_components=2, max_epochs=3, return_model=True, progress=False)
         return model.history["elbo_train"].tolist()
 
     alone = trained()
@@ -140,7 +140,7 @@ def all_results(**options):
     """Whatever a model computes, as arrays."""
     adata = svt.datasets.simulate(60, 20, 2, n_batches=2, random_state=0)
     adata.obs["age"] = np.linspace(0, 1, 60)
-    small = {"n_hidden": 4, "n_latent": 2, "max_epochs": 3, "n_components": 2, "verbose": False, "return_model": True}
+    small = {"n_hidden": 4, "n_latent": 2, "max_epochs": 3, "n_components": 2, "progress": False, "return_model": True}
     model = svt.tl.scvae(adata, batch_key="batch", continuous_covariate_keys=["age"], **small, **options)
     svt.tl.rank_components(adata, model, n_samples=20)
     svt.tl.ppc(adata, model, n_samples=2)

@@ -47,7 +47,7 @@ import scvae_tools as svt
 from scvae_tools._random import seeded
 
 model = svt.tl.scvae(
-    svt.datasets.simulate(300, 400, 2), n_components=2, max_epochs=4, batch_size=128, return_model=True, verbose=False
+    svt.datasets.simulate(300, 400, 2), n_components=2, max_epochs=4, batch_size=128, return_model=True, progress=False
 )
 x = torch.rand(600, 600)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from scvae_tools._lazy import loaded
+from scvae_tools._messages import quiet_tqdm
 from scvae_tools._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SCVAE", "CountsError", "NonFiniteError", "datasets", "likelihoods", "metrics", "pl", "tl"]
 _HOMES = {"SCVAE": "model", "CountsError": "_data.counts", "NonFiniteError": "_train.plan"}
+
+if "IPython" in sys.modules:  # before torch and scvi-tools load it
+    quiet_tqdm()
 
 
 def __getattr__(name: str) -> object:

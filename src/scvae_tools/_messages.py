@@ -1,9 +1,10 @@
-"""Messages to the user: warnings that point at the user's own line of code, and log messages."""
+"""Messages to the user: warnings that point at the user's own line of code, log messages, and a silent tqdm."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger("scvae_tools")
+SCANPY_INFO = 2  # of scanpy.settings.verbosity
 
 
 class InterruptedTraining(UserWarning):
@@ -45,9 +47,20 @@ def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
 
 
 def inform(message: str, *values: object) -> None:
-    """Log a message at the level INFO."""
-    if not _said_before.get():
-        logger.info(message, *values)
+    """Log a message at the level INFO; by scanpy where its verbosity asks for such messages and nothing else does."""
+    if _said_before.get():
+        return
+    logger.info(message, *values)
+    scanpy = sys.modules.get("scanpy")
+    if scanpy is not None and int(scanpy.settings.verbosity) >= SCANPY_INFO and not logger.isEnabledFor(logging.INFO):
+        scanpy.logging.info(message % values)
+
+
+def quiet_tqdm() -> None:
+    """Load tqdm, which in a notebook without ipywidgets falls back to text, without its saying so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tqdm.auto  # noqa: F401
 
 
 def listed(names: Iterable[object]) -> str:

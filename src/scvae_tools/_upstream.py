@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import rich.pretty  # noqa: F401  (scvi-tools uses it without importing it)
 from scvi.data._constants import _SETUP_ARGS_KEY as SETUP_ARGS
 from scvi.data._utils import _get_adata_minify_type as minified_type
 from scvi.data.fields import CategoricalJointObsField, CategoricalObsField
-from scvi.model._utils import parse_device_args
+from scvi.model import _utils
 from scvi.model.base._archesmixin import _pad_and_sort_query_anndata as pad_and_sort_genes
 from scvi.model.base._save_load import _initialize_model as initialize_model
 
@@ -23,8 +25,40 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-__all__ = ["SETUP_ARGS", "initialize_model", "minified_type", "pad_and_sort_genes", "parse_device_args", "quiet"]
-__all__ += ["UsedCategoriesField", "UsedCategoriesJointField"]
+__all__ = [
+    "SETUP_ARGS",
+    "UsedCategoriesField",
+    "UsedCategoriesJointField",
+    "initialize_model",
+    "minified_type",
+    "one_process",
+    "pad_and_sort_genes",
+    "parse_device_args",
+    "quiet",
+]
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Context in which Lightning takes a job of SLURM for one process, as it does for one with this name.
+
+    Otherwise it takes the number of tasks of the job for that of its own processes, and refuses any but its own.
+    """
+    name, former = "SLURM_JOB_NAME", os.environ.get("SLURM_JOB_NAME")
+    os.environ[name] = "interactive"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = former
+
+
+def parse_device_args(*args: Any, **kwargs: Any) -> tuple:
+    """Accelerator, devices and, if asked for, the device of torch, as scvi-tools reads them, in `one_process`."""
+    with one_process():
+        return _utils.parse_device_args(*args, **kwargs)
 
 
 class UsedCategoriesField(CategoricalObsField):

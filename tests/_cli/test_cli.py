@@ -169,13 +169,13 @@ def test_options_of_fit_arrive_under_their_names(here, received):
         "weights": [0.5, 0.5],
         "gradient_clip": 3,
         "return_model": True,
-        "verbose": False,
+        "progress": False,
     }
 
 
 def test_what_is_not_given_keeps_the_default_of_the_function(here, received):
     run("scvae-tools fit demo")
-    assert received[0][1] == {"return_model": True, "verbose": True}
+    assert received[0][1] == {"return_model": True, "progress": True}
 
 
 def test_a_plain_vae_and_a_number_of_components(here, received):
@@ -185,7 +185,7 @@ def test_a_plain_vae_and_a_number_of_components(here, received):
         "n_components": 12,
         "n_hidden": 100,
         "return_model": True,
-        "verbose": True,
+        "progress": True,
     }
 
 
@@ -209,7 +209,7 @@ def test_the_grid_is_read_from_a_file(name, content, grid, here, received):
     run(f"scvae-tools compare demo --grid {name} --labels-key bulk_labels --directory d --set n_hidden=16")
     (_, given), options = received[0]
     assert given == grid
-    assert options == {"labels_key": "bulk_labels", "directory": Path("d"), "n_hidden": 16, "verbose": True}
+    assert options == {"labels_key": "bulk_labels", "directory": Path("d"), "n_hidden": 16, "progress": True}
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_the_grid_is_read_from_a_file(name, content, grid, here, received):
 def test_fit_writes_what_the_function_of_that_name_writes(trained):
     adata = ad.read_h5ad(trained / "fitted.h5ad")
     expected = svt.datasets.pbmc68k_reduced()
-    svt.tl.scvae(expected, n_components=4, max_epochs=4, random_state=3, verbose=False)
+    svt.tl.scvae(expected, n_components=4, max_epochs=4, random_state=3, progress=False)
     np.testing.assert_array_equal(adata.obsm["X_scvae"], expected.obsm["X_scvae"])
     assert list(adata.obs["scvae"]) == list(expected.obs["scvae"])
     assert set(adata.layers) - {None} == {"scvae_lambda"}  # anndata 0.13 calls X a layer, None
@@ -446,7 +446,10 @@ def test_plots_are_drawn_in_the_format_of_the_name(trained, here):
 BAD_INPUT = {
     "fit gone.h5ad -o x.h5ad": "There is no 'gone.h5ad'. Pass a file",
     "fit demo -o x.h5ad --likelihood binomial": "`likelihood` must be one of",
-    "fit demo -o x.h5ad --set likelyhood=nb": "Unknown argument 'likelyhood'. Did you mean 'likelihood'?",
+    "fit demo -o x.h5ad --likelihood negative_binomial": "found 'negative_binomial'. Here 'negative_binomial' is 'nb'",
+    "fit demo -o x.h5ad --set seed=3": "Here it is 'random_state'",
+    "plot demo kl -o x.png --set return_fig=1": "Here it is 'ax'",
+    "fit demo -o x.h5ad --set likelyhood=nb": "no argument 'likelyhood'. Did you mean 'likelihood'?",
     "fit demo -o x.h5ad --batch-key donor": "'donor'",
     "fit demo -o x.h5ad --score-key type": "adata.obs.*'type'",
     "fit demo -o x.csv": "written as .h5ad or .zarr; found 'x.csv'",
@@ -461,7 +464,7 @@ BAD_INPUT = {
     "plot gone.h5ad training -o x.gif2": r"found 'x\.gif2'",
     "plot demo training -o x.png": "There is no .* Run svt.tl.scvae",
     "plot demo nonsense -o x.png": "There is no 'nonsense'; there are 'ambiguous',",
-    "plot demo kl -o x.png --set labels=3": "kl: got an unexpected keyword argument 'labels'. It takes",
+    "plot demo kl -o x.png --set colour=3": "kl: got an unexpected keyword argument 'colour'. It takes",
     "plot demo confusion -o x.png": "confusion: missing a required argument: 'labels_key'",
     "datasets nonsense -o x.h5ad": "There is no 'nonsense'; there are",
     "datasets simulate -o x.h5ad --set n_cells=0": "`n_cells` must be a whole number of at least 1",
@@ -486,7 +489,12 @@ WRONG_USAGE = {
     "fit": "required: DATA",
     "fit x.h5ad": "nothing to write: pass -o FILE, --model DIR, or both",
     "fit demo --colour red": "unrecognized arguments",
-    "fit demo --lik nb": "unrecognized arguments",
+    "fit demo --lik nb": "unrecognized arguments: --lik nb",
+    "fit demo --max-epochs 5": "unrecognized arguments: --max-epochs 5; --max-epochs is --epochs here",
+    "fit demo -m GMVAE -K 5": "; -m is --mixture here; -K is --components here",
+    "fit demo --n-clusters=4": "; --n-clusters is --components here",
+    "fit demo --early-stopping-patience 4": "; --early-stopping-patience is --set patience=... here",
+    "fit demo --likelihod nb": "; did you mean --likelihood for --likelihod?",
     "fit demo --latent many": "invalid int value",
     "fit demo --components many": "must be a whole number; found 'many'",
     "fit demo --components 1-2-3": "smallest and largest such as 4-20; found '1-2-3'",
@@ -559,7 +567,7 @@ def test_a_training_that_was_interrupted_is_written_and_ends_with_130(here, monk
     step = TrainingPlan.training_step
 
     def interrupted_in_the_third_epoch(self, *positional):
-        if self.first_epoch + self.current_epoch == 2:
+        if self.row["epoch"] == 3:
             raise KeyboardInterrupt
         return step(self, *positional)
 

@@ -516,7 +516,7 @@ ON_DISK = ["zarr sparse", "zarr dense", "h5py sparse", "h5py dense"]
 def test_counts_on_disk_are_trained_on_as_those_in_memory(form, copy, tmp_path):
     adata = svt.datasets.simulate(60, 20, 2, random_state=0)
     disk = on_disk(adata, form, tmp_path / "cells")
-    options = {"mixture": False, "n_hidden": 4, "n_latent": 2, "max_epochs": 2, "verbose": False, "return_model": True}
+    options = {"mixture": False, "n_hidden": 4, "n_latent": 2, "max_epochs": 2, "progress": False, "return_model": True}
     written, model = svt.tl.scvae(disk, copy=True, **options) if copy else (disk, svt.tl.scvae(disk, **options))
     svt.tl.scvae(adata, **options)
     np.testing.assert_array_equal(written.obsm["X_scvae"], adata.obsm["X_scvae"])

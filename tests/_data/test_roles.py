@@ -212,7 +212,7 @@ def test_a_label_that_sounds_like_none_is_pointed_out(name, call):
     adata = svt.datasets.simulate(40, 10, 2, random_state=0)
     adata.obs["lab"] = np.where(np.arange(40) % 4 == 0, name, adata.obs["component"].astype(str))
     calls = {
-        "scvae": lambda **keys: svt.tl.scvae(adata, max_epochs=4, n_hidden=4, verbose=False, **keys),
+        "scvae": lambda **keys: svt.tl.scvae(adata, max_epochs=4, n_hidden=4, progress=False, **keys),
         "setup_anndata": lambda **keys: svt.SCVAE.setup_anndata(adata, **keys),
     }
     match = rf"`labels_key`: {re.escape(repr(name))} in adata\.obs\['lab'\] \(10 of 40 cells\) is taken for a label"
@@ -223,3 +223,23 @@ def test_a_label_that_sounds_like_none_is_pointed_out(name, call):
         calls[call](labels_key="lab", unlabeled_category=name)
         adata.obs["lab"] = adata.obs["component"].astype(str)
         calls[call](labels_key="lab")
+
+
+@pytest.mark.parametrize("several", [["batch", "donor"], ("batch", "donor"), np.array(["batch", "donor"])], ids=repr)
+def test_several_batches_are_refused_with_what_to_do(several):
+    adata = svt.datasets.simulate(40, 8, 2, n_batches=2, random_state=0)
+    adata.obs["donor"] = pd.Categorical(np.arange(40) % 3)
+    before = adata.copy()
+    remedy = r"adata\.obs\['batch'\]\.astype\(str\) \+ '_' \+ adata\.obs\['donor'\].*categorical_covariate_keys"
+    rule = r"^`batch_key` must be the name of one column of adata\.obs; found 2: \['batch', 'donor'\]\."
+    calls = {
+        "scvae": lambda: svt.tl.scvae(adata, batch_key=several),
+        "setup": lambda: svt.SCVAE.setup_anndata(adata, batch_key=several),
+        "compare": lambda: svt.tl.compare(adata, {"n_latent": [2]}, batch_key=several),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match=f"{rule}.*{remedy}"):
+            call()
+    assert list(adata.uns) == list(before.uns)
+    with pytest.raises(TypeError, match="`labels_key` must be the name of one column"):
+        svt.tl.scvae(adata, labels_key=several)

@@ -139,9 +139,9 @@ def test_every_way_in_refuses_it_and_leaves_the_anndata_as_it_was(fault, form):
     adata = with_matrix(malformed(fault, form))
     adata.obs_names = [f"new {name}" for name in adata.obs_names]
     good = with_matrix(well_formed())
-    model = svt.tl.scvae(good, mixture=False, max_epochs=1, n_hidden=4, n_latent=2, verbose=False, return_model=True)
+    model = svt.tl.scvae(good, mixture=False, max_epochs=1, n_hidden=4, n_latent=2, progress=False, return_model=True)
     ways = {
-        "scvae": lambda: svt.tl.scvae(adata, mixture=False, max_epochs=1, verbose=False),
+        "scvae": lambda: svt.tl.scvae(adata, mixture=False, max_epochs=1, progress=False),
         "setup_anndata": lambda: svt.SCVAE.setup_anndata(adata),
         "predict": lambda: svt.tl.predict(adata, model),
         "compare": lambda: svt.tl.compare(adata, {"likelihood": ["nb"]}, max_epochs=1),

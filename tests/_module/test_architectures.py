@@ -278,7 +278,7 @@ def test_loadings_find_the_directions_of_a_log_linear_model() -> None:
 def test_tl_stores_the_loadings_of_a_linear_decoder_alone(tmp_path) -> None:
     adata = make_data()
     adata.var["used"] = np.arange(adata.n_vars) % 5 != 2
-    options = {"mixture": False, "n_latent": 3, "max_epochs": 2, "verbose": False, "mask_var": "used"}
+    options = {"mixture": False, "n_latent": 3, "max_epochs": 2, "progress": False, "mask_var": "used"}
     before = set(adata.varm)
     model = svt.tl.scvae(adata, linear_decoder=True, key_added="fa", return_model=True, **options)
     stored = adata.varm["fa_loadings"]

@@ -133,7 +133,7 @@ def make_adata(*, hidden=0.8, without=()):
 
 def fit(adata, **options):
     setup = {"labels_key": "label", "unlabeled_category": "?"}
-    train = {"max_epochs": 40, "verbose": False, "return_model": True}
+    train = {"max_epochs": 40, "progress": False, "return_model": True}
     return svt.tl.scvae(adata, **setup | train | options)
 
 

@@ -453,7 +453,7 @@ def test_a_checkpoint_that_was_tampered_with_is_refused_with_what_was_found(chan
 
 
 def test_the_tool_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-    options = {"n_components": 3, "n_hidden": 8, "n_latent": 3, "max_epochs": 6, "verbose": False}
+    options = {"n_components": 3, "n_hidden": 8, "n_latent": 3, "max_epochs": 6, "progress": False}
     expected, found = make_adata(), make_adata()
     svt.tl.scvae(expected, **options)
     step = TrainingPlan.training_step

@@ -185,7 +185,7 @@ def test_epochs_without_and_with_recording_share_a_history():
 
 def test_scvae_records_and_plots_after_h5ad(tmp_path):
     adata = make_cells()
-    svt.tl.scvae(adata, mixture=False, max_epochs=2, record_rates=True, verbose=False)
+    svt.tl.scvae(adata, mixture=False, max_epochs=2, record_rates=True, progress=False)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     read = ad.read_h5ad(tmp_path / "cells.h5ad")
     pd.testing.assert_frame_equal(read.uns["scvae"]["history"], adata.uns["scvae"]["history"])
@@ -194,7 +194,7 @@ def test_scvae_records_and_plots_after_h5ad(tmp_path):
 
 def test_scvae_without_recording_says_how_to_record():
     adata = make_cells()
-    svt.tl.scvae(adata, mixture=False, max_epochs=1, verbose=False)
+    svt.tl.scvae(adata, mixture=False, max_epochs=1, progress=False)
     with pytest.raises(ValueError, match=r"svt\.tl\.scvae\(adata, key_added='scvae', record_rates=True\)"):
         svt.pl.stability(adata)
 

@@ -43,7 +43,7 @@ def stop(self, batch, index):
         os.kill(os.getpid(), signal.SIGTERM)
     return step(self, batch, index)
 TrainingPlan.training_step = stop
-svt.tl.scvae(svt.datasets.poisson_toy(100), mixture=False, max_epochs=8, verbose=False)
+svt.tl.scvae(svt.datasets.poisson_toy(100), mixture=False, max_epochs=8, progress=False)
 print("went on")
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
@@ -58,12 +58,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from scvae_tools._train.plan import TrainingPlan
 step = TrainingPlan.training_step
 def stop(self, batch, index):
-    if self.current_epoch == 1 and self.stage.name == "vae":
+    if self.epoch_of_stage == 1 and self.stage.name == "vae":
         os.kill(os.getpid(), signal.SIGINT)
     return step(self, batch, index)
 TrainingPlan.training_step = stop
 adata = svt.datasets.poisson_toy(100)
-svt.tl.scvae(adata, n_components=2, max_epochs=12, verbose=False)
+svt.tl.scvae(adata, n_components=2, max_epochs=12, progress=False)
 print(sorted(adata.obsm), len(adata.uns["scvae"]["history"]))
 os.kill(os.getpid(), signal.SIGINT)
 """

@@ -56,7 +56,7 @@ def test_the_unit_of_a_column_makes_no_difference(mixture):
 def test_a_column_of_thousands_does_not_drown_the_clusters():
     adata = svt.datasets.simulate(400, 100, 3, separation=2.0, random_state=0)
     adata.obs["n_genes"] = np.random.default_rng(0).uniform(500, 5000, adata.n_obs)
-    options = {"n_components": 3, "max_epochs": 40, "batch_size": 64, "verbose": False}
+    options = {"n_components": 3, "max_epochs": 40, "batch_size": 64, "progress": False}
     svt.tl.scvae(adata, continuous_covariate_keys=["n_genes"], **options)
     assert adjusted_rand_score(adata.obs["component"], adata.obs["scvae"]) > 0.95
     assert adata.uns["scvae"]["elbo"]["train"]["kl_z"] > 0.5

@@ -101,7 +101,7 @@ def test_a_sample_that_there_is_not_is_said(model):
 def test_a_gene_whose_name_others_have_is_said():
     adata = svt.datasets.simulate(60, 10, 2, random_state=0)
     adata.var_names = ["twice", "twice", *adata.var_names[2:]]
-    model = svt.tl.scvae(adata, mixture=False, n_hidden=4, max_epochs=2, verbose=False, return_model=True)
+    model = svt.tl.scvae(adata, mixture=False, n_hidden=4, max_epochs=2, progress=False, return_model=True)
     expected = model.get_lambda()
     np.testing.assert_allclose(
         model.get_lambda(gene_list=["gene4", "gene2", "gene4"]), expected[:, [4, 2, 4]], rtol=1e-5

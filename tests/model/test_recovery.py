@@ -12,7 +12,14 @@ import scvae_tools as svt
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 # Of 16 hidden units none can be spared.
-TOY = {"likelihood": "poisson", "n_latent": 3, "n_hidden": 16, "dropout_rate": 0.0, "random_state": 1, "verbose": False}
+TOY = {
+    "likelihood": "poisson",
+    "n_latent": 3,
+    "n_hidden": 16,
+    "dropout_rate": 0.0,
+    "random_state": 1,
+    "progress": False,
+}
 
 
 def read_shared(name):
@@ -54,13 +61,13 @@ def test_the_rates_of_each_component_of_the_mixture_toy_are_recovered(mixture):
 @pytest.mark.parametrize("mixture", ["gmvae", "vade"])
 def test_components_of_a_separated_simulation_are_recovered(mixture, seed):
     adata = svt.datasets.simulate(1000, 200, 5, separation=1.5, random_state=seed)
-    svt.tl.scvae(adata, mixture=mixture, n_components=5, max_epochs=40, random_state=seed, verbose=False)
+    svt.tl.scvae(adata, mixture=mixture, n_components=5, max_epochs=40, random_state=seed, progress=False)
     assert adjusted_rand_score(adata.obs["component"], adata.obs["scvae"]) >= 0.95
 
 
 def test_batches_do_not_become_components():
     adata = svt.datasets.simulate(1000, 200, 3, n_batches=2, batch_effect=0.7, separation=1.5)
-    svt.tl.scvae(adata, n_components=3, batch_key="batch", max_epochs=40, verbose=False)
+    svt.tl.scvae(adata, n_components=3, batch_key="batch", max_epochs=40, progress=False)
     assert adjusted_rand_score(adata.obs["component"], adata.obs["scvae"]) >= 0.95
     assert abs(adjusted_rand_score(adata.obs["batch"], adata.obs["scvae"])) < 0.05
 
@@ -69,7 +76,7 @@ def test_batches_do_not_become_components():
 def test_pbmc_4k_is_clustered_better_than_by_the_original():
     # Original scVAE 2.1.4: ARI 0.443, held-out ELBO about -621 nats per cell, 28 minutes; scVI 1.4.2: -645.
     adata = read_shared("pbmc_10x_4k")
-    svt.tl.scvae(adata, n_components=8, verbose=False)
+    svt.tl.scvae(adata, n_components=8, progress=False)
     result = adata.uns["scvae"]
     assert adata.obs["scvae"].nunique() == 8
     assert result["elbo"]["validation"]["elbo"] > -640
@@ -80,7 +87,7 @@ def test_pbmc_4k_is_clustered_better_than_by_the_original():
 def test_all_genes_of_the_human_pancreas_train():
     adata = read_shared("baron_human1")
     assert adata.n_vars == 20_125
-    svt.tl.scvae(adata, n_components=14, max_epochs=12, verbose=False)
+    svt.tl.scvae(adata, n_components=14, max_epochs=12, progress=False)
     history = adata.uns["scvae"]["history"]
     assert np.isfinite(adata.layers["scvae_lambda"]).all()
     assert history["elbo_validation"].iloc[-1] > history["elbo_validation"].iloc[0]

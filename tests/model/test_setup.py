@@ -125,7 +125,7 @@ def test_between_set_up_and_training_too():
 
 def test_a_model_of_the_main_call_notices_it_and_goes_on_with_what_needs_no_counts():
     adata = make_adata()
-    model = svt.tl.scvae(adata, n_components=2, max_epochs=6, verbose=False, return_model=True)
+    model = svt.tl.scvae(adata, n_components=2, max_epochs=6, progress=False, return_model=True)
     before = model.get_elbo(n_samples=20)
     sc.pp.normalize_total(adata)  # makes a matrix of its own: the model still has the counts
     assert model.get_elbo(n_samples=20) == pytest.approx(before)
@@ -263,7 +263,7 @@ def test_a_saved_model_knows_the_same_categories_again_in_every_role(kind, tmp_p
     adata = svt.datasets.simulate(60, 20, 2, random_state=0)
     adata.obs["column"] = KINDS[kind]
     roles = {"batch_key": "column", "labels_key": "column", "categorical_covariate_keys": ["column"]}
-    options = {"n_hidden": 4, "n_latent": 2, "max_epochs": 2, "verbose": False, "return_model": True}
+    options = {"n_hidden": 4, "n_latent": 2, "max_epochs": 2, "progress": False, "return_model": True}
     model = svt.tl.scvae(adata, **roles, **options)
     model.save(tmp_path / "model")
     loaded = svt.SCVAE.load(tmp_path / "model", adata.copy())
@@ -289,7 +289,7 @@ def with_unused_categories():
 def test_categories_without_cells_do_not_count(options, tmp_path):
     adata, plain = with_unused_categories(), svt.datasets.simulate(60, 20, 2, n_batches=2, random_state=0)
     roles = {"batch_key": "batch", "labels_key": "component", "categorical_covariate_keys": ["batch"]}
-    common = {"n_hidden": 4, "n_latent": 2, "max_epochs": 3, "verbose": False, "return_model": True}
+    common = {"n_hidden": 4, "n_latent": 2, "max_epochs": 3, "progress": False, "return_model": True}
     model = svt.tl.scvae(adata, **roles, **options, **common)
     expected = svt.tl.scvae(plain, **roles, **options, **common)
     assert model.labels == ["0", "1"]

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from matplotlib import pyplot as plt
 from pictures import (
     PLOTS,
@@ -60,6 +61,18 @@ def test_save_writes_a_png(plot, as_type, tmp_path):
     plot(make_adata(), save=as_type(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert plt.imread(tmp_path / "figure.png")[..., :3].std() > 0.01  # something is on it
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_save_true_writes_into_the_folder_of_scanpy_under_the_name_of_the_plot(name, tmp_path):
+    before = sc.settings.figdir, sc.settings.file_format_figs
+    sc.settings.figdir, sc.settings.file_format_figs = tmp_path / "new", "png"
+    try:
+        PLOTS[name](make_adata(), save=True)
+        PLOTS[name](make_adata(), save=False)
+    finally:
+        sc.settings.figdir, sc.settings.file_format_figs = before
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [f"{name}.png"]
 
 
 @every_plot

@@ -111,7 +111,7 @@ def test_a_palette_is_passed_to_scanpy():
 
 def test_labels_are_drawn_beside_the_components():
     adata = make_adata()
-    axes = pl.clusters(adata, labels=["cell_type", "total"])
+    axes = pl.clusters(adata, labels_key=["cell_type", "total"])
     assert titles(axes) == ["scvae", "cell_type", "total"]
     assert legend_texts(axes[1]) == ["B", "NK", "T"]
     np.testing.assert_array_equal(points(axes[1]), adata.obsm["X_umap"])
@@ -125,18 +125,18 @@ def test_labels_of_other_kinds_have_a_legend(kind):
     adata.obs["label"] = {"str": is_b.map({True: "b", False: "other"}), "bool": is_b}.get(
         kind, pd.Categorical(np.where(is_b, "b", None))
     )
-    axes = pl.clusters(adata, labels="label")
+    axes = pl.clusters(adata, labels_key="label")
     expected = {"str": ["b", "other"], "bool": ["False", "True"], "missing": ["b", "NA"]}
     assert legend_texts(axes[1]) == expected[kind]
 
 
 def test_one_label_may_be_a_string():
-    assert titles(pl.clusters(make_adata(), labels="cell_type")) == ["scvae", "cell_type"]
+    assert titles(pl.clusters(make_adata(), labels_key="cell_type")) == ["scvae", "cell_type"]
 
 
 def test_titles_may_be_given_per_panel():
-    assert titles(pl.clusters(make_adata(), labels="cell_type", title=["a", "b"])) == ["a", "b"]
-    assert titles(pl.clusters(make_adata(), labels="cell_type", title="a")) == ["a", "cell_type"]
+    assert titles(pl.clusters(make_adata(), labels_key="cell_type", title=["a", "b"])) == ["a", "b"]
+    assert titles(pl.clusters(make_adata(), labels_key="cell_type", title="a")) == ["a", "cell_type"]
 
 
 @pytest.mark.parametrize("name", ["s", "size"])
@@ -164,14 +164,14 @@ def test_two_hundred_thousand_cells_take_seconds(tmp_path):
 
 
 def test_clusters_texts_do_not_overlap():
-    axes = pl.clusters(make_adata(), labels=["cell_type", "total"])
+    axes = pl.clusters(make_adata(), labels_key=["cell_type", "total"])
     assert texts_that_overlap(axes[0].figure) == []
 
 
 def test_legends_do_not_touch_the_next_panel():
     adata = make_adata()
     adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories({"NK": "natural killer cells, activated"})
-    axes = pl.clusters(adata, labels=["cell_type", "total"])
+    axes = pl.clusters(adata, labels_key=["cell_type", "total"])
     axes[0].figure.canvas.draw()
     for ax, following in pairwise(axes):
         assert ax.get_legend().get_window_extent().x1 < following.get_tightbbox().x0
@@ -179,7 +179,7 @@ def test_legends_do_not_touch_the_next_panel():
 
 def test_clusters_draws_on_given_axes():
     figure, given = plt.subplots(1, 2)
-    assert list(pl.clusters(make_adata(), labels="cell_type", axes=given)) == list(given)
+    assert list(pl.clusters(make_adata(), labels_key="cell_type", axes=given)) == list(given)
     assert plt.get_fignums() == [figure.number]
 
 
@@ -198,13 +198,13 @@ def test_clusters_after_h5ad_are_the_same(tmp_path):
 
 def test_clusters_can_be_written_after_drawing(tmp_path):
     adata = make_adata()
-    pl.clusters(adata, labels=["cell_type", "total"])
+    pl.clusters(adata, labels_key=["cell_type", "total"])
     assert list(round_trip(adata, tmp_path).uns["scvae_colors"]) == list(adata.uns["scvae_colors"])
 
 
 def test_only_colours_are_written():
     adata, same = make_adata(), make_adata()
-    pl.clusters(adata, labels="cell_type")
+    pl.clusters(adata, labels_key="cell_type")
     assert set(adata.uns) - set(same.uns) == {"scvae_colors", "cell_type_colors"}
     pd.testing.assert_frame_equal(adata.obs, same.obs)
     assert set(adata.obsm) == set(same.obsm)
@@ -216,11 +216,13 @@ def test_another_key_is_drawn():
 
 
 def test_without_a_mixture_only_labels_are_drawn():
-    assert titles(pl.clusters(make_adata(n_components=0), labels="cell_type")) == ["cell_type"]
+    assert titles(pl.clusters(make_adata(n_components=0), labels_key="cell_type")) == ["cell_type"]
 
 
 def test_without_a_mixture_and_labels_the_error_names_both_remedies():
-    with pytest.raises(ValueError, match=r"obs\['scvae'\] is not.*mixture=True, key_added='scvae'\), or pass labels="):
+    with pytest.raises(
+        ValueError, match=r"obs\['scvae'\] is not.*mixture=True, key_added='scvae'\), or pass labels_key="
+    ):
         pl.clusters(make_adata(n_components=0))
 
 
@@ -250,7 +252,7 @@ def test_an_unknown_basis_lists_those_there_are():
 
 def test_an_unknown_label_lists_the_columns():
     with pytest.raises(ValueError, match=r"\['nope'\] are not among \['total', 'cell_type', 'scvae'\]"):
-        pl.clusters(make_adata(), labels=["cell_type", "nope"])
+        pl.clusters(make_adata(), labels_key=["cell_type", "nope"])
 
 
 def test_a_latent_space_of_one_dimension_is_an_error():
@@ -261,7 +263,7 @@ def test_a_latent_space_of_one_dimension_is_an_error():
 def test_clusters_need_an_axes_per_panel():
     _, given = plt.subplots()
     with pytest.raises(ValueError, match=r"there are 1 for 2 panels \(scvae, cell_type\)"):
-        pl.clusters(make_adata(), labels="cell_type", axes=given)
+        pl.clusters(make_adata(), labels_key="cell_type", axes=given)
 
 
 # -- colours of two groupings ------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def with_types(adata):
 
 def test_labels_have_the_colours_of_the_components_that_they_match_and_others_else():
     adata = with_types(make_adata(80))
-    pl.clusters(adata, labels="type")
+    pl.clusters(adata, labels_key="type")
     components, types = list(adata.uns["scvae_colors"]), list(adata.uns["type_colors"])
     assert types[:2] == components[:2]
     assert types[3] == components[3]  # two thirds of D are component 3
@@ -288,7 +290,7 @@ def test_labels_have_the_colours_of_the_components_that_they_match_and_others_el
 def test_components_without_colours_take_those_of_labels_that_have_some():
     adata = with_types(make_adata(80))
     adata.uns["type_colors"] = ["#111111", "#222222", "#333333", "#444444"]
-    pl.clusters(adata, labels="type")
+    pl.clusters(adata, labels_key="type")
     components = list(adata.uns["scvae_colors"])
     assert [components[0], components[1], components[3]] == ["#111111", "#222222", "#444444"]
     assert components[2] not in adata.uns["type_colors"]
@@ -299,7 +301,7 @@ def test_components_that_were_trained_on_labels_have_their_colours():
     adata = make_adata(n_components=3)
     adata.obs["scvae"] = adata.obs["scvae"].cat.rename_categories(["T", "B", "new 0"])
     adata.uns["scvae"]["params"]["labels_key"] = "cell_type"
-    pl.clusters(adata, labels="cell_type")
+    pl.clusters(adata, labels_key="cell_type")
     components = dict(zip(["T", "B", "new 0"], adata.uns["scvae_colors"], strict=True))
     types = dict(zip(["B", "NK", "T"], adata.uns["cell_type_colors"], strict=True))
     assert (types["T"], types["B"]) == (components["T"], components["B"])
@@ -309,7 +311,7 @@ def test_components_that_were_trained_on_labels_have_their_colours():
 def test_labels_of_text_have_the_colours_of_their_components():
     adata = make_adata(40, n_components=2)
     adata.obs["text"] = np.where(adata.obs["scvae"] == "0", "type 10", "type 9")
-    axes = pl.clusters(adata, labels="text")
+    axes = pl.clusters(adata, labels_key="text")
     assert colours(axes[0]) == colours(axes[1])
 
 

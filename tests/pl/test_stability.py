@@ -121,8 +121,8 @@ def test_a_single_epoch_is_visible():
 
 def test_a_model_plots_as_its_adata_and_as_after_h5ad(tmp_path):
     adata = make_adata()
-    model = SimpleNamespace(history=adata.uns["scvae"]["history"])
-    for source in (model, round_trip(adata, tmp_path)):
+    history = adata.uns["scvae"]["history"]
+    for source in (SimpleNamespace(history=history), history, round_trip(adata, tmp_path)):
         for ax, other, column in zip(pl.stability(source), pl.stability(adata), COLUMNS, strict=True):
             np.testing.assert_array_equal(line(ax, column).get_xydata(), line(other, column).get_xydata())
 

@@ -205,11 +205,11 @@ def test_limits_contain_the_last_quarter_and_the_best(seed):
     assert max(inside) < high
 
 
-def test_a_model_plots_as_its_adata():
+@pytest.mark.parametrize("wrap", [lambda history: SimpleNamespace(history=history), lambda history: history])
+def test_a_model_or_its_history_plots_as_its_adata(wrap):
     history = make_history()
-    of_model = pl.training(SimpleNamespace(history=history))
     of_adata = pl.training(make_adata(history=history))
-    for a, b in zip(of_model, of_adata, strict=True):
+    for a, b in zip(pl.training(wrap(history)), of_adata, strict=True):
         np.testing.assert_array_equal(curves(a)["train"].get_ydata(), curves(b)["train"].get_ydata())
 
 

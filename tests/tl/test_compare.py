@@ -26,7 +26,7 @@ from scvae_tools._train import plan as _training
 from scvae_tools.model._scvae import SCVAE
 
 N_CELLS, N_GENES = 120, 20
-SMALL = {"n_hidden": 8, "n_latent": 2, "max_epochs": 3, "batch_size": 32, "n_importance_samples": 3, "verbose": False}
+SMALL = {"n_hidden": 8, "n_latent": 2, "max_epochs": 3, "batch_size": 32, "n_importance_samples": 3, "progress": False}
 GRID = {"likelihood": ["poisson", "nb"], "random_state": [0, 1]}
 BOUNDS = [name for name in RESULTS if name.startswith("elbo") or name.endswith("test")]
 
@@ -449,8 +449,8 @@ def test_a_combination_that_fails_is_a_row_with_its_error(monkeypatch, trained, 
 @pytest.mark.parametrize(
     ("grid", "options", "match"),
     [
-        ({"likelihod": ["nb"]}, {}, r"Unknown argument 'likelihod'\. Did you mean 'likelihood'"),
-        ({"likelihood": ["nb"]}, {"n_latnt": 3}, r"Unknown argument 'n_latnt'\. Did you mean 'n_latent'"),
+        ({"likelihod": ["nb"]}, {}, r"no argument 'likelihod'\. Did you mean 'likelihood'"),
+        ({"likelihood": ["nb"]}, {"n_latnt": 3}, r"no argument 'n_latnt'\. Did you mean 'n_latent'"),
         ({"likelihood": ["nb", "nbb"]}, {}, r"likelihood='nbb'\. `likelihood` must be one of 'poisson'"),
         ({"n_latent": [3], "mixture": ["gmm"]}, {}, r"n_latent=3, mixture='gmm'\. `mixture` must be"),
         ({"mixture": [True, "gmvae"]}, {}, r"each value once; found 'gmvae' again \(True is 'gmvae'\)"),
@@ -576,5 +576,5 @@ def test_bounds_of_one_kind_are_compared_without_a_warning(likelihoods, trained)
 
 
 def test_the_bar_counts_models(capsys):
-    compare(make_adata(), {"likelihood": ["nb"], "random_state": [0, 1]}, verbose=True)
+    compare(make_adata(), {"likelihood": ["nb"], "random_state": [0, 1]}, progress=True)
     assert "2/2" in capsys.readouterr().err

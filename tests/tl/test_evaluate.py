@@ -148,7 +148,7 @@ def test_the_cells_that_tl_trained_on_are_the_models(adata):
     adata.var["used"] = np.arange(N_GENES) > 3
     adata.layers["counts"], adata.X = adata.X, None
     model = svt.tl.scvae(
-        adata, mixture=False, mask_var="used", layer="counts", max_epochs=1, verbose=False, return_model=True
+        adata, mixture=False, mask_var="used", layer="counts", max_epochs=1, progress=False, return_model=True
     )
     assert svt.tl.evaluate(adata, model, layer="counts")["subset"].tolist() == ["train", "validation"]
     cells = new_cells()
@@ -344,7 +344,7 @@ def test_errors_come_before_anything_is_written(adata, plain, options, message):
 @pytest.mark.parametrize("function", [svt.tl.evaluate, svt.tl.summarize_reconstruction])
 def test_the_model_must_be_a_trained_one_with_counts(adata, function):
     with pytest.raises(TypeError, match="`model` must be an SCVAE"):
-        function(adata, "model")
+        function(adata, 3)
     SCVAE.setup_anndata(adata)
     model = SCVAE(adata, mixture=False, n_hidden=4, n_latent=2)
     with pytest.raises(ValueError, match="must be trained"):

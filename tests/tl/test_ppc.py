@@ -235,7 +235,7 @@ def test_cells_are_those_of_indices(adata, model):
 
 
 def test_genes_that_a_mask_left_out_are_not_drawn(adata):
-    options = {"mixture": False, "max_epochs": 1, "n_hidden": 8, "n_latent": 3, "verbose": False}
+    options = {"mixture": False, "max_epochs": 1, "n_hidden": 8, "n_latent": 3, "progress": False}
     adata.layers["counts"] = adata.X.copy()
     adata.X = np.log1p(dense(adata.X))
     keys = {"layer": "counts", "mask_var": "kept", "return_model": True}
@@ -395,8 +395,8 @@ def test_a_gene_that_is_there_twice_is_refused(adata, model):
 
 
 def test_a_model_that_cannot_draw_is_refused(adata):
-    with pytest.raises(TypeError, match=r"must be an SCVAE; found a NoneType.*return_model=True"):
-        ppc(adata, None)
+    with pytest.raises(TypeError, match=r"must be an SCVAE, or .*; found a int.*return_model=True"):
+        ppc(adata, 3)
     with pytest.raises(TypeError, match="`adata` must be an AnnData; found a ndarray"):
         ppc(np.ones((3, 2)), None)
     own = adata.copy()

@@ -12,7 +12,7 @@ from scipy import sparse
 import scvae_tools as svt
 
 N_GENES = 20
-OPTIONS = {"n_latent": 2, "n_hidden": 6, "max_epochs": 6, "verbose": False, "return_model": True}
+OPTIONS = {"n_latent": 2, "n_hidden": 6, "max_epochs": 6, "progress": False, "return_model": True}
 
 
 def cells(seed=0, n_cells=80):
@@ -221,4 +221,4 @@ def test_a_model_must_be_trained():
     with pytest.raises(ValueError, match=r"must be trained for svt.tl.predict"):
         svt.tl.predict(cells(1), svt.SCVAE(adata))
     with pytest.raises(TypeError, match="must be an SCVAE"):
-        svt.tl.predict(cells(1), None)
+        svt.tl.predict(cells(1), 3)

@@ -12,9 +12,9 @@ import logging
 import math
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from scvae_tools._cli._options import COMMANDS, SAYING, Command
+from scvae_tools._cli._options import COMMANDS, SAYING, Command, hint_for_option
 from scvae_tools._cli._wording import any_character, in_options
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(arguments) == 1 and _needs_arguments(arguments[0]) and sys.stderr.isatty():
         commands[arguments[0]].print_help(sys.stderr)
         return USAGE
-    given = parser.parse_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse_unknown(unknown, given.command, commands[given.command])
     quiet, as_json = (getattr(given, name, False) for name in ("quiet", "json"))
     try:
         with _messages(quiet=quiet):
@@ -93,6 +95,11 @@ def _add_command(subparsers: Any, name: str, command: Command) -> argparse.Argum
     for option in (*command.options, *SAYING):
         option.add_to(parser)
     return parser
+
+
+def _refuse_unknown(arguments: list[str], name: str, parser: argparse.ArgumentParser) -> NoReturn:
+    hints = [hint_for_option(token, COMMANDS[name]) for token in arguments if token.startswith("-")]
+    parser.error("; ".join([f"unrecognized arguments: {' '.join(arguments)}", *filter(None, hints)]))
 
 
 class _Version(argparse.Action):

@@ -33,6 +33,7 @@ from scvae_tools._files import require_room
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._other_names import hint_for
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 #: Arguments that a command sets itself, since it relies on what the function returns or shows.
-SET_HERE = {"adata", "data", "copy", "return_model", "verbose", "show", "save", "ax", "axes"}
+SET_HERE = {"adata", "data", "copy", "return_model", "progress", "show", "save", "ax", "axes"}
 
 
 def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     _require_room(output, n_bytes_of(adata) + size_of_rate(adata, options.get("write_lambda")))
     start = time.perf_counter()
     with interrupts_held() as held:  # until what was trained is in a file
-        model = tl.scvae(adata, return_model=True, verbose=not _get(given, "quiet", default=False), **options)
+        model = tl.scvae(adata, return_model=True, progress=not _get(given, "quiet", default=False), **options)
         seconds = time.perf_counter() - start
         _write_fitted(adata, model, output, model_folder, overwrite=overwrite)
         held.take()
@@ -155,7 +156,7 @@ def compare(given: Namespace, parser: ArgumentParser) -> pd.DataFrame | dict[str
     output = _check_table(given)
     options = _arguments(given, _options.COMPARE, parser)
     grid = _read_grid(given.grid)
-    table = tl.compare(_read(given), grid, verbose=not _get(given, "quiet", default=False), **options)
+    table = tl.compare(_read(given), grid, progress=not _get(given, "quiet", default=False), **options)
     return _tell_or_write(table, output)
 
 
@@ -312,7 +313,8 @@ def _call(function: Callable[..., Any], *positional: Any, **options: Any) -> Any
         inspect.signature(function).bind(*positional, **options)
     except TypeError as error:
         takes = [name for name in inspect.signature(function).parameters if name not in ("adata", "data", "save")]
-        raise ValueError(f"{function.__name__}: {error}. It takes, by --set, {listed(takes)}.") from error
+        hints = "".join(f" {hint}" for name in options if name not in takes and (hint := hint_for(name, takes)))
+        raise ValueError(f"{function.__name__}: {error}.{hints} It takes, by --set, {listed(takes)}.") from error
     return function(*positional, **options)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from scvae_tools._other_names import OTHER_LETTERS, OTHER_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -228,6 +231,20 @@ class Command:
     help: str
     options: tuple[Option, ...]
     examples: tuple[str, ...]
+
+
+def hint_for_option(token: str, command: Command) -> str:
+    """Say how an option that a command does not have is written here; empty if there is nothing like it."""
+    written = token.partition("=")[0]
+    name = written.lstrip("-").replace("-", "_")
+    name = OTHER_LETTERS.get(name, name) if len(name) == 1 else OTHER_NAMES.get(name, (name,))[0]
+    flags = {option.name: option.flags.split()[-1] for option in command.options if option.flags.startswith("-")}
+    if name in flags:
+        return f"{written} is {flags[name]} here"
+    if "set" in flags and name in {ours for ours, _ in OTHER_NAMES.values()}:
+        return f"{written} is --set {name}=... here"
+    close = get_close_matches(written, flags.values(), n=1)
+    return f"did you mean {close[0]} for {written}?" if close else ""
 
 
 #: Commands by name. The examples can be run in this order: each uses files that earlier ones wrote.

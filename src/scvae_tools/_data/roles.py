@@ -52,6 +52,7 @@ class Role:
         if value is None:
             return []
         if not self.takes_several:
+            check_is_one(value, argument)
             if not isinstance(value, Hashable):
                 raise TypeError(f"`{argument}` must be the name of one column; found {value!r}. Pass one name.")
             return [value]
@@ -63,6 +64,23 @@ class Role:
         if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
             raise ValueError(f"`{argument}` must name each column once; found {repeated[0]!r} again. Leave it out.")
         return names
+
+
+def check_is_one(value: object, argument: str) -> None:
+    """Refuse several columns where one is taken, with what to do in their place.
+
+    Raises
+    ------
+    TypeError
+        If there are several.
+    """
+    if not isinstance(value, list | tuple | set | np.ndarray | pd.Index):
+        return
+    names = list(map(str, value))
+    joined = " + '_' + ".join(f"adata.obs[{name!r}].astype(str)" for name in names)
+    also = ", or pass the others as categorical_covariate_keys" if argument == "batch_key" else ""
+    remedy = f"Join them, adata.obs['joined'] = {joined}, and pass 'joined'{also}." if names else "Pass None for none."
+    raise TypeError(f"`{argument}` must be the name of one column of adata.obs; found {len(names)}: {names}. {remedy}")
 
 
 def as_list(value: Iterable[str] | str | None) -> list[str] | None:
@@ -117,6 +135,7 @@ def check_obs(adata: AnnData, *, unlabeled_category: str | None = None, is_new: 
 
 
 def column_of_obs(adata: AnnData, key: str, argument: str) -> pd.Series:
+    check_is_one(key, argument)
     columns = [str(name) for name in adata.obs.columns]
     if key in adata.obs.columns:
         column = adata.obs[key]

@@ -230,6 +230,7 @@ class Checkpointer(Checkpoint):
         self.path = self.directory / CHECKPOINT_FILE
         self.stage, self.is_second_attempt, self.attributes = 0, False, "null"
         self.has_warned = False
+        self.counters: tuple[int, ...] = ()  #: numbers of epochs and steps before the stage
         self.before: State = {}  #: weights at the beginning of the stage
         #: Content of the file that was found, until the training has continued from it.
         self.found = self._read() if self.path.exists() else None
@@ -291,6 +292,12 @@ class Checkpointer(Checkpoint):
         """Note the state from which the next stage starts."""
         self.stage, self.attributes = stage, state.to_json(module.n_components)
         self.is_second_attempt = self.found is not None and self.found[KEY]["is_second_attempt"]
+
+    def begin_counting(self, counters: tuple[int, ...]) -> tuple[int, ...]:
+        """Note from which numbers of epochs and steps the stage counts on; return those of the file, if it has any."""
+        found = None if self.found is None else self.found[KEY].get("counters")
+        self.counters = counters if found is None else tuple(found)
+        return self.counters
 
     def trainer_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options that Lightning's trainer needs for checkpoints, beside those given by the user."""
@@ -370,6 +377,7 @@ class Checkpointer(Checkpoint):
             "attributes": self.attributes,
             "rows": json.dumps(to_plain(pl_module.history, "history")),
             "before": self.before,
+            "counters": list(self.counters),
             "random_states": random_states(),
             # Its last bits depend on which cells were in one batch in the first epoch.
             "log_base_measure": torch.from_numpy(self.dataset.log_base_measure),

@@ -61,7 +61,7 @@ class DevicePlan(TrainingPlan):
     def warm_up_share(self) -> float:
         if not self.stage.warms_up:
             return 1.0
-        done = self.current_epoch * self.steps.n_steps + self.n_steps_of_epoch
+        done = self.epoch_of_stage * self.steps.n_steps + self.n_steps_of_epoch
         return min(1.0, done / max(self.steps.n_steps * self.stage.max_epochs, 1))
 
     def on_train_epoch_start(self) -> None:

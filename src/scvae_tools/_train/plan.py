@@ -136,6 +136,11 @@ class TrainingPlan(lightning.LightningModule):
         if norm.device.type != "cpu" or norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
+    @property
+    def epoch_of_stage(self) -> int:
+        """Number of epochs of this stage that have ended."""
+        return len(self.history)
+
     def warm_up_share(self) -> float:
         """Share of the KL weight in use: the share of the warm-up that has passed, or 1 in other stages."""
         if not self.stage.warms_up:
@@ -147,7 +152,7 @@ class TrainingPlan(lightning.LightningModule):
         self.module.train()
         self.module.drop_out(enable=self.stage.drops_out)
         self._reset()
-        self.row = {"epoch": self.first_epoch + self.current_epoch + 1, "stage": self.stage.name}
+        self.row = {"epoch": self.first_epoch + self.epoch_of_stage + 1, "stage": self.stage.name}
         self.row["kl_weight"] = self.warm_up_share() * self.objective.kl_weight
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:

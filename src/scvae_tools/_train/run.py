@@ -8,7 +8,7 @@ import signal
 import threading
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import lightning.pytorch as lightning
 import numpy as np
@@ -20,6 +20,7 @@ from scvae_tools._messages import warn
 from scvae_tools._train.device_plan import DevicePlan
 from scvae_tools._train.plan import NonFiniteError, Objective, TrainingPlan
 from scvae_tools._train.versions import KeepBest, Version, copied
+from scvae_tools._upstream import one_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,6 +41,32 @@ REMEDY = (
     "Try a lower `lr`, a smaller `gradient_clip`, likelihood='nb' (the most stable), or look for cells with extreme "
     "counts."
 )
+
+
+class Counters(NamedTuple):
+    """Numbers of epochs and steps of the stages so far, from which Lightning's trainer goes on in the next stage.
+
+    So loggers and callbacks of the user see one training.
+    """
+
+    epochs: int = 0
+    steps: int = 0
+    logged_steps: int = 0  #: by which Lightning tells loggers when it was; groups of steps on a device
+
+    @classmethod
+    def of(cls, trainer: lightning.Trainer) -> Self:
+        """Numbers that a trainer has reached."""
+        return cls(trainer.current_epoch, trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def set_in(self, trainer: lightning.Trainer) -> None:
+        """Let a new trainer count from these numbers on."""
+        loop = trainer.fit_loop
+        # As if from a checkpoint: it would make an iterator of the first epoch twice otherwise, and draw for both.
+        loop._resuming_from_checkpoint = self.epochs > 0
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(loop.epoch_progress.current, name, self.epochs)
+        loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.steps
+        loop.epoch_loop._batches_that_stepped = self.logged_steps
 
 
 @dataclass
@@ -65,6 +92,7 @@ class Settings:
     )
     recorder: Callback | None = None  #: callback that adds columns to the history
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
+    counters: Counters = field(default_factory=Counters)  #: of the stages so far
 
 
 class Trained(NamedTuple):
@@ -95,6 +123,7 @@ def run_stage(
     checkpoint = settings.checkpoint
     if checkpoint is not None:
         checkpoint.before = before
+        settings.counters = Counters(*checkpoint.begin_counting(settings.counters))
     if checkpoint is None or not checkpoint.is_second_attempt:
         try:
             return _fit(module, stage, loaders, settings, first_epoch, settings.lr)
@@ -129,23 +158,7 @@ def _fit(
     plan = plan_of(module, stage, first_epoch=first_epoch, **options)
     has_validation = loaders[1] is not None and len(loaders[1]) > 0
     best = KeepBest(settings.patience) if has_validation and not stage.warms_up else None
-    trainer = lightning.Trainer(
-        max_epochs=stage.max_epochs,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        callbacks=_callbacks(settings, best),
-        num_sanity_val_steps=0,
-        **{
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 10**9,
-        }
-        | clips
-        | {name: value for name, value in settings.trainer_options.items() if name != "callbacks"}
-        | ({} if settings.checkpoint is None else settings.checkpoint.trainer_options(settings.trainer_options)),
-    )
+    trainer = _trainer(settings, stage.max_epochs, _callbacks(settings, best), clips)
     device = module.device
     with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
         loaders = loaders[0], loaders[1] if has_validation else None
@@ -160,6 +173,7 @@ def _fit(
     module.eval()
     if settings.probe is not None and not interrupted:
         refuse_non_finite(module, settings.probe, stage, first_epoch + len(plan.history))
+    settings.counters = Counters.of(trainer)
     if settings.progress is not None and not interrupted:
         settings.progress.skip(stage.max_epochs - len(plan.history))
     return Trained(plan.history, interrupted, versions)
@@ -194,6 +208,32 @@ def refuse_non_finite(module: VAE, probe: RateRecorder, stage: Stage, epoch: int
         data = module.data(batch)
         check("q(z|x)", *module.posterior(module.encode(*data)).moments())
         check("λ", module.rate(*data))
+
+
+def _trainer(settings: Settings, max_epochs: int, callbacks: list[Callback], clips: dict) -> lightning.Trainer:
+    """Lightning's trainer for a stage of so many epochs."""
+    given, so_far = settings.trainer_options, settings.counters
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 10**9,
+        "num_sanity_val_steps": 0,
+    }
+    options |= clips | given | {"callbacks": callbacks}
+    options |= {} if settings.checkpoint is None else settings.checkpoint.trainer_options(given)
+    if options.get("max_steps", -1) != -1:
+        options["max_steps"] += so_far.steps  # of each stage
+    with one_process():
+        trainer = lightning.Trainer(
+            max_epochs=so_far.epochs + max_epochs,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            **options,
+        )
+    so_far.set_in(trainer)
+    return trainer
 
 
 def _versions(module: VAE, plan: TrainingPlan, best: KeepBest | None, *, interrupted: bool) -> dict[str, Version]:

@@ -17,6 +17,7 @@ count is above 0, or densities of a number on the real line. Bounds of different
 from __future__ import annotations
 
 from scvae_tools._checks import checked
+from scvae_tools._other_names import hint_for_value
 from scvae_tools.likelihoods._base import RATE, Head, Likelihood
 from scvae_tools.likelihoods._base import Params as Params
 from scvae_tools.likelihoods._base import differentiate as differentiate
@@ -75,7 +76,10 @@ def get_likelihood(name: str, k_max: int = 0) -> Likelihood:
     """
     if name not in LIKELIHOODS:
         known = ", ".join(map(repr, LIKELIHOODS))
-        raise ValueError(f"`likelihood` must be one of {known}; found {name!r}. See docs/likelihoods.md for a choice.")
+        hint = hint_for_value("likelihood", name)
+        raise ValueError(
+            f"`likelihood` must be one of {known}; found {name!r}.{hint} See docs/likelihoods.md for a choice."
+        )
     likelihood = LIKELIHOODS[name]
     if k_max == 0:
         return likelihood

@@ -1,8 +1,11 @@
-"""Construction of a model on a private AnnData, for the tools."""
+"""Construction of a model on a private AnnData, and of one without data, for the tools."""
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pandas as pd
 from anndata import AnnData
@@ -52,3 +55,13 @@ def build_model(
         return SCVAE(private, **options)
     finally:
         SCVAE._setup_adata_manager_store.pop(private.uns["_scvi_uuid"], None)
+
+
+def without_data(model: SCVAE) -> SCVAE:
+    """Model with the same networks and no cells of its own, as `SCVAE.load` returns one, but that knows its cells."""
+    other = copy.copy(model)
+    other.id = str(uuid4())
+    weakref.finalize(other, SCVAE._per_instance_manager_store.pop, other.id, None)
+    other._note_cells()
+    other._adata = other._adata_manager = None
+    return other

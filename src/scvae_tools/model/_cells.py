@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ import torch
 from anndata import AnnData
 
 from scvae_tools._checks import cell_positions, check_whole
-from scvae_tools._data.counts import read_counts
+from scvae_tools._data.counts import digest_of_counts, read_counts
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, CountLoader
 from scvae_tools._data.roles import columns_in
 from scvae_tools._data.windows import held_on_device
+from scvae_tools._files import digest_of_names
 from scvae_tools._messages import said_before
 from scvae_tools._random import seeded
 from scvae_tools._threads import sleeping_threads
@@ -34,10 +36,17 @@ if TYPE_CHECKING:
 SMALLEST_SHARE_TO_COPY = 0.1
 
 
+#: AnnData of the user by the id of a model that has been given a copy of the counts; kept alive by neither.
+_ANNOTATED: weakref.WeakValueDictionary[str, AnnData] = weakref.WeakValueDictionary()
+
+
 class CellsMixin(SetupMixin):
     """Reading of cells by `SCVAE`."""
 
     _data_loader_cls = CountLoader
+    #: Digests of the names and of the counts of the cells that the split counts, of a model without these cells.
+    _digest_of_cells: str | None = None
+    _digest_of_counts: int | None = None
     _held: ResidentCells | CellWindows | None = None  #: cells of the model on the device that trains, while it does
 
     @torch.inference_mode()
@@ -178,6 +187,70 @@ class CellsMixin(SetupMixin):
         place_of = {name: place for place, name in enumerate(names)}  # of names that may repeat among the others
         return np.array([place_of.get(name, -1) for name in wanted])
 
+    def _note_cells(self) -> None:
+        """Keep digests of the cells, by which `has_cells` knows them when the data are gone.
+
+        A model that was read from a file has that of the names, and may be shown other cells just now.
+        """
+        if self.adata is not None and self._digest_of_cells is None:
+            self._digest_of_cells = digest_of_names(self.adata.obs_names)
+            is_whole = self.minified_data_type is None
+            self._digest_of_counts = digest_of_counts(self.counts_of_model()) if is_whole else None
+
+    def has_cells(self, names: pd.Index, counts: csr_matrix | None = None) -> bool:
+        """Whether cells are those that the model was built on, in the same order.
+
+        Parameters
+        ----------
+        names
+            Names of the cells.
+        counts
+            Their counts, (n_cells, n_genes), as `other_cells` returns them; None to go by the names alone. Where the
+            model no longer has its own, digests are compared; a model that was read from a file has none of them.
+        """
+        if self.adata is None:
+            known = self._digest_of_counts is not None and self._digest_of_cells == digest_of_names(names)
+            return known and (counts is None or self._digest_of_counts == digest_of_counts(counts))
+        if not names.equals(self.adata.obs_names):
+            return False
+        return counts is None or _are_equal(counts, self.counts_of_model())
+
+    def find_columns_in(self, adata: AnnData) -> None:
+        """Let methods find columns of ``obs`` in an AnnData with the cells of the model too, which may die before it.
+
+        The tools build a model on cells of its own, with no columns but those that it reads.
+
+        Parameters
+        ----------
+        adata
+            That of the user.
+        """
+        _ANNOTATED[self.id] = adata
+
+    @property
+    def _annotated(self) -> AnnData | None:
+        """The user's AnnData with the cells of the model, as long as it is there and has these cells."""
+        adata = _ANNOTATED.get(self.id)
+        return (
+            adata
+            if adata is not None and self.adata is not None and adata.obs_names.equals(self.adata.obs_names)
+            else None
+        )
+
+    @contextmanager
+    def _columns_of_user(self, adata: AnnData | None) -> Iterator[AnnData]:
+        """Context in which cells have the columns of ``obs`` that the user sees, and after which they are as before."""
+        data = self._validate_anndata(adata)
+        others = None if adata is not None else self._annotated
+        columns = set(data.obs)
+        for column in () if others is None else set(others.obs) - columns:
+            data.obs[column] = others.obs[column].array
+        try:
+            yield data
+        finally:
+            for column in set(data.obs) - columns:
+                del data.obs[column]
+
     @contextmanager
     def shown(self, cells: OtherCells) -> Iterator[AnnData]:
         """Context in which the model can read other cells; it forgets them afterwards, and does not keep them alive.
@@ -214,6 +287,13 @@ class OtherCells:
     counts: csr_matrix
     adata: AnnData
     places: np.ndarray
+
+
+def _are_equal(left: csr_matrix, right: csr_matrix) -> bool:
+    """Whether two matrices without explicit zeros, their columns in order, are the same."""
+    return left.shape == right.shape and all(
+        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("indptr", "indices", "data")
+    )
 
 
 def _in_order_of_model(counts: csr_matrix, places: np.ndarray) -> csr_matrix:

@@ -416,7 +416,8 @@ class ExpressionMixin(DecodingMixin):
         Parameters
         ----------
         adata
-            As in `get_elbo_terms`.
+            As in `get_elbo_terms`. A model of :func:`scvae_tools.tl.scvae` has cells of its own; for None it finds the
+            columns of the AnnData that was passed there too, as long as it exists and has the same cells.
         groupby, group1, group2
             Column of ``obs``, the groups of it to compare, and the group to compare them with; None for each group, and
             for all other cells.
@@ -443,16 +444,12 @@ class ExpressionMixin(DecodingMixin):
         ValueError
             If a column, a group or a cell is none of the data, or there are no cells to compare with.
         """
-        data = self._validate_anndata(adata)
-        columns, method = set(data.obs), super().differential_expression
-        given = inspect.signature(method).bind(data, *args, **kwargs)
-        given.arguments |= compared_cells(data, given.arguments)
-        try:
+        with self._columns_of_user(adata) as data:
+            method = super().differential_expression
+            given = inspect.signature(method).bind(data, *args, **kwargs)
+            given.arguments |= compared_cells(data, given.arguments)
             with seeded(random_state), quiet():
                 return method(*given.args, **given.kwargs)
-        finally:
-            for column in set(data.obs) - columns:
-                del data.obs[column]
 
     # For completion and the reference: the arguments of the scvi-tools that is installed.
     differential_expression.__signature__ = inspect.signature(with_random_state(RNASeqMixin.differential_expression))

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 class PersistenceMixin(ArchesMixin, InferenceMixin):
     """Versions, saving and transfer of `SCVAE`."""
 
-    #: Digest of the names of the cells that `train_indices` and the like count, of a model that was loaded.
-    _digest_of_cells: str | None = None
-
     @property
     def versions(self) -> pd.DataFrame:
         """Versions of the weights that the last training has left, one row each.
@@ -349,8 +346,6 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         FileNotFoundError
             If there is no model.
         """
-        import rich.pretty  # noqa: F401  (scvi-tools uses it without importing it)
-
         AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, prefix))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
 from scvae_tools._data.loader import registered_columns
 from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
+from scvae_tools._other_names import unknown_argument
 from scvae_tools._upstream import (
     SETUP_ARGS,
     UsedCategoriesField,
@@ -85,6 +87,9 @@ class SetupMixin(BaseMinifiedModeModelClass):
             If a column of ``obs`` is missing or unfit.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        if kwargs and "source_registry" not in kwargs:  # scvi-tools passes this whenever it passes any
+            known = inspect.signature(cls.setup_anndata).parameters
+            raise unknown_argument("setup_anndata", next(iter(kwargs)), [name for name in known if name != "kwargs"])
         obs_keys = {argument: setup_method_args[SETUP_ARGS][argument] for argument in ROLES}
         minified = minified_type(adata)
         if minified is None:
@@ -113,6 +118,11 @@ class SetupMixin(BaseMinifiedModeModelClass):
     def _setup(self) -> dict[str, Any]:
         """Arguments of `setup_anndata`."""
         return self.registry["setup_args"]
+
+    @property
+    def _registry(self) -> dict[str, Any]:
+        """What scvi-tools takes the registry for in `update_setup_method_args`."""
+        return self.registry
 
     @property
     def _obs_keys(self) -> dict[str, Any]:

@@ -16,19 +16,21 @@ from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import InterruptedTraining, inform, listed, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import seeded
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import NonFiniteError, Objective
-from scvae_tools._train.progress import Progress
+from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
 from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
 from scvae_tools._train.versions import Version, copied, renumbered
-from scvae_tools._upstream import parse_device_args, quiet
+from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
+from scvae_tools.model._trainer_options import check_trainer_options, one_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,6 +57,7 @@ class TrainingMixin(InferenceMixin):
         """
         return self._state.history
 
+    @answers_other_names
     @checked()
     def train(
         self,
@@ -78,7 +81,7 @@ class TrainingMixin(InferenceMixin):
         devices: int | str = "auto",
         hold_on_device: bool | None = None,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         record_rates: bool = False,
         checkpoint: str | Path | None = None,
         random_state: int = 0,
@@ -121,7 +124,7 @@ class TrainingMixin(InferenceMixin):
         gradient_clip
             Largest norm of the gradient; None for any.
         accelerator, devices
-            Of Lightning.
+            Of Lightning; one device.
         hold_on_device
             Whether the counts are copied to the device that trains, where all batches are then formed, and on a CUDA
             device each step is recorded once and repeated. None to do so on CUDA devices alone. Where they would take
@@ -135,7 +138,8 @@ class TrainingMixin(InferenceMixin):
             takes bfloat16 where the CPU has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
             the setting as it is.
         progress
-            Whether to show a bar with epoch, ELBO and time left.
+            Whether to show a bar with epoch, ELBO and time left; None to do so unless ``scanpy.settings.verbosity`` is
+            0 or ``scvi.settings.verbosity`` above INFO.
         record_rates
             Whether to put λ of at most 512 training cells into the `history` at the end of each epoch, for
             `scvae_tools.pl.stability`: ``rate_at_zeros``, the mean over cells of the sum of λ over the genes of which
@@ -145,7 +149,9 @@ class TrainingMixin(InferenceMixin):
         random_state
             Seed of split, order of cells and Monte Carlo samples.
         **trainer_options
-            Further arguments of ``lightning.pytorch.Trainer``.
+            Further arguments of ``lightning.pytorch.Trainer``, such as ``logger`` and ``callbacks``, which see one
+            training: epochs and steps are counted over all stages. ``enable_progress_bar=False`` is the same as
+            ``progress=False``.
 
         Raises
         ------
@@ -171,19 +177,19 @@ class TrainingMixin(InferenceMixin):
         After the last epoch the file holds the result: the same call then loads it and trains nothing. The file is
         about five times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
         """
+        trainer_options = check_trainer_options(trainer_options, self.train)
         arguments = dict(locals())
         self._require_data_to_train()
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         _check_objective(objective, self.module)
-        _check_precision(trainer_options.get("precision"))
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
-        accelerator, devices, device = parse_device_args(accelerator, devices, return_device="torch")
+        accelerator, devices, device = one_device(accelerator, devices)
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
-        bar = Progress(stages, enable=progress)
+        bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
-        hold = _whether_to_hold(hold_on_device, devices, trainer_options)
+        hold = _whether_to_hold(hold_on_device, trainer_options)
         with self._context_of_training(random_state, device, hold) as dataset:
             self._split(train_size, validation_indices)
             self._standardize_covariates()
@@ -360,6 +366,7 @@ class TrainingMixin(InferenceMixin):
             checkpoint.restore_result(self.module, state)
             self._note_n_components()
             return
+        settings.progress.start()
         starts_mixture = isinstance(self.module, MixtureVAE) and not self.is_mixture
         first = 0 if checkpoint is None else self._resume(stages, settings)
         n_before = state.n_epochs
@@ -367,6 +374,7 @@ class TrainingMixin(InferenceMixin):
             for index, stage in enumerate(stages[first:], first):
                 starts_here = stage.is_mixture and not self.is_mixture
                 if starts_here:
+                    settings.progress.say(START_OF_MIXTURE)
                     self._start_mixture(random_state)
                 if held.take():
                     if state.n_epochs == n_before:  # nothing would be lost
@@ -380,6 +388,7 @@ class TrainingMixin(InferenceMixin):
                     versions = {"end": Version(state.n_epochs, np.nan, copied(self.module))}
         state.versions, state.version = versions, "best" if "best" in versions else "end"
         if starts_mixture and self.is_mixture:
+            settings.progress.say("order of the components")
             self._sort_components()
         if checkpoint is not None and not state.is_interrupted:
             checkpoint.finish(self.module, state)
@@ -408,8 +417,7 @@ class TrainingMixin(InferenceMixin):
         if first > 0:  # the weights are those of a finished stage, and no version of an earlier training
             self._state.forget_versions()
         n_done = sum(stage.max_epochs for stage in stages[:first]) + settings.checkpoint.n_epochs_done()
-        if settings.progress is not None:
-            settings.progress.total -= n_done
+        settings.progress.skip(n_done)
         return first
 
     def _note_n_components(self) -> None:
@@ -493,15 +501,12 @@ OPTIONS_BESIDE_STEPS = {
 
 def _whether_to_hold(
     hold_on_device: bool | None,  # noqa: FBT001
-    devices: int | str | list,
     trainer_options: dict[str, Any],
 ) -> bool | None:
     """Return whether to hold the counts on the device, None for where there is room; see `TrainingMixin.train`."""
     hold_on_device = bool(hold_on_device) if isinstance(hold_on_device, np.bool_) else hold_on_device
     check_choice("hold_on_device", hold_on_device, (None, True, False))
     others = [name for name in trainer_options if name not in OPTIONS_BESIDE_STEPS]
-    is_single = len(devices) == 1 if isinstance(devices, list) else str(devices) == "1"
-    others += [] if is_single else [f"devices={devices}"]
     if others and hold_on_device:
         raise ValueError(
             "`hold_on_device=True` takes the steps of the training by itself, so that options of Lightning's trainer "
@@ -535,12 +540,4 @@ def _check_objective(objective: Objective, module: VAE) -> None:
             f"`n_importance_samples` above 1 trains one bound that has no KL terms of its own; found also "
             f"{listed(clashing)}. Leave one or the other at its default"
             + (", that is y_term='kl'." if "y_term" in clashing else ".")
-        )
-
-
-def _check_precision(precision: object) -> None:
-    if precision is not None and str(precision) not in ("32", "32-true"):
-        raise ValueError(
-            f"`precision` must be '32-true', in which log-likelihood and KL are tested; found {precision!r}. Pass "
-            "matmul_precision='medium' instead, which takes bfloat16 for the matrix products alone."
         )

@@ -2,7 +2,9 @@
 
 Every function returns its Axes (an array of them where there may be several panels), shows nothing unless asked
 (``show=True``) and draws on given Axes (``ax=`` or ``axes=``), so that a figure can be composed and changed afterwards.
-matplotlib and scanpy load on first use. One module per picture.
+So there is no ``return_fig`` as in scanpy: ``ax.figure`` is the figure. ``save`` takes a path, which is never put
+behind a name as in scanpy, or True for a file in ``scanpy.settings.figdir``. matplotlib and scanpy load on first use.
+One module per picture.
 """
 
 from scvae_tools.pl._ambiguous import ambiguous as ambiguous

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvae_tools._checks import checked
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import ambiguity_of_components
 from scvae_tools.pl._figures import TEXT, component_colours, finish, new_axes, percent
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+@answers_other_names
 @checked()
 def ambiguous(
     adata: AnnData,
@@ -26,7 +28,7 @@ def ambiguous(
     threshold: float = 0.9,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how many cells of each component might as well be of another, and of which.
 
@@ -47,7 +49,8 @@ def ambiguous(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -67,7 +70,7 @@ def ambiguous(
     _draw_ambiguity(ax, table, component_colours(adata, key, list(table.index)))
     share = table["n_ambiguous"].sum() / table["n_cells"].sum()
     ax.set_title(f"{percent(share)} of cells: top probability below {threshold:g}", loc="left", fontsize=11)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "ambiguous", show=show, save=save)
     return ax
 
 

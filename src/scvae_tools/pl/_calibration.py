@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._checks import checked
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.calibration import calibration as reliability
 from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._figures import ACCENT, LINE, TEXT, column_of_obs, finish, new_axes
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _LARGEST_BIN, _SMALLEST_BIN = 280, 12  # points squared of the bins with the most and the fewest cells
 
 
+@answers_other_names
 @checked()
 def calibration(
     adata: AnnData,
@@ -31,7 +33,7 @@ def calibration(
     pool: bool = False,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how often the most probable component is right about known labels, by its probability.
 
@@ -56,7 +58,8 @@ def calibration(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -79,7 +82,7 @@ def calibration(
     _draw_reliability(ax, found.table[found.table["n_cells"] > 0])
     error = f"{found.expected_error:.3f}" if found.expected_error >= 0.0005 else "< 0.001"
     ax.set_title(f"Expected calibration error {error}", loc="left", fontsize=11)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "calibration", show=show, save=save)
     return ax
 
 

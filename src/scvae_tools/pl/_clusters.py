@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._embedding import (
     draw_cells,
     embedding_options,
@@ -28,15 +29,16 @@ if TYPE_CHECKING:
     from pandas import Series
 
 
+@answers_other_names
 def clusters(
     adata: AnnData,
     *,
     key: str = "scvae",
-    labels: str | Sequence[str] | None = None,
+    labels_key: str | Sequence[str] | None = None,
     basis: str | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     """Scatter the cells by component of the mixture, and by labels beside it.
@@ -58,7 +60,7 @@ def clusters(
         AnnData with a result of :func:`scvae_tools.tl.scvae`.
     key
         Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`.
-    labels
+    labels_key
         One or more columns of ``adata.obs``, a panel each. Without a mixture only these are drawn.
     basis
         Key of ``adata.obsm`` with at least two columns, with or without its ``X_``. By default ``"X_umap"`` or, if
@@ -68,7 +70,8 @@ def clusters(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
     **kwargs
         To :func:`scanpy.pl.embedding`, for every panel: for example ``size``, ``palette``, ``groups``, ``frameon``,
         ``legend_loc``, ``dimensions=(2, 3)``; ``title`` may be a list with one title per panel.
@@ -83,7 +86,7 @@ def clusters(
         If the result, a label or the basis is not in ``adata``, if the basis has one column only, or if the number
         of ``axes`` is not the number of panels.
     """
-    columns = _columns(adata, key, labels)
+    columns = _columns(adata, key, labels_key)
     basis = find_basis(adata, key, basis)
     component = Keys(key).component
     palettes = _palettes(adata, key, columns)
@@ -102,7 +105,7 @@ def clusters(
     if columns[0] == component and not {"legend_loc", "components", "projection"} & set(kwargs):
         places = np.asarray(adata.obsm[basis])[:, np.ravel(kwargs.get("dimensions", (0, 1)))[:2]]
         name_components(axes[0], places, adata.obs[component], kwargs.get("groups"))
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "clusters", show=show, save=save)
     return axes
 
 
@@ -112,7 +115,7 @@ def _columns(adata: AnnData, key: str, labels: str | Sequence[str] | None) -> li
     absent = [label for label in labels if label not in adata.obs]
     if absent:
         raise ValueError(
-            f"labels must be columns of adata.obs; {absent} are not among {list(adata.obs)}. Pass one of those."
+            f"labels_key must be columns of adata.obs; {absent} are not among {list(adata.obs)}. Pass one of those."
         )
     component, latent = Keys(key).component, Keys(key).latent
     if component in adata.obs:
@@ -122,7 +125,7 @@ def _columns(adata: AnnData, key: str, labels: str | Sequence[str] | None) -> li
     if not labels:
         raise ValueError(
             f"Components need a mixture; obsm[{latent!r}] is there, but obs[{component!r}] is not. "
-            f"Run svt.tl.scvae(adata, mixture=True, key_added={key!r}), or pass labels= to draw only these."
+            f"Run svt.tl.scvae(adata, mixture=True, key_added={key!r}), or pass labels_key= to draw only these."
         )
     return labels
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.comparison import FINISHED, RESULTS, STATE
 from scvae_tools.pl._figures import TEXT, finish, given_axes, safe_palette, tidy
 
@@ -38,6 +39,7 @@ MARKERS = "osD^vP<X>"
 MEAN_WIDTH = 0.7  # as a share of the room of one colour
 
 
+@answers_other_names
 def compare(
     data: AnnData | DataFrame,
     *,
@@ -47,7 +49,7 @@ def compare(
     hue: str | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot how the models of a comparison score.
 
@@ -73,7 +75,8 @@ def compare(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -96,7 +99,7 @@ def compare(
     _draw_points(axes[0], models, y, x, hue)
     _say_what_else(axes[0], varying, x, hue, n_failed=len(table) - len(models))
     _draw_heat_maps(axes[1:], maps, y)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "compare", show=show, save=save)
     return axes
 
 

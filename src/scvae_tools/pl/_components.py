@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools.pl._figures import ABOUT_ONE, ACCENT, LINE, PALE, TEXT, finish, missing_result, new_axes, tidy
 
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+@answers_other_names
 def components(
     adata: AnnData,
     *,
     key: str = "scvae",
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot why the mixture has as many components as it has.
 
@@ -46,7 +48,8 @@ def components(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -63,7 +66,7 @@ def components(
     bars = _draw_shares(ax, curve)
     _mark_chosen(ax, curve)
     _add_legend(ax, bars)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "components", show=show, save=save)
     return ax
 
 

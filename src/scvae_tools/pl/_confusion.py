@@ -9,6 +9,7 @@ import pandas as pd
 
 from scvae_tools._keys import Keys
 from scvae_tools._lazy import loaded
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import (
     column_of_obs,
     finish,
@@ -31,6 +32,7 @@ _FONTS = (9, 8, 7, 6)  # points of the counts: the first that has room
 _DARK, _LIGHT = "0.1", "white"
 
 
+@answers_other_names
 def confusion(
     adata: AnnData,
     labels_key: str,
@@ -39,7 +41,7 @@ def confusion(
     normalize: Literal["labels", "components"] | None = "labels",
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how many cells each component shares with each known label.
 
@@ -65,7 +67,8 @@ def confusion(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -93,7 +96,7 @@ def confusion(
         write_names(ax.xaxis, np.arange(table.counts.shape[1]), list(table.counts.columns))
         write_names(ax.yaxis, np.arange(table.counts.shape[0]), list(table.counts.index))
     _write_counts(ax, table.counts.to_numpy(), mesh)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "confusion", show=show, save=save)
     return ax
 
 

@@ -130,11 +130,17 @@ def new_row(legends: list[float]) -> np.ndarray:
     return axes.ravel()
 
 
-def finish(figure: Figure, *, show: bool, save: str | Path | None) -> None:
-    """Save and show, where asked."""
+def finish(figure: Figure, name: str, *, show: bool, save: str | Path | bool | None) -> None:
+    """Save and show, where asked; ``name`` is that of the plot, for a file whose name is not given."""
     from matplotlib import pyplot as plt
 
-    if save is not None:
+    if save is True:
+        import scanpy as sc
+
+        folder = Path(sc.settings.figdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save = folder / f"{name}.{sc.settings.file_format_figs}"
+    if save is not None and save is not False:
         with nullcontext(save) if hasattr(save, "write") else replacing(_with_suffix(save, figure)) as target:
             figure.savefig(target, dpi=150, bbox_inches="tight")
     if show:

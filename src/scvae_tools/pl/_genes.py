@@ -11,6 +11,7 @@ import pandas as pd
 from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._embedding import draw_cells, embedding_options, find_basis, name_latent_axes
 from scvae_tools.pl._figures import finish, given_axes, missing_result, stored_results
 
@@ -27,6 +28,7 @@ ROWS = 10_000  # of a backed sparse matrix in memory at once
 _LARGEST_LIST = 3  # unknown genes for which similar names are looked up, which takes a while
 
 
+@answers_other_names
 @checked()
 def genes(
     adata: AnnData,
@@ -38,7 +40,7 @@ def genes(
     vmax: float | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     """Scatter the cells by their counts of genes and, beside it, by λ, which the model makes of them.
@@ -69,7 +71,8 @@ def genes(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format. The cells are pixels in vector formats too.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot. The cells are pixels in vector formats too.
     **kwargs
         To :func:`scanpy.pl.embedding`, for every panel: for example ``size``, ``cmap``, ``frameon``,
         ``dimensions=(2, 3)``.
@@ -101,7 +104,7 @@ def genes(
         axes = given_axes(axes, [f"{name} {what}" for name in names for what in ("counts", "λ")]).reshape(-1, 2)
     for row, name, pair in zip(axes, names, values, strict=True):
         _draw_gene(row, adata, name, pair, basis=basis, key=key, vmax=vmax, given=kwargs)
-    finish(axes[0, 0].figure, show=show, save=save)
+    finish(axes[0, 0].figure, "genes", show=show, save=save)
     return axes
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import LINE, finish, missing_result, new_axes, write_names
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ _LEAST_USED = 0.01  # nats per cell
 _UNUSED = "0.6"
 
 
+@answers_other_names
 def kl(
     data: AnnData | Any,
     *,
     key: str = "scvae",
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot how much each latent dimension says about a cell, and so which of them the model uses.
 
@@ -49,7 +51,8 @@ def kl(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -80,7 +83,7 @@ def kl(
     ax.tick_params(axis="x", length=0)
     for at, name in zip(ax.get_xticks(), ax.get_xticklabels(), strict=True):
         name.set_color("black" if is_used[int(at)] else _UNUSED)  # their bars are too low to show a colour
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "kl", show=show, save=save)
     return ax
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._messages import listed
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import LINE, TEXT, component_colours, finish, new_axes, size_in_points, width_of
 from scvae_tools.pl._genes import ROWS, gene_positions, layer_of_counts, rate_layer, refuse_genes_left_out
 
@@ -35,6 +36,7 @@ class _Truth(NamedTuple):
     values: list[np.ndarray]  # of each group, (n_genes,)
 
 
+@answers_other_names
 def lambda_bars(
     adata: AnnData,
     true: str | ArrayLike | None = None,
@@ -46,7 +48,7 @@ def lambda_bars(
     layer: str | None = None,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot the reconstructed λ of genes beside the true one, or beside the mean count where the truth is not known.
 
@@ -85,7 +87,8 @@ def lambda_bars(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -128,7 +131,7 @@ def lambda_bars(
     if group is not None:
         above_legend = 6 if ax.get_legend() is None else 26  # points
         ax.set_title(f"{groupby}: {group}", loc="left", fontsize=11, pad=above_legend)
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "lambda_bars", show=show, save=save)
     return ax
 
 

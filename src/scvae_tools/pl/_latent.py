@@ -11,6 +11,7 @@ import numpy as np
 from scvae_tools._checks import checked, is_whole
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._embedding import draw_cells, embedding_options, legend_width, name_components, name_groups
 from scvae_tools.pl._figures import (
@@ -47,6 +48,7 @@ class _Prior(NamedTuple):
     n_cells: np.ndarray  # (n_used,), of which it is the most probable one
 
 
+@answers_other_names
 @checked()
 def latent(
     adata: AnnData,
@@ -57,7 +59,7 @@ def latent(
     ellipses: bool = True,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
     **kwargs: Any,
 ) -> Axes:
     """Scatter the cells in two dimensions of the latent space, with the components of the prior on top.
@@ -91,7 +93,8 @@ def latent(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format. The cells are pixels in vector formats too.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot. The cells are pixels in vector formats too.
     **kwargs
         To :func:`scanpy.pl.embedding`: for example ``size``, ``palette``, ``groups``, ``legend_loc``, ``title``.
 
@@ -122,7 +125,7 @@ def latent(
         _draw_components(ax, prior, colours)
     elif is_component and "legend_loc" not in kwargs:
         name_components(ax, cells.obsm[_BASIS], cells.obs[column], kwargs.get("groups"))
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "latent", show=show, save=save)
     return ax
 
 

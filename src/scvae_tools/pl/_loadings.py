@@ -9,6 +9,7 @@ import numpy as np
 
 from scvae_tools._checks import checked, is_whole
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import ACCENT, FONT, LINE, TEXT, finish, given_axes, new_grid, stored_results, write_names
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _ROW = 1.4 * FONT / 72  # inches for a gene
 _AROUND = 0.95  # inches above and below the genes of a panel
 
 
+@answers_other_names
 @checked()
 def loadings(
     adata: AnnData,
@@ -31,7 +33,7 @@ def loadings(
     n_genes: int = 10,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot the genes with the largest loadings on each latent dimension, of a model with a linear decoder.
 
@@ -58,7 +60,8 @@ def loadings(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -93,7 +96,7 @@ def loadings(
         else:
             write_names(ax.yaxis, _places(genes), names)
         ax.tick_params(axis="y", length=0)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "loadings", show=show, save=save)
     return axes
 
 

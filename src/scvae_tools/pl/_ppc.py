@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.predictive_check import find_ppc
 from scvae_tools.pl._figures import LINE, TEXT, finish, given_axes, new_grid, percent
 
@@ -22,6 +23,7 @@ _MANY_GENES = 5_000  # beyond, points are smaller and lighter, so that their den
 _N_TICKS = 6  # of an axis of a histogram
 
 
+@answers_other_names
 def ppc(
     adata: AnnData,
     *,
@@ -29,7 +31,7 @@ def ppc(
     genes: str | Sequence[str] | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot the counts against counts that the model draws for the same cells.
 
@@ -51,7 +53,8 @@ def ppc(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -76,7 +79,7 @@ def ppc(
         _draw_histogram(ax, bins[bins["gene"] == gene], gene, model)
     if genes:
         axes[2].legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "ppc", show=show, save=save)
     return axes
 
 

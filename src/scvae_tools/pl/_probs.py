@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._figures import (
     FONT,
@@ -33,6 +34,7 @@ _LEGEND_ROWS, _MOST_IN_LEGEND = 14, 42
 _LARGEST_SHARE_OF_LINES = 0.05  # of the width, for boundaries
 
 
+@answers_other_names
 def probs(
     adata: AnnData,
     *,
@@ -41,7 +43,7 @@ def probs(
     groupby: str | None = None,
     ax: Axes | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> Axes:
     """Plot q(y|x), the probability of every component, of all cells side by side.
 
@@ -68,7 +70,8 @@ def probs(
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -115,7 +118,7 @@ def probs(
     if kind == "heatmap":
         write_names(ax.yaxis, np.arange(len(names)), names)  # again, in the height that is left
     _mark_boundaries(ax, columns, "white" if kind == "bars" else "0.75")
-    finish(ax.figure, show=show, save=save)
+    finish(ax.figure, "probs", show=show, save=save)
     return ax
 
 

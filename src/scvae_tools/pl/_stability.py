@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import ACCENT, LINE, TEXT, finish, given_axes, new_grid
 from scvae_tools.pl._training import FEW_EPOCHS, history_of, stage_frame
 
@@ -28,13 +29,14 @@ _INEXACT_ABOVE, _ZERO_ABOVE = 126 * math.log(2), 150 * math.log(2)
 _MARGIN = 0.05  # decades between curve and limits
 
 
+@answers_other_names
 def stability(
-    data: AnnData | Any,
+    data: AnnData | DataFrame | Any,
     *,
     key: str = "scvae",
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot how large λ became: its sum over the zeros of a cell, and its maximum, by epoch.
 
@@ -46,15 +48,17 @@ def stability(
     Parameters
     ----------
     data
-        AnnData with a result of :func:`scvae_tools.tl.scvae`, or a model, trained with ``record_rates=True``.
+        AnnData with a result of :func:`scvae_tools.tl.scvae`, a model, or its ``history``; trained with
+        ``record_rates=True``.
     key
-        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model.
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model or a history.
     axes
         Two Axes to draw on. By default of a new figure.
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -71,7 +75,7 @@ def stability(
     axes = new_grid(len(_PANELS)) if axes is None else given_axes(axes, list(_PANELS))
     for ax, name in zip(axes, _PANELS, strict=True):
         _draw(ax, history, name)
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "stability", show=show, save=save)
     return axes
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import finish, given_axes, missing_result, new_grid, tidy
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ _STAGE_FONT = 8  # points
 FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point is invisible
 
 
+@answers_other_names
 def training(
-    data: AnnData | Any,
+    data: AnnData | DataFrame | Any,
     *,
     key: str = "scvae",
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
     show: bool = False,
-    save: str | Path | None = None,
+    save: str | Path | bool | None = None,
 ) -> np.ndarray:
     """Plot ELBO, log-likelihood and KL terms by epoch, for training and validation cells.
 
@@ -47,15 +49,16 @@ def training(
     Parameters
     ----------
     data
-        AnnData with a result of :func:`scvae_tools.tl.scvae`, or a trained model.
+        AnnData with a result of :func:`scvae_tools.tl.scvae`, a trained model, or its ``history``.
     key
-        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model.
+        Key of the result, the ``key_added`` of :func:`scvae_tools.tl.scvae`. Not used for a model or a history.
     axes
         Axes to draw on, as many as there are panels: 4 for a mixture, 3 for a plain VAE. By default of a new figure.
     show
         Whether to show the figure.
     save
-        Path of a file to write; its suffix is the format.
+        Path of a file to write; its suffix is the format. True for one in ``scanpy.settings.figdir``, with the name of
+        the plot.
 
     Returns
     -------
@@ -73,19 +76,20 @@ def training(
         _draw_curves(ax, history, name)
     _mark_best(axes[0], history)
     _add_legend(axes[0], _first_epoch_with_dropout(data, key, history))
-    finish(axes[0].figure, show=show, save=save)
+    finish(axes[0].figure, "training", show=show, save=save)
     return axes
 
 
-def history_of(data: AnnData | Any, key: str, plot: str = "training") -> DataFrame:
-    """Return the history of an AnnData or of a model, and check that it is one of ours; errors name the plot."""
+def history_of(data: AnnData | DataFrame | Any, key: str, plot: str = "training") -> DataFrame:
+    """Return the history of an AnnData or of a model, or one given, if it is one of ours; errors name the plot."""
     if hasattr(data, "uns"):
         result = data.uns.get(Keys(key).uns)
         if not isinstance(result, Mapping) or "history" not in result:
             raise missing_result(data, key, f"uns[{Keys(key).uns!r}]['history']")
         history, remedy = result["history"], f"Run svt.tl.scvae(adata, key_added={key!r}) again."
     else:
-        history, remedy = getattr(data, "history", None), "Call model.train() first."
+        history = data if hasattr(data, "columns") else getattr(data, "history", None)
+        remedy = "Call model.train() first."
     return _check_history(history, f"svt.pl.{plot}", type(data).__name__, remedy)
 
 

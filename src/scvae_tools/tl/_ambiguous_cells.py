@@ -9,12 +9,14 @@ import pandas as pd
 from scipy.special import entr
 
 from scvae_tools._checks import checked
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import ambiguous_positions, component_probabilities, two_most_probable
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@answers_other_names
 @checked()
 def ambiguous_cells(adata: AnnData, *, key: str = "scvae", threshold: float = 0.9) -> pd.DataFrame:
     """List the cells whose most probable component is not clearly theirs.

@@ -11,8 +11,10 @@ from scvae_tools._checks import check_key, check_random_source, checked
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import check_obs, labels_to_score_by, obs_keys_of
 from scvae_tools._messages import warn
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import require_writable, write_uns
+from scvae_tools._train.progress import is_shown
 from scvae_tools._version import __version__
 from scvae_tools.likelihoods import get_likelihood
 from scvae_tools.tl._comparison import Comparison
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+@answers_other_names
 @checked(random_state=check_random_source)
 def compare(
     adata: AnnData,
@@ -57,7 +60,7 @@ def compare(
     key_added: str = "scvae_compare",
     directory: str | Path | None = None,
     allow_non_integer: bool = False,
-    verbose: bool = True,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> pd.DataFrame:
     """Train a model for every combination of arguments, and compare them on cells that none of them has seen.
@@ -102,8 +105,8 @@ def compare(
         there, also after a crash. None to continue from the result of a former call in ``adata.uns``.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
-    verbose
-        Whether to show a progress bar.
+    progress
+        Whether to show a progress bar, as in `scvae`.
     **kwargs
         Arguments of `SCVAE` and `SCVAE.train` that are the same for all models, such as ``likelihood="zinb"``.
 
@@ -191,7 +194,7 @@ def compare(
     split = {"random_state": seed, "train_size": float(train_size), "test_size": float(test_size)}
     comparison = Comparison(cells, values, combinations, n_importance_samples, store)
     try:
-        comparison.run(verbose=verbose)
+        comparison.run(progress=is_shown(progress))
     except BaseException:  # Ctrl-C, the end of the process, a full disk
         if comparison.rows:
             _write_result(adata, key_added, comparison, fixed, split)

@@ -15,7 +15,7 @@ from scvae_tools._data.roles import columns_in, obs_keys_of
 from scvae_tools._files import digest
 from scvae_tools._messages import InterruptedTraining, inform, said_before, warn
 from scvae_tools._results.comparison import FINISHED, RESULTS, STATE, WHOLE_NUMBERS
-from scvae_tools._train.progress import progress_bar
+from scvae_tools._train.progress import EpochsInBar, progress_bar
 from scvae_tools._version import __version__
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.tl._comparison_cells import Cells, hash_of_columns
@@ -59,30 +59,30 @@ class Comparison:
         #: Results by the place of the combination, or the error that it ended with.
         self.rows = {i: self.store[name] for i, name in enumerate(self.hashes) if name in self.store}
 
-    def run(self, *, verbose: bool) -> None:
+    def run(self, *, progress: bool) -> None:
         """Train what is not finished, one after the other."""
         if self.rows:
             inform("%d of %d combinations are finished from a former call.", len(self.rows), len(self.hashes))
-        bar = _progress_bar(len(self.hashes), len(self.rows)) if verbose else None
+        bar = progress_bar(len(self.hashes), "compare", "model") if progress else None
+        if bar is not None:
+            bar.update(len(self.rows))
         try:
             for i, (combination, name) in enumerate(zip(self.combinations, self.hashes, strict=True)):
                 if i in self.rows:
                     continue
-                if bar is not None:
-                    bar.set_postfix_str(describe(combination, self.values))
                 # Without a mixture, another combination may have been the same but for the arguments of mixtures.
-                self.rows[i] = self.store[name] if name in self.store else self._result(combination, name)
+                self.rows[i] = self.store[name] if name in self.store else self._result(combination, name, bar)
                 if bar is not None:
                     bar.update(1)
         finally:
             if bar is not None:
                 bar.close()
 
-    def _result(self, combination: dict[str, Any], name: str) -> dict[str, Any]:
-        """Results of a model trained now, or the error that it ended with."""
+    def _result(self, combination: dict[str, Any], name: str, bar: Any) -> dict[str, Any]:
+        """Results of a model trained now, or the error that it ended with; the bar, if there is one, names it."""
         description = describe(combination, self.values)
         try:
-            result = _train_and_score(self.cells, combination, self.n_importance_samples)
+            result = _train_and_score(self.cells, combination, self.n_importance_samples, description, bar)
         except Exception as error:  # noqa: BLE001  (whatever it is, the other combinations go on)
             message = f"{type(error).__name__}: {error}"
             warn(f"{description} failed, and has no results in the table. {message}")
@@ -106,22 +106,19 @@ class Comparison:
         return table
 
 
-def _progress_bar(total: int, n_done: int) -> Any:
-
-    bar = progress_bar(total)
-    bar.unit = "model"
-    bar.set_description("compare", refresh=False)
-    bar.update(n_done)
-    return bar
-
-
-def _train_and_score(cells: Cells, combination: dict[str, Any], n_importance_samples: int) -> dict[str, Any]:
-    model, seconds = _train(cells, combination)
+def _train_and_score(
+    cells: Cells, combination: dict[str, Any], n_importance_samples: int, description: str, bar: Any
+) -> dict[str, Any]:
+    if bar is not None:
+        bar.set_postfix_str(description)
+    model, seconds = _train(cells, combination, [] if bar is None else [EpochsInBar(bar, description)])
+    if bar is not None:
+        bar.set_postfix_str(f"{description}, scores")
     scores = _scores(model, cells, combination, n_importance_samples)
     return {"epochs": len(model.history), "seconds": seconds, **scores, STATE: FINISHED}
 
 
-def _train(cells: Cells, combination: dict[str, Any]) -> tuple[SCVAE, float]:
+def _train(cells: Cells, combination: dict[str, Any], callbacks: list[EpochsInBar]) -> tuple[SCVAE, float]:
     """Model of a combination, and the seconds that its training took."""
     model = cells.build(obs_keys_of(combination, inputs_only=True), options_of(SCVAE.__init__, combination))
     start = time.perf_counter()
@@ -130,6 +127,7 @@ def _train(cells: Cells, combination: dict[str, Any]) -> tuple[SCVAE, float]:
         model.train(
             validation_indices=np.searchsorted(cells.seen, cells.validation),
             progress=False,
+            callbacks=callbacks,
             **options_of(SCVAE.train, combination),
         )
     # The training itself goes on from Ctrl-C to a usable model; here it must not count as finished.

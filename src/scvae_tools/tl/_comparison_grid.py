@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import json
@@ -14,8 +13,10 @@ import pandas as pd
 
 from scvae_tools._checks import check_arguments, check_choice, is_number
 from scvae_tools._data.roles import ROLES, obs_keys_of
+from scvae_tools._other_names import unknown_argument
 from scvae_tools._upstream import parse_device_args, quiet
 from scvae_tools.model._scvae import SCVAE
+from scvae_tools.model._trainer_options import check_one_device
 from scvae_tools.model._training import TrainingMixin
 
 if TYPE_CHECKING:
@@ -65,7 +66,11 @@ def check_names(
         )
     for name in (*grid, *others):
         _check_name(name, defaults, shared)
-    given = {name for name, value in named.items() if value not in (None, "auto")} | set(others)
+    # Not by `in`: an array of names has no truth value.
+    given = {
+        name for name, value in named.items() if not (value is None or (isinstance(value, str) and value == "auto"))
+    }
+    given |= set(others)
     twice = [name for name in grid if name in given]
     if twice:
         raise ValueError(
@@ -84,9 +89,7 @@ def _check_name(name: str, defaults: dict[str, Any], shared: set[str]) -> None:
             f"{name!r} is not what models can differ by: they share cells, counts and labels, and svt.tl.compare sets "
             "the split and the progress bar. Leave it out; pass what svt.tl.compare has an argument for to it."
         )
-    close = difflib.get_close_matches(str(name), defaults)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(f"Unknown argument {name!r}.{hint} Models can differ by {', '.join(sorted(defaults))}.")
+    raise unknown_argument("compare", name, defaults, f"Models can differ by {', '.join(sorted(defaults))}.")
 
 
 def _check_values(name: str, given: Sequence[Any]) -> list:
@@ -168,6 +171,7 @@ def _check_training(combination: dict[str, Any]) -> None:
     check_arguments(TrainingMixin.train, combination)
     check_choice("matmul_precision", combination["matmul_precision"], (None, "highest", "high", "medium"))
     check_choice("hold_on_device", combination["hold_on_device"], (None, True, False))
+    check_one_device(combination["devices"])
     with quiet():
         parse_device_args(combination["accelerator"], combination["devices"], return_device="torch")
 

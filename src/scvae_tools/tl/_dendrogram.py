@@ -8,17 +8,23 @@ import numpy as np
 
 from scvae_tools._checks import check_key
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import write_uns
-from scvae_tools.tl._models import components_of, positions_of, require_two
+from scvae_tools.tl._models import components_of, find_model, positions_of, require_two
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
 
     from scvae_tools._module.gaussian_mixture import GaussianMixture
     from scvae_tools.model._scvae import SCVAE
 
 
-def dendrogram(adata: AnnData, model: SCVAE, *, key: str = "scvae", key_added: str | None = None) -> None:
+@answers_other_names
+def dendrogram(
+    adata: AnnData, model: SCVAE | str | Path | None = None, *, key: str = "scvae", key_added: str | None = None
+) -> None:
     """Order the components by how much they overlap in the latent space, as a tree.
 
     The result has the layout of :func:`scanpy.tl.dendrogram`: :func:`scanpy.pl.dendrogram` draws it, and the plots with
@@ -29,7 +35,8 @@ def dendrogram(adata: AnnData, model: SCVAE, *, key: str = "scvae", key_added: s
     adata
         Annotated data with the components of the model in ``adata.obs[key]``; never changed but for the key below.
     model
-        Trained `SCVAE` with a mixture, as ``svt.tl.scvae(adata, return_model=True)`` returns it.
+        Trained `SCVAE` with a mixture, or the folder where one is saved. None for that of the results under ``key``,
+        which stays in memory, without its cells, as long as these results do; no file holds it.
     key
         Key of the clustering, the ``key_added`` of `scvae`.
     key_added
@@ -69,6 +76,7 @@ def dendrogram(adata: AnnData, model: SCVAE, *, key: str = "scvae", key_added: s
     from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
+    model = find_model(adata, model, key)
     check_key("key_added", key_added, or_none=True)
     components = components_of(adata, model, key)
     require_two(components, f"`adata.obs[{key!r}]` must have at least two components to join")

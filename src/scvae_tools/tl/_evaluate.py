@@ -12,18 +12,19 @@ import pandas as pd
 
 from scvae_tools import metrics
 from scvae_tools._checks import check_key, check_random_source, checked, whole
-from scvae_tools._data.counts import require_anndata
 from scvae_tools._data.roles import column_of_obs, labels_to_score_by
 from scvae_tools._messages import listed, warn
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed, isolated_random_state
 from scvae_tools._results.writing import require_writable, write_uns
 from scvae_tools._threads import sleeping_threads
 from scvae_tools._version import __version__
-from scvae_tools.tl._models import require_encoder_of_counts
+from scvae_tools.tl._models import find_model, require_encoder_of_counts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
-    from scipy.sparse import csr_matrix
     from sklearn.base import BaseEstimator
 
     from scvae_tools.model._cells import OtherCells
@@ -35,10 +36,11 @@ OF_MODEL, NO_CLUSTERING = "model", "none"
 TERMS = ("elbo", "log_likelihood", "kl_z", "kl_y")
 
 
+@answers_other_names
 @checked(random_state=check_random_source, n_importance_samples=whole(least=0))
 def evaluate(
     adata: AnnData,
-    model: SCVAE,
+    model: SCVAE | str | Path | None = None,
     *,
     labels_key: str | None = None,
     superset: str | Mapping[Any, Any] | None = None,
@@ -47,6 +49,7 @@ def evaluate(
     n_samples: int = 1,
     n_importance_samples: int = 0,
     layer: str | None = None,
+    key: str = "scvae",
     key_added: str = "scvae_evaluation",
     random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     batch_size: int | None = None,
@@ -62,8 +65,9 @@ def evaluate(
         ``adata`` holds no counts any more, the names decide, with a warning, unless they are mere numbers. A part of
         the cells of the model counts as new.
     model
-        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` returns it. One that was loaded without its data
-        knows no cells: all are new.
+        Trained `SCVAE`, or the folder where one is saved. None for that of the results under ``key``, which stays in
+        memory, without its cells, as long as these results do; no file holds it. One that was loaded without its
+        data knows no cells: all are new.
     labels_key
         Column of ``obs`` with labels to score the clusters by. Cells without one, whose label is missing or the
         ``unlabeled_category`` of the model, are left out of the scores of clusterings.
@@ -82,6 +86,8 @@ def evaluate(
         Samples per cell for the importance-weighted bound; 0 to leave it out.
     layer
         Layer with the counts of new cells; None for ``adata.X``, or for the layer that `SCVAE.setup_anndata` was given.
+    key
+        Key of the results of `scvae`, its ``key_added``, whose model is taken if none is passed.
     key_added
         Name of the result.
     random_state
@@ -153,7 +159,7 @@ def evaluate(
     >>> model = svt.tl.scvae(adata, return_model=True)
     >>> svt.tl.evaluate(adata, model, labels_key="cell_type", clusterers="k-means")
     """
-    require_anndata(adata)
+    model = find_model(adata, model, key)
     check_key("key_added", key_added)
     require_encoder_of_counts(model, "svt.tl.evaluate")
     require_writable(adata)
@@ -219,11 +225,11 @@ def _cells(adata: AnnData, model: SCVAE, layer: str | None) -> _Cells:
     split = _split_of(model)
     if split and adata is model.adata:
         return _Cells(split, None)
-    has_names = bool(split) and adata.obs_names.equals(model.adata.obs_names)
+    has_names = bool(split) and model.has_cells(adata.obs_names)
     try:
         others = model.other_cells(adata, layer=layer, any_labels=True)
     except ValueError as error:
-        is_told = has_names and layer is None and not _are_numbered(adata.obs_names)
+        is_told = has_names and model.adata is not None and layer is None and not _are_numbered(adata.obs_names)
         if not is_told or not adata.var_names.isin(model.var_names).any():
             raise
         # Normalized, or genes dropped, since the training: the names are all there is to go by.
@@ -232,8 +238,8 @@ def _cells(adata: AnnData, model: SCVAE, layer: str | None) -> _Cells:
             "trained on, and are taken for these."
         )
         return _Cells(split, None)
-    if has_names and _are_equal(others.counts, model.counts_of_model()):
-        return _Cells(split, None)
+    if has_names and model.has_cells(adata.obs_names, others.counts):
+        return _Cells(split, None if model.adata is not None else others)
     return _Cells({"new": np.arange(adata.n_obs)}, others)
 
 
@@ -244,21 +250,12 @@ def _are_numbered(names: pd.Index) -> bool:
 
 def _split_of(model: SCVAE) -> dict[str, np.ndarray]:
     """Positions of the model's cells by subset; none if its data are not those that were split."""
-    if model.adata is None:
-        return {}
     indices = {"train": model.train_indices, "validation": model.validation_indices, "test": model.test_indices}
     split = {name: np.asarray(at) for name, at in indices.items() if at is not None and len(at) > 0}
     if "train" not in split:
         return {}
     known = np.unique(np.concatenate(list(split.values())))
-    return split if np.array_equal(known, np.arange(model.adata.n_obs)) else {}
-
-
-def _are_equal(left: csr_matrix, right: csr_matrix) -> bool:
-    """Whether two matrices without explicit zeros, their columns in order, are the same."""
-    return left.shape == right.shape and all(
-        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("indptr", "indices", "data")
-    )
+    return split if np.array_equal(known, np.arange(model.summary_stats.n_cells)) else {}
 
 
 # -- what is scored by -------------------------------------------------------------------------------------------------

@@ -1,32 +1,103 @@
-"""Checks of the model that a tool is given, and of the components in an AnnData."""
+"""The model that a tool works with: given, saved, or kept beside its results; checks of it, and of its components."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
 from scvae_tools._data.counts import require_anndata
+from scvae_tools._keys import Keys
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._results.writing import require_writable
+from scvae_tools.model._build import without_data
 from scvae_tools.model._scvae import SCVAE
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+#: Name among the attributes of a history, which pandas hands on to copies and no file holds.
+KEPT = "scvae_model"
+
+
+class KeptModel(dict):
+    """Holder of a model in memory, which lives as long as the results that it is part of.
+
+    Copies and views of an AnnData share the model; copies for another process have none. To pandas the holder is an
+    empty dict, so that a table with it among its attributes can be written to any file.
+    """
+
+    def __init__(self, model: SCVAE | None = None) -> None:
+        super().__init__()
+        self.model = model
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+def keep_model(history: pd.DataFrame, model: SCVAE) -> None:
+    """Let the history that is written with the results of a model hold it too, without its cells.
+
+    There the model lives exactly as long as its results: it goes when they are replaced or deleted, or the last AnnData
+    that has them is gone.
+    """
+    history.attrs[KEPT] = KeptModel(without_data(model))
+
+
+def _kept_model(adata: AnnData, key: str) -> SCVAE | None:
+    result = adata.uns.get(Keys(key).uns)
+    history = result.get("history") if isinstance(result, Mapping) else None
+    return getattr(getattr(history, "attrs", {}).get(KEPT), "model", None)
+
+
+def find_model(adata: AnnData, model: SCVAE | str | Path | None, key: str) -> SCVAE:
+    """Model that a tool is to work with: one that is given, or saved in a folder, or that of the results under a key.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model in the folder.
+    TypeError
+        If ``model`` is none of these.
+    ValueError
+        If it is None, and the results have no model in memory.
+    """
+    require_anndata(adata)
+    if isinstance(model, str | Path):
+        return SCVAE.load(model)
+    if model is not None:
+        require_model(model)
+        return model
+    kept = _kept_model(adata, key)
+    if kept is not None:
+        return kept
+    others = [name for name in adata.uns if _kept_model(adata, name) is not None]
+    remedy = f"Pass key={others[0]!r}, whose model is in memory, or" if others else "Pass"
+    is_there = isinstance(adata.uns.get(Keys(key).uns), Mapping)
+    found = "results whose model is not in memory, as after reading a file" if is_there else "no results"
+    raise ValueError(
+        f"`model` can be left out where adata.uns[{Keys(key).uns!r}] has results of a model of this session; found "
+        f"{found}. {remedy} the `model`: that of svt.tl.scvae(adata, return_model=True), or the folder where "
+        "model.save(folder) put it."
+    )
 
 
 def require_model(model: object) -> None:
     """Raise a TypeError if ``model`` is not an `SCVAE`."""
     if not isinstance(model, SCVAE):
         raise TypeError(
-            f"`model` must be an SCVAE; found a {type(model).__name__}. svt.tl.scvae(adata, return_model=True) returns "
-            "the model; SCVAE.load reads a saved one."
+            f"`model` must be an SCVAE, or the folder where one is saved; found a {type(model).__name__}. "
+            "svt.tl.scvae(adata, return_model=True) returns the model; model.save(folder) saves it."
         )
 
 
-def require_encoder_of_counts(model: object, caller: str) -> None:
+def require_encoder_of_counts(model: SCVAE, caller: str) -> None:
     """Raise a ValueError if ``model`` is not trained, or has no counts to encode, for the function named ``caller``."""
-    require_model(model)
     if not model.is_trained_:
         raise ValueError(f"`model` must be trained for {caller}; found one that is not. Call train().")
     if model.minified_data_type is not None:
@@ -38,8 +109,6 @@ def require_encoder_of_counts(model: object, caller: str) -> None:
 
 def components_of(adata: AnnData, model: SCVAE, key: str) -> list[str]:
     """Categories of the clustering, all of them components of the model."""
-    require_anndata(adata)
-    require_model(model)
     if not model.is_mixture:
         found, remedy = (
             ("one that is not trained", "Call model.train().")

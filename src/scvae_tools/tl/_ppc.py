@@ -8,16 +8,17 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_key, check_random_source, checked, whole
-from scvae_tools._data.counts import require_anndata
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.predictive_check import STATISTICS
 from scvae_tools._results.writing import require_writable, write_uns
 from scvae_tools.model._decoding import places_of_genes
-from scvae_tools.tl._models import require_encoder_of_counts
+from scvae_tools.tl._models import find_model, require_encoder_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
@@ -32,10 +33,11 @@ SHARE_IN_BINS = 0.995
 _BLOCK = 2**20
 
 
+@answers_other_names
 @checked(random_state=check_random_source, n_samples=whole(least=2))
 def ppc(
     adata: AnnData,
-    model: SCVAE,
+    model: SCVAE | str | Path | None = None,
     *,
     genes: str | Sequence[str] | None = None,
     n_samples: int = 10,
@@ -56,7 +58,8 @@ def ppc(
     adata
         Annotated data with raw counts and the genes of the model; never changed but for the key below.
     model
-        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` returns it.
+        Trained `SCVAE`, or the folder where one is saved. None for that of the results under ``key``, which stays in
+        memory, without its cells, as long as these results do; no file holds it.
     genes
         Names of genes whose counts are to be stored as histograms; None for none.
     n_samples
@@ -66,7 +69,7 @@ def ppc(
         ``model.validation_indices``, where ``adata`` has the cells of the training: on the others, overfitting makes
         the model look better than it is. They are fewer, too, and time grows with their number.
     key
-        Key of the result of `scvae`, its ``key_added``; the check is stored beside it.
+        Key of the results of `scvae`, its ``key_added``; the check is stored beside them.
     key_added
         Name of the result; None for ``f"{key}_ppc"``.
     layer
@@ -124,7 +127,7 @@ def ppc(
     >>> svt.tl.ppc(adata, model, genes=["CD3D", "LYZ"], indices=model.validation_indices)
     >>> svt.pl.ppc(adata)
     """
-    require_anndata(adata)
+    model = find_model(adata, model, key)
     check_key("key_added", key_added, or_none=True)
     require_encoder_of_counts(model, "svt.tl.ppc")
     require_writable(adata)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scvae_tools._checks import check_key
-from scvae_tools._data.counts import require_anndata
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
-from scvae_tools.tl._models import require_encoder_of_counts
+from scvae_tools.tl._models import find_model, require_encoder_of_counts
 from scvae_tools.tl._results_of_model import loadings_of, params_of, results_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import h5py
     import numpy as np
     import zarr
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 
+@answers_other_names
 def predict(
     adata: AnnData,
-    model: SCVAE,
+    model: SCVAE | str | Path,
     *,
     layer: str | None = None,
     fill_missing: bool = False,
@@ -41,7 +44,8 @@ def predict(
         Annotated data with raw counts and the genes of the model, in any order and among others; never changed but for
         the keys below.
     model
-        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` or ``SCVAE.load`` returns it.
+        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` or ``SCVAE.load`` returns it, or the folder where
+        one is saved.
     layer
         Layer with the counts; None for ``adata.X``, or for the layer that `SCVAE.setup_anndata` was given.
     fill_missing
@@ -88,8 +92,8 @@ def predict(
     >>> svt.tl.predict(new, model)
     >>> svt.pl.probs(new)
     """
-    require_anndata(adata)
     keys = Keys(check_key("key_added", key_added))
+    model = find_model(adata, model, key_added)
     require_encoder_of_counts(model, "svt.tl.predict")
     require_writable(adata, copy=copy)
     require_place_for_rate(adata, write_lambda, copy=copy)

@@ -8,11 +8,14 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_key, check_random_source, checked, whole
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import write_uns
-from scvae_tools.tl._models import components_of, positions_of, require_two
+from scvae_tools.tl._models import components_of, find_model, positions_of, require_two
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
 
     from scvae_tools.model._scvae import SCVAE
@@ -26,10 +29,11 @@ COMPARED_NUMBERS = 4
 FIELDS = {"names": "O", "scores": "float32", "logfoldchanges": "float32", "pvals": "float64", "pvals_adj": "float64"}
 
 
+@answers_other_names
 @checked(random_state=check_random_source, n_samples=whole(least=2))
 def rank_components(
     adata: AnnData,
-    model: SCVAE,
+    model: SCVAE | str | Path | None = None,
     *,
     reference: str = "rest",
     n_genes: int | None = None,
@@ -53,7 +57,8 @@ def rank_components(
     adata
         Annotated data with the components of the model in ``adata.obs[key]``; never changed but for the key below.
     model
-        Trained `SCVAE` with a mixture, as ``svt.tl.scvae(adata, return_model=True)`` returns it.
+        Trained `SCVAE` with a mixture, or the folder where one is saved. None for that of the results under ``key``,
+        which stays in memory, without its cells, as long as these results do; no file holds it.
     reference
         ``"rest"`` for the mixture of the other components that have cells, in proportion to p(y); or one component,
         which is then not ranked itself.
@@ -124,6 +129,7 @@ def rank_components(
     >>> sc.get.rank_genes_groups_df(adata, group="0", key="rank_components").head()
     >>> sc.pl.rank_genes_groups_dotplot(adata, key="rank_components", n_genes=5)
     """
+    model = find_model(adata, model, key)
     check_key("key_added", key_added)
     components = components_of(adata, model, key)
     used = [component for component in components if (adata.obs[key] == component).any()]

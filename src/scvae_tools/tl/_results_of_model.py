@@ -10,6 +10,7 @@ from scipy.special import xlogy
 
 from scvae_tools._version import __version__
 from scvae_tools.tl._lambda_layer import among_all_genes
+from scvae_tools.tl._models import keep_model
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,9 +41,13 @@ def elbo_of(model: SCVAE) -> dict[str, dict[str, float]]:
 def results_of(
     model: SCVAE, keys: Keys, params: dict, elbo: dict, adata: AnnData | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Results to write, all but λ, of the cells of the model or of others with its genes."""
+    """Results to write, all but λ, of the cells of the model or of others with its genes.
+
+    The history has the model with it, by which other tools find it.
+    """
     history = model.history.copy()
     history.index = history.index.astype(str)
+    keep_model(history, model)
     # A path is none of what the results depend on, and AnnData writes none.
     params = {key: value for key, value in params.items() if value is not None and key not in ("adata", "checkpoint")}
     summary = {"params": params, "history": history, "elbo": elbo, "version": __version__}

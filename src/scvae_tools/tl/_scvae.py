@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +13,15 @@ from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_
 from scvae_tools._data.roles import obs_keys_of
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
+from scvae_tools._other_names import answers_other_names, unknown_argument
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
+from scvae_tools._train.progress import Parts, is_shown
 from scvae_tools.model._build import build_model
 from scvae_tools.model._scvae import SCVAE
+from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
-from scvae_tools.tl._results_of_model import elbo_of, loadings_of, params_of, results_of
+from scvae_tools.tl._results_of_model import elbo_of, loadings_of, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +35,7 @@ OF_MODEL = ("likelihood", "mixture", "n_components", "n_latent", "n_hidden", "n_
 OF_TRAINING = ("batch_size", "train_size", "early_stopping")
 
 
+@answers_other_names
 @checked(random_state=check_random_source, rng=check_random_source)
 def scvae(
     adata: AnnData,
@@ -61,7 +64,7 @@ def scvae(
     key_added: str = "scvae",
     write_lambda: bool | np.ndarray | zarr.Array | h5py.Dataset | None = None,
     allow_non_integer: bool = False,
-    verbose: bool = True,
+    progress: bool | None = None,
     copy: bool = False,
     return_model: bool = False,
     **kwargs: Any,
@@ -128,15 +131,17 @@ def scvae(
         on disk needs more than about 0.3 GB of memory, whatever the size of λ.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
-    verbose
-        Whether to show a progress bar.
+    progress
+        Whether to show progress bars; None to do so unless ``scanpy.settings.verbosity`` is 0 or
+        ``scvi.settings.verbosity`` above INFO.
     copy
         Whether to return a copy of ``adata`` with the results instead of writing into it.
     return_model
-        Whether to return the trained `SCVAE`.
+        Whether to return the trained `SCVAE`. Tools such as `svt.tl.rank_components` find it without, as long as the
+        results are in memory.
     **kwargs
         Further arguments of `SCVAE` (such as ``dispersion``, ``covariance``, ``dropout_rate``) and `SCVAE.train` (such
-        as ``lr``, ``weight_decay``, ``patience``).
+        as ``lr``, ``weight_decay``, ``patience``), and options of Lightning's trainer (such as ``logger``).
 
     Returns
     -------
@@ -205,52 +210,72 @@ def scvae(
     require_place_for_rate(adata, write_lambda, copy=copy)
     keys = Keys(check_key("key_added", key_added))
     seed = as_seed(random_state, rng)
-    of_model, of_training = _split_options(kwargs)
+    of_model, of_training, of_trainer = _split_options(kwargs)
     mask = resolve_mask_var(adata, mask_var)
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
     obs_keys = obs_keys_of(arguments)
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {name: arguments[name] for name in OF_TRAINING} | of_training
+    progress = is_shown(progress, of_trainer.pop("enable_progress_bar", None))
     of_call = training | obs_keys | {"layer": layer, "max_epochs": max_epochs, "random_state": seed}
     of_call["mask_var"] = mask_var if isinstance(mask_var, str) else None
-    gene_places = None if mask is None else np.flatnonzero(mask)
     with interrupts_held():  # else what was trained would be lost with the model
-        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=verbose, **training)
-        results = results_of(model, keys, params_of(model) | of_call, elbo_of(model))
-        results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
+        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
         target = copy_in_memory(adata) if copy else adata
-        replace_results(target, results, keys)
-        # Last, because it takes longest and may fill a disk.
-        with contextlib.suppress(KeyboardInterrupt):
-            write_rate(target, model, keys.rate, write_lambda, gene_places=gene_places)
+        model.find_columns_in(target)
+        _write_results(target, model, keys, of_call, mask, write_lambda, progress=progress)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
 
-def _split_options(options: dict) -> tuple[dict, dict]:
-    """Divide further arguments into those of `SCVAE` and of `SCVAE.train`.
+def _write_results(
+    adata: AnnData, model: SCVAE, keys: Keys, params: dict, mask: np.ndarray | None, place: Any, *, progress: bool
+) -> None:
+    """Write all results of a model; ``place`` is the argument ``write_lambda``."""
+    gene_places = None if mask is None else np.flatnonzero(mask)
+    with Parts("results", 3, enable=progress) as parts:
+        parts.begin("bounds")
+        elbo = elbo_of(model)
+        parts.begin("latent codes")
+        results = results_of(model, keys, params, elbo)
+        results["varm"] = loadings_of(model, keys, gene_places, adata.n_vars)
+        replace_results(adata, results, keys)
+        # Last, because it takes longest and may fill a disk.
+        parts.begin("λ")
+        with contextlib.suppress(KeyboardInterrupt):  # of which a warning tells
+            write_rate(adata, model, keys.rate, place, gene_places=gene_places)
+
+
+def _split_options(options: dict) -> tuple[dict, dict, dict]:
+    """Divide further arguments into those of `SCVAE`, of `SCVAE.train`, and of Lightning's trainer.
 
     Raises
     ------
+    UnknownArgument
+        If one belongs to none.
     ValueError
-        If one belongs to neither, or is out of range.
+        If one is out of range, or an option of the trainer does not work here.
     """
 
     def known(function: object) -> set[str]:
         parameters = inspect.signature(function).parameters.values()
         return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(inspect.signature(scvae).parameters)
 
-    of_model, of_training = known(SCVAE.__init__), known(SCVAE.train) - {"progress"}
+    of_model, of_training = known(SCVAE.__init__), known(SCVAE.train)
     for name in options:
-        if name not in of_model | of_training:
-            close = difflib.get_close_matches(name, [*of_model, *of_training, *inspect.signature(scvae).parameters])
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"Unknown argument {name!r}.{hint} Beside its own, scvae takes {', '.join(sorted(of_model))} for the "
-                f"model and {', '.join(sorted(of_training))} for the training."
+        if name not in of_model | of_training | TRAINER_OPTIONS:
+            takes = (
+                f"Beside its own, it takes {', '.join(sorted(of_model))} for the model, "
+                f"{', '.join(sorted(of_training))} for the training, and options of Lightning's trainer."
+            )
+            raise unknown_argument(
+                "scvae", name, [*of_model, *of_training, *inspect.signature(scvae).parameters], takes
             )
     check_arguments(SCVAE.__init__, options)
     check_arguments(SCVAE.train, options)
     options = as_plain(options)
-    return {k: v for k, v in options.items() if k in of_model}, {k: v for k, v in options.items() if k in of_training}
+    parts = of_model, of_training, TRAINER_OPTIONS
+    check_trainer_options({name: value for name, value in options.items() if name in TRAINER_OPTIONS}, SCVAE.train)
+    check_one_device(options.get("devices", "auto"))
+    return tuple({name: value for name, value in options.items() if name in part} for part in parts)

@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_random_source, checked
-from scvae_tools._data.counts import require_anndata
+from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
-from scvae_tools.tl._models import require_encoder_of_counts
+from scvae_tools.tl._models import find_model, require_encoder_of_counts
 from scvae_tools.tl._ppc import Totals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
     from scvae_tools.model._scvae import SCVAE
 
 
+@answers_other_names
 @checked(random_state=check_random_source)
 def summarize_reconstruction(
     adata: AnnData,
-    model: SCVAE,
+    model: SCVAE | str | Path | None = None,
     *,
     indices: Sequence[int] | Sequence[bool] | None = None,
     by_gene: bool = False,
     n_samples: int = 10,
     layer: str | None = None,
+    key: str = "scvae",
     random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     batch_size: int | None = None,
 ) -> pd.DataFrame:
@@ -42,7 +45,8 @@ def summarize_reconstruction(
     adata
         Annotated data with raw counts and the genes of the model; not changed.
     model
-        Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` returns it.
+        Trained `SCVAE`, or the folder where one is saved. None for that of the results under ``key``, which stays in
+        memory, without its cells, as long as these results do; no file holds it.
     indices
         Positions of the cells, or one boolean per cell; None for all. ``model.validation_indices`` are those that the
         model was not trained on, where ``adata`` has the cells of the training.
@@ -52,6 +56,8 @@ def summarize_reconstruction(
         Draws of z from q(z|x) per cell.
     layer
         Layer with the counts; None for ``adata.X``, or for the layer that `SCVAE.setup_anndata` was given.
+    key
+        Key of the results of `scvae`, its ``key_added``, whose model is taken if none is passed.
     random_state
         Seed, or generator to draw one from. The global random states are left as they were.
     batch_size
@@ -104,7 +110,7 @@ def summarize_reconstruction(
     --------
     >>> svt.tl.summarize_reconstruction(adata, model, indices=model.validation_indices)
     """
-    require_anndata(adata)
+    model = find_model(adata, model, key)
     require_encoder_of_counts(model, "svt.tl.summarize_reconstruction")
     seed = as_seed(random_state, None)
     cells = model.other_cells(adata, indices=indices, layer=layer, any_labels=True)

@@ -1,0 +1,102 @@
+"""Options of Lightning's trainer in `SCVAE.train`: which there are, which are refused, and one device for all."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as lightning
+
+from scvae_tools._messages import warn
+from scvae_tools._other_names import unknown_argument
+from scvae_tools._upstream import parse_device_args
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+_ONE_DEVICE = (
+    "A model is trained by one process on one device; several do not work yet. Leave it out. To train several models "
+    "at a time, start a process for each, with a GPU of its own in CUDA_VISIBLE_DEVICES."
+)
+#: Options that `SCVAE.train` cannot hand on, with the values that ask for nothing, and what to do in place of others.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_nodes": ((1,), _ONE_DEVICE),
+    "strategy": (("auto", "single_device"), _ONE_DEVICE),
+    "sync_batchnorm": ((False,), _ONE_DEVICE),
+    "num_sanity_val_steps": ((0,), "The held-out cells are read at the end of each epoch. Leave it out."),
+    "fast_dev_run": ((False, 0), "Pass max_epochs=1 for a short training."),
+    "barebones": ((False,), "The training needs the callbacks that it would leave out. Leave it out."),
+}
+#: All options that the trainer takes, without those that are arguments of `SCVAE.train` itself.
+TRAINER_OPTIONS = frozenset(inspect.signature(lightning.Trainer).parameters) - {"max_epochs", "accelerator", "devices"}
+
+
+def check_trainer_options(options: Mapping[str, Any], train: Callable) -> dict[str, Any]:
+    """Check further arguments of `SCVAE.train`, and return those to hand on to Lightning's trainer.
+
+    Parameters
+    ----------
+    options
+        Values by name, as the user gave them.
+    train
+        `SCVAE.train`, for the names of its own arguments.
+
+    Raises
+    ------
+    UnknownArgument
+        If the trainer does not know one.
+    ValueError
+        If one asks for what does not work here.
+    """
+    parameters = inspect.signature(train).parameters.values()
+    own, kept = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD], {}
+    for name, value in options.items():
+        if name not in TRAINER_OPTIONS:
+            takes = f"It takes {', '.join(own)}, and options of lightning.pytorch.Trainer."
+            raise unknown_argument("train", name, [*own, *TRAINER_OPTIONS], takes)
+        harmless, remedy = REFUSED.get(name, ((value,), ""))
+        if not any(value is each or (type(value) is type(each) and value == each) for each in harmless):
+            raise ValueError(f"`{name}` must be {' or '.join(map(repr, harmless))}; found {value!r}. {remedy}")
+        if name not in REFUSED:
+            kept[name] = value
+    _check_precision(kept.get("precision"))
+    if "callbacks" in kept:  # as Lightning takes them: one, several or None
+        callbacks = kept["callbacks"]
+        kept["callbacks"] = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks] * bool(callbacks)
+    return kept
+
+
+def _check_precision(precision: object) -> None:
+    if precision is not None and str(precision) not in ("32", "32-true"):
+        raise ValueError(
+            f"`precision` must be '32-true', in which log-likelihood and KL are tested; found {precision!r}. Pass "
+            "matmul_precision='medium' instead, which takes bfloat16 for the matrix products alone."
+        )
+
+
+def check_one_device(devices: object) -> None:
+    """Refuse several devices, in any of the ways in which Lightning takes them."""
+    text = str(devices).strip()
+    several = len(devices) != 1 if isinstance(devices, list | tuple) else text not in ("auto", "1") and "," not in text
+    several |= not isinstance(devices, list | tuple) and "," in text.rstrip(",")
+    if several:
+        raise ValueError(
+            f"`devices` must be 'auto', 1, or the number of one device in a list, such as [0]; found {devices!r}. "
+            f"{_ONE_DEVICE}"
+        )
+
+
+def one_device(accelerator: str, devices: object) -> tuple[str, Any, torch.device]:
+    """Accelerator and devices as Lightning takes them, and the device; warn of further tasks of a job of SLURM."""
+    check_one_device(devices)
+    n_tasks = os.environ.get("SLURM_NTASKS", "1")
+    if n_tasks != "1":
+        warn(
+            f"This job of SLURM has {n_tasks} tasks (SLURM_NTASKS), and a model is trained by one process on one "
+            "device: the other tasks are idle or, where srun has started them, train models of their own. Ask for "
+            "--ntasks=1, and for more threads by --cpus-per-task."
+        )
+    return parse_device_args(accelerator, devices, return_device="torch")
