@@ -150,7 +150,7 @@ def test_a_query_of_cells_finds_them_too(model, adata):
 
 
 def test_a_column_that_is_nowhere_is_named_with_those_there_are(model):
-    with pytest.raises(ValueError, match=r"`groupby` must name a column .* 'scvea', which there is not\. Did you mean"):
+    with pytest.raises(ValueError, match=r"`groupby` must name a column .* 'scvea', which is not one\. Did you mean"):
         model.differential_expression(groupby="scvea")
     with pytest.raises(ValueError, match=r"`sample_key` must name a column of adata\.obs; found None"):
         model.differential_abundance()
@@ -160,7 +160,7 @@ def test_columns_of_other_cells_are_not_taken(model):
     other = make_adata()[::-1].copy()
     other.obs["other"] = "x"
     model.find_columns_in(other)
-    with pytest.raises(ValueError, match="'other', which there is not"):
+    with pytest.raises(ValueError, match="'other', which is not one"):
         model.differential_expression(groupby="other")
 
 

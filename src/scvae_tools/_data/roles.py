@@ -136,7 +136,7 @@ def check_obs(adata: AnnData, *, unlabeled_category: str | None = None, is_new: 
 
 def column_of_obs(adata: AnnData, key: str, argument: str) -> pd.Series:
     check_is_one(key, argument)
-    columns = [str(name) for name in adata.obs.columns]
+    columns = [str(name) for name in adata.obs.columns if not str(name).startswith("_scvi")]
     if key in adata.obs.columns:
         column = adata.obs[key]
         if column.ndim > 1:
