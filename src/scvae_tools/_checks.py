@@ -113,7 +113,7 @@ def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
     Raises
     ------
     ValueError
-        If the value is none of ``known``; the message lists these.
+        If the value is not one of ``known``; the message lists these.
     """
     if not any(value is each or (type(value) is type(each) and value == each) for each in known):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; found {value!r}.")

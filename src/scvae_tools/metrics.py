@@ -20,7 +20,7 @@ LARGEST_SILHOUETTE = 20_000
 
 
 def is_scored(labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> np.ndarray:
-    """Whether a cell has a label that is none of the excluded ones.
+    """Whether a cell has a label that is not one of the excluded ones.
 
     Parameters
     ----------

@@ -58,7 +58,7 @@ def folder(text: str) -> Path:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Name and value of an argument; the value is JSON, or text if it is no JSON."""
+    """Name and value of an argument; the value is JSON, or text if it is not JSON."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as dropout_rate=0.1; found {text!r}")
@@ -179,12 +179,12 @@ FIT = (
     Option(
         "--unlabeled", "unlabeled_category", help="what that column holds for cells without a label", metavar="LABEL"
     ),
-    Option("--epochs", "max_epochs", int, "most epochs [about 4,000 steps of 128 cells]"),
+    Option("--epochs", "max_epochs", int, "largest number of epochs [about 4,000 steps of 128 cells]"),
     Option("--batch-size", "batch_size", int, "cells a training step [128]"),
     Option("--learning-rate", "lr", float, "learning rate of Adam [0.001]"),
     Option("--train-size", "train_size", float, "share of the cells to train on [0.9]"),
     Option("--no-early-stopping", "early_stopping", help="train for all epochs", more={"action": "store_false"}),
-    Option("--checkpoint", "checkpoint", folder, "folder for the state of the training, to go on from there"),
+    Option("--checkpoint", "checkpoint", folder, "folder for the state of the training, to continue from there"),
     Option("--no-lambda", "write_lambda", help="leave out the dense layer of lambda", more={"action": "store_false"}),
     Option("--allow-non-integer", "allow_non_integer", help="accept estimated counts", more=FLAG),
     SEED,
@@ -195,8 +195,8 @@ FIT = (
 COMPARE = (
     *COUNTS,
     LABELS,
-    Option("--epochs", "max_epochs", int, "most epochs of a model [about 4,000 steps of 128 cells]"),
-    Option("--directory", "directory", folder, "folder for what is finished, to go on from there"),
+    Option("--epochs", "max_epochs", int, "largest number of epochs of a model [about 4,000 steps of 128 cells]"),
+    Option("--directory", "directory", folder, "folder for what is finished, to continue from there"),
     SEED,
     DEVICE,
 )

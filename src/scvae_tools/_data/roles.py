@@ -114,7 +114,7 @@ def column_of_obs(adata: AnnData, key: str, argument: str) -> pd.Series:
         return adata.obs[key]
     close = get_close_matches(str(key), columns)
     remedy = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Pass one of {listed(columns)}."
-    raise ValueError(f"`{argument}` must name a column of adata.obs; found {key!r}, which there is not. {remedy}")
+    raise ValueError(f"`{argument}` must name a column of adata.obs; found {key!r}, which is not one. {remedy}")
 
 
 def check_categories(adata: AnnData, key: str, argument: str) -> pd.Series:

@@ -212,7 +212,7 @@ def poisson_mixture_toy(n_cells: int = 10_000, *, random_state: int = 0) -> ad.A
     """Simulate ten Poisson genes of cells from five equally large components.
 
     The means of a component are those of the one before it, moved on by two genes, and 1, 2, ..., 10 for the first. All
-    components have 55 counts a cell on average, so that none is told by its total.
+    components have 55 counts a cell on average, so that the total says nothing about the component.
 
     Parameters
     ----------

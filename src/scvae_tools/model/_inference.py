@@ -235,7 +235,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         Raises
         ------
         ValueError
-            If the decoder has hidden layers, or λ is none of its heads (``k_max``).
+            If the decoder has hidden layers, or λ is not one of its heads (``k_max``).
         """
         decoder = self.module.decoder
         if not self.module.likelihood.rate_is_head:

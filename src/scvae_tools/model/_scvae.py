@@ -39,7 +39,7 @@ def module_name(mixture: bool | str) -> str:  # noqa: FBT001
     Raises
     ------
     ValueError
-        If it is none of False, True, "gmvae" and "vade".
+        If it is not one of False, True, "gmvae" and "vade".
     """
     name = {False: "none", True: "gmvae"}.get(mixture, mixture) if isinstance(mixture, bool | str) else None
     if name not in MODULES:
@@ -62,8 +62,8 @@ class SCVAE(TrainingMixin, PersistenceMixin):
         p(x|z), a key of ``svt.likelihoods.LIKELIHOODS``, such as ``"poisson"``, ``"nb"``, ``"zip"`` or ``"zinb"``.
         docs/likelihoods.md has all of them and helps to choose.
     k_max
-        Number of counts, from 0 on, that get a probability of their own, above which ``likelihood`` goes on: piecewise
-        categorical. 0 for none.
+        Number of counts, from 0 on, that get a probability of their own, and above which ``likelihood`` describes
+        them: piecewise categorical. 0 for none.
     mixture
         ``False`` for a plain VAE; ``True`` or ``"gmvae"`` for q(y|x) q(z|x,y), as in the paper; ``"vade"`` for one
         q(z|x) and a mixture prior, with one decoder pass a cell in place of one per component.

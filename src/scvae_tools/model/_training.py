@@ -124,12 +124,12 @@ class TrainingMixin(InferenceMixin):
             device each step is recorded once and repeated. None to do so on CUDA devices alone. Where they would take
             more than half of the free memory of the device, windows of cells are copied there one after the other, and
             batches are drawn within a window. The result is the same but for rounding, where all counts have room and
-            nothing is dropped out; dropout draws other random numbers. It cannot be had together with
+            nothing is dropped out; dropout draws other random numbers. It cannot be combined with
             ``trainer_options`` that change how a step is taken; None then leaves the counts where they are. Callbacks
             see groups of steps in place of batches, and a learning rate that they change has no effect.
         matmul_precision
             Precision of torch's matrix products during training (``torch.set_float32_matmul_precision``): ``"medium"``
-            takes bfloat16 where the processor has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
+            takes bfloat16 where the CPU has it, ``"high"`` TF32 on a GPU; see docs/performance.md. None leaves
             the setting as it is.
         progress
             Whether to show a bar with epoch, ELBO and time left.
@@ -138,7 +138,7 @@ class TrainingMixin(InferenceMixin):
             `scvae_tools.pl.stability`: ``rate_at_zeros``, the mean over cells of the sum of λ over the genes of which
             the cell has no count, and ``max_rate``, the largest λ, both in counts. The training is the same.
         checkpoint
-            Directory in which a file is kept, from which a training that was killed goes on; None for none. See below.
+            Directory of a file from which a training that was killed continues; None for none. See below.
         random_state
             Seed of split, order of cells and Monte Carlo samples.
         **trainer_options
@@ -159,10 +159,10 @@ class TrainingMixin(InferenceMixin):
 
         All weights that a training leaves, not the best alone, are in `versions`.
 
-        With ``checkpoint``, everything that is needed to go on is written at the end of each epoch, to a file that is
-        whole whenever the process ends. The same model, built anew on the same data, with the same arguments of
-        ``train`` and the same directory, goes on after the last epoch that had ended, and comes out as it would have
-        without a break, to the last bit where processor, number of threads and versions of the packages are the same.
+        With ``checkpoint``, all that is needed to continue is written at the end of each epoch, to a file that is whole
+        whenever the process ends. The same model, built anew on the same data, with the same arguments of
+        ``train`` and the same directory, continues after the last epoch that had ended, and comes out as it would have
+        without a break, to the last bit where CPU, number of threads and versions of the packages are the same.
         After the last epoch the file holds the result: the same call then loads it and trains nothing. The file is
         about five times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
         """

@@ -74,7 +74,7 @@ def confusion(
     ------
     ValueError
         If the labels or the components are not there, if all labels are missing or are not categories, or if
-        ``normalize`` is none of the three.
+        ``normalize`` is not one of the three.
 
     References
     ----------

@@ -146,7 +146,7 @@ def _groups(adata: AnnData, groupby: str | None, group: str | None) -> dict[str,
     if groupby not in adata.obs:
         close = get_close_matches(str(groupby), [str(name) for name in adata.obs], n=1)
         remedy = f"Did you mean {close[0]!r}?" if close else f"Pass one of {listed(adata.obs)}."
-        raise ValueError(f"`groupby` must be a column of adata.obs; found {groupby!r}, which there is not. {remedy}")
+        raise ValueError(f"`groupby` must be a column of adata.obs; found {groupby!r}, which is not one. {remedy}")
     column = adata.obs[groupby].astype("category")
     names = [str(name) for name in column.cat.categories]
     cells = {name: column.cat.codes.to_numpy() == code for code, name in enumerate(names)}

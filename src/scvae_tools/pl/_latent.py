@@ -157,7 +157,7 @@ def _column(adata: AnnData, key: str, color: str | None) -> str | None:
     if color not in adata.obs:
         close = get_close_matches(str(color), [str(name) for name in adata.obs], n=1)
         remedy = f"Did you mean {close[0]!r}?" if close else f"Pass one of {listed(adata.obs)}."
-        raise ValueError(f"`color` must be a column of adata.obs; found {color!r}, which there is not. {remedy}")
+        raise ValueError(f"`color` must be a column of adata.obs; found {color!r}, which is not one. {remedy}")
     return color
 
 

@@ -51,7 +51,7 @@ def loadings(
     dimensions
         The latent dimensions to draw, counted from 1, in this order. By default all.
     n_genes
-        Most genes of either sign.
+        Largest number of genes of either sign.
     axes
         Axes to draw on, one for each dimension. By default of a new figure.
     show
@@ -66,8 +66,8 @@ def loadings(
     Raises
     ------
     ValueError
-        If there are no loadings, a dimension is none of the latent space, ``n_genes`` is no whole number of at least 1,
-        or the number of ``axes`` is not that of the dimensions.
+        If there are no loadings, a dimension is not one of the latent space, ``n_genes`` is not a whole number of at
+        least 1, or the number of ``axes`` is not that of the dimensions.
 
     Examples
     --------

@@ -78,8 +78,8 @@ def probs(
     Raises
     ------
     ValueError
-        If there are no probabilities, if ``kind`` is none of the three, if ``groupby`` is not a column with categories,
-        or if there are bars to draw of more components than there are colours, 102.
+        If there are no probabilities, if ``kind`` is not one of the three, if ``groupby`` is not a column with
+        categories, or if there are bars to draw of more components than there are colours, 102.
     """
     if kind not in ("auto", "bars", "heatmap"):
         raise ValueError(f"`kind` must be 'auto', 'bars' or 'heatmap'; found {kind!r}. Pass one of these.")

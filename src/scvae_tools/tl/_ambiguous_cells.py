@@ -28,14 +28,14 @@ def ambiguous_cells(adata: AnnData, *, key: str = "scvae", threshold: float = 0.
 
     Returns
     -------
-    One row per ambiguous cell, the least sure first, indexed by ``adata.obs_names``, with columns
+    One row per ambiguous cell, the least certain first, indexed by ``adata.obs_names``, with columns
 
     ``first``, ``second`` : categorical
         The two most probable components, by their names in ``adata.obs[key]``.
     ``probability``, ``second_probability`` : float
         Their probabilities.
     ``entropy`` : float
-        −Σ p log p over all components, in nats: 0 for a sure cell, log k for one that may be in any of k.
+        −Σ p log p over all components, in nats: 0 for a certain cell, log k for one that may be in any of k.
 
     Raises
     ------

@@ -62,7 +62,7 @@ def compare(
     """Train a model for every combination of arguments, and compare them on cells that none of them has seen.
 
     The cells are divided once, for all models: those of the training, those of the validation, which choose the best
-    weights and tell when to stop, and those of the test, which nothing of a model was made from. The bounds of the test
+    weights and tell when to stop, and those of the test, which play no part in any training. The bounds of the test
     cells are what likelihoods, mixtures and sizes can be compared by.
 
     Parameters
@@ -84,7 +84,7 @@ def compare(
         Column of ``obs`` with labels to score the clusters by. No model is trained on them. Cells whose label is
         missing are not scored.
     max_epochs
-        Most epochs of a model; None for about 4,000 steps of 128 cells.
+        Largest number of epochs of a model; None for about 4,000 steps of 128 cells.
     train_size, test_size
         Shares of the cells to train on and to test on; the others are those of the validation.
     n_importance_samples
@@ -97,8 +97,8 @@ def compare(
     key_added
         Name of the result.
     directory
-        Where to keep a small file for each finished combination, so that what was interrupted goes on there, also
-        after a crash. None to go on from the result of a former call in ``adata.uns``.
+        Where to keep a small file for each finished combination, so that an interrupted comparison continues from
+        there, also after a crash. None to continue from the result of a former call in ``adata.uns``.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
     verbose

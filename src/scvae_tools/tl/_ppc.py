@@ -61,8 +61,8 @@ def ppc(
         Number of replicates, at least 2.
     indices
         Positions of the cells, or one boolean per cell; None for all. The honest choice is
-        ``model.validation_indices``, where ``adata`` has the cells of the training: what the model has learned by heart
-        from the other cells does not help it there. They are fewer, too, and time grows with their number.
+        ``model.validation_indices``, where ``adata`` has the cells of the training: on the others, overfitting makes
+        the model look better than it is. They are fewer, too, and time grows with their number.
     key
         Key of the result of `scvae`, its ``key_added``; the check is stored beside it.
     key_added
@@ -98,7 +98,7 @@ def ppc(
     CountsError
         If the counts are not raw counts, with the cell and the gene.
     ValueError
-        If the model is not trained or holds minified data; ``adata`` has not the genes of the model, or not the columns
+        If the model is not trained or holds minified data; ``adata`` lacks genes of the model, or columns
         of ``obs`` that it was trained with; or an argument is out of range.
 
     Notes

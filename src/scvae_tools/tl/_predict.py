@@ -79,7 +79,7 @@ def predict(
     CountsError
         If the counts are not raw counts, with the cell and the gene.
     ValueError
-        If the model is not trained or holds minified data; ``adata`` has not the genes of the model, or not the columns
+        If the model is not trained or holds minified data; ``adata`` lacks genes of the model, or columns
         of ``obs`` that it was trained with.
 
     Examples

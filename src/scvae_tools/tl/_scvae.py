@@ -104,7 +104,7 @@ def scvae(
     categorical_covariate_keys, continuous_covariate_keys
         Further columns of ``obs`` that the decoder is given; those with numbers are standardised by the training cells.
     max_epochs
-        Most epochs of all stages together; None for about 4,000 steps of 128 cells.
+        Largest number of epochs, of all stages together; None for about 4,000 steps of 128 cells.
     batch_size
         Cells a training step.
     train_size

@@ -89,7 +89,7 @@ def summarize_reconstruction(
     CountsError
         If the counts are not raw counts, with the cell and the gene.
     ValueError
-        If the model is not trained or holds minified data; ``adata`` has not the genes of the model, or not the columns
+        If the model is not trained or holds minified data; ``adata`` lacks genes of the model, or columns
         of ``obs`` that it was trained with; or an argument is out of range.
 
     Notes
