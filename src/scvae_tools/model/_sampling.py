@@ -67,8 +67,8 @@ class SamplingMixin(DecodingMixin):
         gene_list
             As in `get_normalized_expression`. Counts of all genes are drawn, so that a gene's do not depend on it.
         batch_size
-            Number of cells at a time, ``scvi.settings.batch_size`` (128) for None; fewer where their draws would take more
-            than about ``CHUNK_BYTES`` (256 MB), which is the memory needed above the result. The draws depend on the
+            Cells at a time, ``scvi.settings.batch_size`` (128) for None; fewer where their draws would take more than
+            about ``CHUNK_BYTES`` (256 MB), which is the memory needed above the result. The draws depend on the
             number of cells at a time, and where those of one cell take more, on ``CHUNK_BYTES``.
         dataloader
             Batches, in place of ``adata``; their draws are made a few at a time if need be.
@@ -253,7 +253,7 @@ class SamplingMixin(DecodingMixin):
         batch
             Category of the batch; None to draw it with the other covariates.
         batch_size
-            Number of cells decoded at a time, 512 for None; fewer where they would take more than about ``CHUNK_BYTES``
+            Cells decoded at a time, 512 for None; fewer where they would take more than about ``CHUNK_BYTES``
             (256 MB), which is the memory needed above the result. The counts drawn depend on it.
         random_state
             Seed.

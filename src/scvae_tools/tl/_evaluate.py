@@ -129,9 +129,9 @@ def evaluate(
     CountsError
         If the counts of new cells are not raw counts, with the cell and the gene.
     ValueError
-        If the model is not trained or holds minified data; new cells lack genes of the model, or
-        columns of ``obs`` that it was trained with; a label or another argument is unknown; or an estimator is not one
-        that clusters, or fails.
+        If the model is not trained or holds minified data; new cells lack genes of the model, or columns
+        of ``obs`` that it was trained with; a label or another argument is unknown; or an estimator is not one that
+        clusters, or fails.
 
     Notes
     -----
