@@ -1,5 +1,6 @@
 # make demo: the main job on 700 real cells.   make test: linter and all tests.
 # make docs: the documentation in docs/_build/html (ARGS="-D nb_execution_mode=off": without running the tutorials).
+#   Tutorials run again only if they, the sources or the packages have changed; rm -rf .docs_cache runs all.
 # make bench: speed and memory of training beside scVI (ARGS="--quick": 3 to 5 minutes).
 # make bench-gpu: the same on a GPU, and the main call there (says so where there is none).
 # make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
@@ -43,7 +44,7 @@ lint: install
 # All pages anew, so that every warning is seen, and no page is left of what is gone.
 docs: $(VENV)/.installed-docs
 	rm -rf docs/_build docs/generated
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet --doctree-dir docs/_build/doctrees $(ARGS) docs docs/_build/html
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --doctree-dir docs/_build/doctrees $(ARGS) docs docs/_build/html
 	$(BIN)/python docs/check_pages.py docs/_build/html
 
 bench: install
@@ -62,4 +63,4 @@ structure:
 	$(PYTHON) tests/structure.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-* demo docs/_build docs/_reference.md docs/generated docs/tutorials .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* demo docs/_build docs/_reference.md docs/generated docs/tutorials .docs_cache .pytest_cache .ruff_cache

@@ -2,13 +2,16 @@
 
 ``make docs`` builds with warnings as errors and without the network. ``make docs ARGS="-t intersphinx"`` links to the
 pages of scanpy, anndata and the others too, which needs it; ``ARGS="-D nb_execution_mode=off"`` skips the tutorials.
+Outputs of tutorials are kept in ``.docs_cache``, for the next build with the same sources and packages.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
+import tomllib
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +35,24 @@ def copy_tutorials() -> None:
 
 
 copy_tutorials()
+
+
+def cache_of_outputs() -> Path:
+    """Return the folder for outputs of tutorials by these sources and packages; those by others are removed.
+
+    jupyter-cache by itself runs a notebook again only if its code has changed, not if that of the package has.
+    """
+    digest = hashlib.sha256()
+    for source in sorted((HERE.parent / "src").rglob("*.py")):
+        digest.update(str(source.relative_to(HERE.parent)).encode() + source.read_bytes())
+    for package in ("anndata", "matplotlib", "numpy", "pandas", "scanpy", "scvi-tools", "torch"):
+        digest.update(f"{package} {metadata.version(package)}".encode())
+    folder = HERE.parent / ".docs_cache" / digest.hexdigest()[:16]
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
+
 
 # -- lists of names that are read from the code ------------------------------------------------------------------------
 
@@ -87,8 +108,10 @@ python_use_unqualified_type_names = True
 # -- pages and tutorials -----------------------------------------------------------------------------------------------
 
 myst_heading_anchors = 3
-nb_execution_mode = "force"
-nb_execution_timeout = 600
+myst_enable_extensions = ["dollarmath"]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(cache_of_outputs())
+nb_execution_timeout = -1  # seconds for a cell: no limit, since a busy machine may need any time
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True  # where what they save goes
 nb_merge_streams = True
@@ -98,7 +121,7 @@ os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 # -- HTML --------------------------------------------------------------------------------------------------------------
 
 html_theme = "sphinx_book_theme"
-html_title = project
+html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sphinx = False
@@ -108,6 +131,10 @@ html_theme_options = {
     "navigation_with_keys": False,
     "navbar_persistent": [],
 }
+project_urls = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+repository = next((url for name, url in project_urls.items() if name.lower() in ("repository", "source")), None)
+if repository is not None:
+    html_theme_options |= {"repository_url": repository, "use_repository_button": True}
 copybutton_prompt_text = ">>> |... |\\$ "
 copybutton_prompt_is_regexp = True
 

@@ -235,6 +235,16 @@ def test_commands_are_targets_of_the_makefile():
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE), command
 
 
+def test_outputs_of_tutorials_survive_a_build_and_no_commit_or_cleaning():
+    makefile = read(ROOT / "Makefile")
+    (docs,) = re.findall(r"^docs:.*\n\trm -rf (.*)", makefile, flags=re.MULTILINE)
+    (clean,) = re.findall(r"^clean:\n\trm -rf (.*)", makefile, flags=re.MULTILINE)
+    (cache,) = re.findall(r'HERE\.parent / "(\.\w+)"', read(DOCS / "conf.py"))
+    assert cache not in docs.split()
+    assert cache in clean.split()
+    assert f"{cache}/" in read(ROOT / ".gitignore").split()
+
+
 # -- tutorials ---------------------------------------------------------------------------------------------------------
 
 
