@@ -130,6 +130,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "navbar_persistent": [],
+    "secondary_sidebar_items": {"**": ["page-toc.html"], "likelihoods": []},  # its first table takes all the width
 }
 project_urls = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
 repository = next((url for name, url in project_urls.items() if name.lower() in ("repository", "source")), None)
