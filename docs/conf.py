@@ -108,7 +108,7 @@ python_use_unqualified_type_names = True
 # -- pages and tutorials -----------------------------------------------------------------------------------------------
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]  # as code hosts write formulas; MathJax draws them in the browser
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(cache_of_outputs())
 nb_execution_timeout = -1  # seconds for a cell: no limit, since a busy machine may need any time
