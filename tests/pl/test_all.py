@@ -38,6 +38,20 @@ def test_one_panel_is_drawn_on_given_axes(plot):
 
 
 @one_panel
+def test_one_panel_is_drawn_in_a_part_of_a_figure(plot):
+    left, right = plt.figure(layout="constrained").subfigures(1, 2)
+    given = right.subplots()
+    assert plot(make_adata(), ax=given) is given
+    assert not left.axes
+
+
+def test_clusters_are_drawn_in_a_part_of_a_figure():
+    part = plt.figure(layout="constrained").subfigures(1, 2)[1]
+    given = part.subplots(1, 2)
+    assert list(pl.clusters(make_adata(), labels="cell_type", axes=given)) == list(given)
+
+
+@one_panel
 @pytest.mark.parametrize("n_cells", [10, 100_000])
 def test_one_panel_is_drawn_in_seconds(plot, n_cells, tmp_path):
     adata = make_adata(n_cells)

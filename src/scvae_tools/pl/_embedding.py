@@ -129,7 +129,7 @@ def name_groups(ax: Axes, names: list[str], places: np.ndarray, extents: np.ndar
     """
     from matplotlib.patheffects import withStroke
 
-    ax.figure.draw_without_rendering()  # the layout decides how far apart the places are
+    ax.figure.canvas.figure.draw_without_rendering()  # the layout decides how far apart the places are
     points, ends = (ax.transData.transform(at) * 72 / ax.figure.dpi for at in (places, places + extents))
     frame = ax.get_window_extent().extents * 72 / ax.figure.dpi
     # Bold letters are wider, and all have an edge.
