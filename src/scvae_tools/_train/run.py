@@ -54,6 +54,12 @@ class Settings:
     recorder: Callback | None = None  #: callback that adds columns to the history
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
 
+    def close(self) -> None:
+        """End the bar, and leave the directory of the checkpoint to other trainings."""
+        for each in (self.progress, self.checkpoint):
+            if each is not None:
+                each.close()
+
 
 class Trained(NamedTuple):
     """Result of a stage, beside the weights in the module."""
