@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from types import FrameType
 
 logger = logging.getLogger("scvae_tools")
 SCANPY_INFO = 2  # of scanpy.settings.verbosity
@@ -37,13 +38,18 @@ def said_before() -> Iterator[None]:
 
 
 def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
-    """Warn the user, at the first line outside the package."""
+    """Warn the user, at the first line outside the package and Lightning."""
     if _said_before.get():
         return
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and _is_inside(frame):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inside(frame: FrameType) -> bool:
+    """Whether a line is of the package, or of Lightning, which calls the package."""
+    return frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_globals.get("__name__", "").startswith("lightning.")
 
 
 def inform(message: str, *values: object) -> None:

@@ -22,6 +22,7 @@ from scvae_tools._files import DiskFullError
 from scvae_tools._train import checkpoint
 from scvae_tools._train.checkpoint import CHECKPOINT_FILE
 from scvae_tools._train.plan import NonFiniteError, TrainingPlan
+from scvae_tools._train.torch_file import write_torch
 
 N_CELLS, N_GENES = 150, 20
 
@@ -188,6 +189,25 @@ def test_a_full_disk_does_not_end_a_training_and_is_said_once(tmp_path, monkeypa
     assert_same(model, unbroken())
     monkeypatch.setattr(checkpoint, "write_torch", write)
     assert_same(train(make_model(), checkpoint=tmp_path), unbroken())
+
+
+def test_two_trainings_at_a_time_in_one_directory_are_refused(tmp_path):
+    def begin_another():
+        with pytest.raises(ValueError, match=r"must be of one training at a time; found another one that is running"):
+            train(make_model(False), checkpoint=tmp_path, lr=0.02)
+
+    model = train(make_model(False), 3, begin_another, checkpoint=tmp_path)
+    assert_same(train(make_model(False), 1, checkpoint=tmp_path), model)  # the lock is gone: the result is loaded
+
+
+def test_the_file_of_a_training_whose_lock_is_not_seen_is_not_overwritten(tmp_path):
+    def write_from_elsewhere():
+        write_torch({"theirs": 1}, tmp_path / CHECKPOINT_FILE)
+
+    with pytest.warns(UserWarning, match="not up to date: another training has written to .*checkpoint.pt' since"):
+        model = train(make_model(False), 3, write_from_elsewhere, checkpoint=tmp_path)
+    assert_same(model, unbroken(False))
+    assert torch.load(tmp_path / CHECKPOINT_FILE, weights_only=True) == {"theirs": 1}
 
 
 def test_a_checkpoint_without_room_is_refused_before_the_training(tmp_path, nearly_full):

@@ -256,18 +256,25 @@ def test_an_interrupt_leaves_nothing_behind(cache, monkeypatch):
     assert names_in(cache) == []
 
 
-def test_a_download_of_another_md5_is_read_with_a_warning_once(served, cache, small, monkeypatch):
+def test_a_download_of_another_md5_is_read_with_a_warning(served, cache, small, monkeypatch):
     monkeypatch.setattr(_published, "MOUSE_BRAIN_20K", replace(small, md5="0" * 32))
     with pytest.warns(UserWarning, match=f"The download from .* should have the MD5 0{{32}}; found {md5(served)}"):
         datasets.mouse_brain_20k(cache_dir=cache)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        datasets.mouse_brain_20k(cache_dir=cache)  # its SHA-256 is known now
+
+
+def test_a_forged_file_with_a_note_of_its_own_is_read_with_a_warning_each_time(served, cache):
+    datasets.mouse_brain_20k(cache_dir=cache)
+    forged = write_file(cache / served.name, random_counts() + 1)
+    (cache / f"{served.name}.sha256").write_text(f"{hashlib.sha256(forged.read_bytes()).hexdigest()}  {served.name}\n")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"neuron20k\\.h5 should have the MD5 {md5(served)}; found {md5(forged)}"):
+            datasets.mouse_brain_20k(cache_dir=cache)
 
 
 # Damage
 
 
+@pytest.mark.filterwarnings("ignore:.*should have the MD5")
 def test_a_file_that_changed_since_its_download_is_refused(served, cache):
     datasets.mouse_brain_20k(cache_dir=cache)
     file = cache / served.name

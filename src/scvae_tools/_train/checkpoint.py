@@ -7,7 +7,6 @@ adds the rest: the random states, earlier stages, and the state at the beginning
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._files import digest_of_names, require_room, short_digest, to_plain
+from scvae_tools._files import (
+    digest_of_names,
+    lock_folder,
+    require_room,
+    short_digest,
+    to_plain,
+    unlock_folder,
+)
 from scvae_tools._messages import inform, warn
 from scvae_tools._random import random_states, set_random_states
 from scvae_tools._train.torch_file import (
@@ -32,7 +38,7 @@ from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
 from scvae_tools._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import lightning.pytorch as lightning
 
@@ -220,7 +226,7 @@ class Checkpointer(Checkpoint):
     Raises
     ------
     ValueError
-        If there is a checkpoint of another training, or one that cannot be read.
+        If there is a checkpoint of another training, or one that cannot be read, or another training is running there.
     """
 
     def __init__(self, directory: str | Path, identity: dict[str, Any], dataset: CountDataset) -> None:
@@ -232,9 +238,39 @@ class Checkpointer(Checkpoint):
         self.has_warned = False
         self.counters: tuple[int, ...] = ()  #: numbers of epochs and steps before the stage
         self.before: State = {}  #: weights at the beginning of the stage
-        #: Content of the file that was found, until the training has continued from it.
-        self.found = self._read() if self.path.exists() else None
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        try:
+            #: Content of the file that was found, until the training has continued from it.
+            self.found = self._read() if self.path.exists() else None
+        except BaseException:
+            self.close()
+            raise
+        self._known = self._stamp()
+
+    def _locked(self) -> int | None:
+        """Lock of the directory, which ends with the process; None where the file system has none."""
+        try:
+            return lock_folder(self.directory)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"The checkpoint in {str(self.directory)!r} must be of one training at a time; found another one that "
+                "is running. Pass another directory as `checkpoint`, or wait until that one has ended."
+            ) from error
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Leave the directory to other trainings."""
+        unlock_folder(self._lock)
+        self._lock = None
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """What changes with each writing of the file; None if there is none."""
+        if not self.path.exists():
+            return None
+        status = self.path.stat()
+        return status.st_ino, status.st_mtime_ns
 
     @property
     def is_finished(self) -> bool:
@@ -332,20 +368,24 @@ class Checkpointer(Checkpoint):
         ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
         ours |= {"attributes": state.to_json(module.n_components), "state": weights}
         ours |= {"versions": packed(state.versions, state.version, weights)}
-        with self._warning_if_unwritten():
-            write_torch({KEY: ours}, self.path)
+        self._try_to(lambda: write_torch({KEY: ours}, self.path))
 
-    @contextmanager
-    def _warning_if_unwritten(self) -> Iterator[None]:
-        """Context in which a file that cannot be written is no reason to lose the training; says so once."""
+    def _try_to(self, write: Callable[[], None]) -> None:
+        """Write the file; if that cannot be, warn once: it is no reason to lose the training.
+
+        It is not written over that of another training, such as one on another computer, where the lock is not seen.
+        """
         try:
-            yield
+            if self._stamp() not in (None, self._known):
+                raise OSError(f"another training has written to {str(self.path)!r} since.")
+            write()
+            self._known = self._stamp()
         except OSError as error:
             if not self.has_warned:
                 former = "after the epoch that it holds" if self.path.exists() else "from the beginning"
                 warn(
-                    f"The checkpoint is not up to date: {error} The training goes on, and the next epoch is "
-                    f"tried to be written; if the process is killed before, it starts again {former}."
+                    f"The checkpoint is not up to date: {error} The training goes on, and tries again each epoch. If "
+                    f"it is killed before, it starts again {former}."
                 )
             self.has_warned = True
 
@@ -361,8 +401,7 @@ class Checkpointer(Checkpoint):
     # -- Lightning's side ----------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
-        with self._warning_if_unwritten():
-            trainer.save_checkpoint(self.path)
+        self._try_to(lambda: trainer.save_checkpoint(self.path))
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]

@@ -94,6 +94,12 @@ class Settings:
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
     counters: Counters = field(default_factory=Counters)  #: of the stages so far
 
+    def close(self) -> None:
+        """End the bar, and leave the directory of the checkpoint to other trainings."""
+        for each in (self.progress, self.checkpoint):
+            if each is not None:
+                each.close()
+
 
 class Trained(NamedTuple):
     """Result of a stage, beside the weights in the module."""

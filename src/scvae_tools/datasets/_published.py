@@ -100,7 +100,7 @@ def mouse_brain_20k(path: str | Path | None = None, *, cache_dir: str | Path | N
     Warns
     -----
     UserWarning
-        If the MD5 is another one. Files that were put there by hand are compared at every read.
+        If the MD5 is another one, at every read: a note beside the file proves nothing to those who can write both.
 
     See Also
     --------
@@ -187,10 +187,14 @@ def _receive(response: HTTPResponse, part: Path, name: str) -> None:
 
 
 def _check_bytes(file: Path, published: Published) -> None:
-    """Compare with the SHA-256 of the download or, for a file put there by hand, with the published MD5."""
+    """Compare with the published MD5, and with the SHA-256 of the download, if it was one.
+
+    The note of the SHA-256 tells damage. Whoever can change the file can change the note beside it, so that it cannot
+    stand for the MD5.
+    """
+    _check_md5(file, published, str(file))
     note = _note_of(file)
     if not note.is_file():
-        _check_md5(file, published, str(file))
         return
     noted, found = note.read_text(encoding="utf-8").partition(" ")[0].strip(), digest_of_file(file)
     if found != noted:

@@ -160,7 +160,7 @@ class TrainingMixin(InferenceMixin):
             rate.
         ValueError
             If an argument does not fit, or ``checkpoint`` holds a training of other data, another model or other
-            arguments; it says which.
+            arguments (it says which), or one that is running.
 
         Notes
         -----
@@ -197,13 +197,13 @@ class TrainingMixin(InferenceMixin):
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
             settings.probe = RateRecorder(dataset, self.train_indices, random_state)
             settings.recorder = settings.probe if record_rates else None
+            self.to_device(device)
             if checkpoint is not None:
                 settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
-            self.to_device(device)
             try:
                 self._run(stages, loaders, settings, random_state)
             finally:
-                bar.close()
+                settings.close()
                 self.module.eval()
             self.to_device(device)
 
