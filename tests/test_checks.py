@@ -151,7 +151,14 @@ def test_none_passes_where_the_signature_has_it(function, name, default):
             function.checks[name](name, None)
 
 
-TOO_LARGE = {"n_latent": 5000, "k_max": 10_000, "n_layers": 1000, "n_hidden": 10**9, "random_state": 10**30}
+TOO_LARGE = {
+    "n_latent": 5000,
+    "k_max": 10_000,
+    "n_layers": 1000,
+    "n_hidden": 10**9,
+    "n_components": 1001,
+    "random_state": 10**30,
+}
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)

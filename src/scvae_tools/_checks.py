@@ -157,7 +157,7 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, list | tuple):
-        return type(value)(map(as_plain, value))
+        return (tuple if isinstance(value, tuple) else list)(map(as_plain, value))
     if isinstance(value, Mapping):
         return {key: as_plain(each) for key, each in value.items()}
     return value

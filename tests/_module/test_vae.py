@@ -595,7 +595,7 @@ def test_saved_weights_give_the_same_bound() -> None:
         ({"encoder_input": "log"}, "`encoder_input` must be one of 'log1p-normalized', 'log1p', 'counts'; found 'log'"),
         ({"n_latent": 0}, "`n_latent` must be a whole number of at least 1; found 0"),
         ({"n_hidden": 2.5}, "`n_hidden` must be a whole number of at least 1; found 2.5"),
-        ({"n_layers": -1}, "`n_layers` must be a whole number of at least 1; found -1"),
+        ({"n_layers": -1}, "`n_layers` must be a whole number of at least 1, or None; found -1"),
         ({"dropout_rate": 1.0}, r"`dropout_rate` must be in \[0, 1\); found 1.0"),
         ({"dropout_rate": -0.1}, r"`dropout_rate` must be in \[0, 1\); found -0.1"),
     ],

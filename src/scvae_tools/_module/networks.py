@@ -45,8 +45,8 @@ DROPOUT_PARTS = ("hidden", "input", "latent", "y")
 LARGEST_SPARSE_DENSITY = 0.7
 
 
-#: Largest width and number of hidden layers, far above what is of use.
-LARGEST_WIDTH, LARGEST_N_LAYERS = 100_000, 100
+#: Largest width of a hidden layer, far above what is of use.
+LARGEST_WIDTH = 100_000
 
 
 def hidden_widths(n_hidden: int | Sequence[int], n_layers: int | None = None) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ def hidden_widths(n_hidden: int | Sequence[int], n_layers: int | None = None) ->
         raise ValueError(f"`n_hidden` must be {rule}; found {n_hidden!r}.")
     check_whole("n_hidden", max(widths), most=LARGEST_WIDTH)
     n = (len(widths) if is_each else 1) if n_layers is None else n_layers
-    n = check_whole("n_layers", n, most=LARGEST_N_LAYERS)
+    n = check_whole("n_layers", n)
     if is_each and n != len(widths):
         raise ValueError(
             f"`n_layers` must be the number of widths in `n_hidden`; found n_layers={n_layers} for "

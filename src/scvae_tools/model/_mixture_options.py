@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scvae_tools._checks import is_whole
+from scvae_tools._checks import check_whole, is_whole
 from scvae_tools._messages import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+#: Largest number of components, far above what is of use.
+LARGEST_N_COMPONENTS = 1000
 
 
 def mixture_options(
@@ -42,6 +45,7 @@ def mixture_options(
     """
     is_range = _check_n_components(n_components)
     largest = n_components[1] if is_range else n_components
+    check_whole("n_components", largest, most=LARGEST_N_COMPONENTS, or_none=True)
     if None not in (largest, n_cells) and largest > n_cells:
         raise ValueError(
             f"`n_components` must be at most the number of cells; found {largest} components for {n_cells} "
