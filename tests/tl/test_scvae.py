@@ -1227,7 +1227,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict, str]] = {
     "categorical covariate": ({"categorical_covariate_keys": ["sx"]}, r"`categorical_covariate_keys`.*'sex'"),
     "continuous covariate": ({"continuous_covariate_keys": ["agee"]}, r"`continuous_covariate_keys`.*'age'"),
     "continuous covariate of words": ({"continuous_covariate_keys": ["sex"]}, r"must be numeric.*categorical"),
-    "misspelt argument": ({"n_componets": 3}, r"no argument 'n_componets'\. Did you mean 'n_components'\?"),
+    "misspelt argument": ({"n_componets": 3}, r"no argument 'n_componets'\. Did you mean 'n_components'"),
     "misspelt argument of the model": ({"dispersions": "gene"}, r"'dispersions'\. Did you mean 'dispersion'"),
     "misspelt argument of the training": ({"patienc": 2}, r"'patienc'\. Did you mean 'patience'"),
     "unknown argument": (
