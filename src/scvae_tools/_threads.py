@@ -98,7 +98,8 @@ class _Crowd:
             self.n_contexts += 1
             if self.n_contexts == 1:
                 self.ended, started = threading.Event(), threading.Event()
-                threading.Thread(target=_keep_teams, args=(started, self.ended), daemon=True).start()
+                runtimes = [each for each in _libgomps() if each.omp_get_max_threads() > 1]  # of the present thread
+                threading.Thread(target=_keep_teams, args=(runtimes, started, self.ended), daemon=True).start()
                 started.wait()
 
     def __exit__(self, *error: object) -> None:
@@ -108,12 +109,11 @@ class _Crowd:
                 self.ended.set()
 
 
-def _keep_teams(started: threading.Event, ended: threading.Event) -> None:
+def _keep_teams(runtimes: list[ctypes.CDLL], started: threading.Event, ended: threading.Event) -> None:
     """Start a team of OpenMP threads that has nothing to do, in each libgomp, and keep it."""
     try:
-        for runtime in _libgomps():
-            if runtime.omp_get_max_threads() > 1:
-                runtime.GOMP_parallel(_NOTHING, None, runtime.omp_get_num_procs() + 1, 0)
+        for runtime in runtimes:
+            runtime.GOMP_parallel(_NOTHING, None, runtime.omp_get_num_procs() + 1, 0)
     finally:
         started.set()
     ended.wait()
