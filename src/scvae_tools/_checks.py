@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -279,15 +279,19 @@ NUMBERS: dict[str, Check] = {
 
 
 def checked(**own: Check) -> Callable[[Callable], Callable]:
-    """Decorator that checks the numeric arguments of a public function before anything else is done.
+    """Decorator that checks the numeric arguments of a public function, and its texts, before anything else is done.
 
-    They are checked as ``own`` says, or else `NUMBERS`, and handed on as Python's own numbers, as are truth values.
+    Numbers are checked as ``own`` says, or else `NUMBERS`, and handed on as Python's own, as are truth values. Of
+    texts it is only seen to that none is a table, an array or the like, with which comparisons fail in odd ways; names
+    of columns have a check of their own.
     """
 
     def decorate(function: Callable) -> Callable:
-        signature, checks = inspect.signature(function), {}
+        signature, checks, texts = inspect.signature(function), {}, set()
         for name, parameter in signature.parameters.items():
             kinds = str(parameter.annotation)
+            if kinds in ("str", "str | None") and not name.endswith("_key"):
+                texts.add(name)
             if name in own or (name in NUMBERS and re.search(r"\b(int|float)\b", kinds)):
                 checks[name] = functools.partial(own.get(name, NUMBERS.get(name)), or_none="None" in kinds)
 
@@ -302,6 +306,8 @@ def checked(**own: Check) -> Callable[[Callable], Callable]:
                     given.arguments[name] = checks[name](name, value)
                 elif isinstance(value, np.bool_ | np.number):
                     given.arguments[name] = value.item()
+                elif name in texts and not isinstance(value, Hashable):
+                    raise TypeError(f"`{name}` must be text; found an object of the type {type(value).__name__}.")
             return function(*given.args, **given.kwargs)
 
         wrapped.checks = checks

@@ -14,7 +14,7 @@ from scvi.model.base import RNASeqMixin
 from scvi.utils import track
 from torch import Tensor
 
-from scvae_tools._checks import cell_positions, checked
+from scvae_tools._checks import cell_positions, check_choice, checked
 from scvae_tools._messages import warn
 from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools._random import seeded, with_random_state
@@ -376,6 +376,8 @@ class ExpressionMixin(DecodingMixin):
         All draws of all cells are in memory at once, about 12 · n_cells · n_samples · n_genes bytes: pass ``indices``
         for a part of many cells.
         """
+        self._batch_codes(transform_batch)  # refuses unknown ones
+        check_choice("correlation_type", correlation_type, ("spearman", "pearson"))
         options = {"batch_size": batch_size, "rna_size_factor": rna_size_factor, "silent": silent}
         options |= {"transform_batch": transform_batch, "correlation_type": correlation_type}
         with seeded(random_state):

@@ -15,6 +15,7 @@ from scvi.model.base import ArchesMixin
 
 from scvae_tools import _keys
 from scvae_tools._adata_files import mark_of, n_bytes_of, write_h5ad
+from scvae_tools._checks import check_choice
 from scvae_tools._data.counts import require_anndata
 from scvae_tools._files import digest_of_names, remove, replacing, require_room
 from scvae_tools._messages import listed
@@ -95,6 +96,8 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
             Ignored: the posterior is computed here, whatever keys scvi-tools would read it from.
         """
         del kwargs
+        known = ("latent_posterior_parameters", "latent_posterior_parameters_with_counts")
+        check_choice("minified_data_type", minified_data_type, known)
         mean, variance = self.get_latent_representation(return_dist=True)
         posterior = {_keys.LATENT_MEAN: mean, _keys.LATENT_VARIANCE: variance}
         ones = np.ones((len(mean), 1), dtype=np.float32)

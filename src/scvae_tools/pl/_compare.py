@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scvae_tools._checks import checked
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.comparison import FINISHED, RESULTS, STATE
 from scvae_tools.pl._figures import TEXT, finish, given_axes, safe_palette, tidy
@@ -40,6 +41,7 @@ MEAN_WIDTH = 0.7  # as a share of the room of one colour
 
 
 @answers_other_names
+@checked()
 def compare(
     data: AnnData | DataFrame,
     *,

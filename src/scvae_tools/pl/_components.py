@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 @answers_other_names
+@checked()
 def components(
     adata: AnnData,
     *,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 from scvae_tools._lazy import loaded
 from scvae_tools._other_names import answers_other_names
@@ -33,6 +34,7 @@ _DARK, _LIGHT = "0.1", "white"
 
 
 @answers_other_names
+@checked()
 def confusion(
     adata: AnnData,
     labels_key: str,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import LINE, finish, missing_result, new_axes, write_names
@@ -22,6 +23,7 @@ _UNUSED = "0.6"
 
 
 @answers_other_names
+@checked()
 def kl(
     data: AnnData | Any,
     *,

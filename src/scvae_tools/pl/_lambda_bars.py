@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from scvae_tools._checks import checked
 from scvae_tools._messages import listed
 from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import LINE, TEXT, component_colours, finish, new_axes, size_in_points, width_of
@@ -37,6 +38,7 @@ class _Truth(NamedTuple):
 
 
 @answers_other_names
+@checked()
 def lambda_bars(
     adata: AnnData,
     true: str | ArrayLike | None = None,

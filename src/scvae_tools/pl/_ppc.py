@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._checks import checked
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.predictive_check import find_ppc
 from scvae_tools.pl._figures import LINE, TEXT, finish, given_axes, new_grid, percent
@@ -24,6 +25,7 @@ _N_TICKS = 6  # of an axis of a histogram
 
 
 @answers_other_names
+@checked()
 def ppc(
     adata: AnnData,
     *,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from scvae_tools._checks import checked
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.probabilities import component_probabilities
 from scvae_tools.pl._figures import (
@@ -35,6 +36,7 @@ _LARGEST_SHARE_OF_LINES = 0.05  # of the width, for boundaries
 
 
 @answers_other_names
+@checked()
 def probs(
     adata: AnnData,
     *,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae_tools._checks import checked
 from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import ACCENT, LINE, TEXT, finish, given_axes, new_grid
 from scvae_tools.pl._training import FEW_EPOCHS, history_of, stage_frame
@@ -30,6 +31,7 @@ _MARGIN = 0.05  # decades between curve and limits
 
 
 @answers_other_names
+@checked()
 def stability(
     data: AnnData | DataFrame | Any,
     *,

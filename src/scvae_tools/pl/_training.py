@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from scvae_tools._checks import checked
 from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools.pl._figures import finish, given_axes, missing_result, new_grid, tidy
@@ -28,6 +29,7 @@ FEW_EPOCHS = 20  # up to here each epoch has a marker, since a line of one point
 
 
 @answers_other_names
+@checked()
 def training(
     data: AnnData | DataFrame | Any,
     *,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scvae_tools._checks import check_key
+from scvae_tools._checks import check_key, checked
 from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import write_uns
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @answers_other_names
+@checked()
 def dendrogram(
     adata: AnnData, model: SCVAE | str | Path | None = None, *, key: str = "scvae", key_added: str | None = None
 ) -> None:

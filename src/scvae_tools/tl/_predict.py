@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scvae_tools._checks import check_key
+from scvae_tools._checks import check_key, checked
 from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 @answers_other_names
+@checked()
 def predict(
     adata: AnnData,
     model: SCVAE | str | Path,
