@@ -245,23 +245,18 @@ def writers(adata: AnnData, model: Any, folder: Path) -> dict[str, tuple[Callabl
     """Writers by name, with what reads their file."""
     import anndata
 
-    from scvae_tools._adata_files import write_h5ad
+    from scvae_tools._adata_files import write_adata
     from scvae_tools._cli._writing import write_table
-    from scvae_tools._files import replacing
 
     table = pd.DataFrame({"a": np.arange(20_000)})
-
-    def write_zarr() -> None:
-        with replacing(folder / "a.zarr") as temporary:
-            adata.write_zarr(temporary)
 
     return {
         "model and data": (
             lambda: model.save(folder / "model", overwrite=True, save_anndata=True),
             lambda: svt.SCVAE.load(folder / "model").get_elbo(),
         ),
-        "h5ad": (lambda: write_h5ad(adata, folder / "a.h5ad"), lambda: anndata.read_h5ad(folder / "a.h5ad")),
-        "zarr": (write_zarr, lambda: anndata.read_zarr(folder / "a.zarr")),
+        "h5ad": (lambda: write_adata(adata, folder / "a.h5ad"), lambda: anndata.read_h5ad(folder / "a.h5ad")),
+        "zarr": (lambda: write_adata(adata, folder / "a.zarr"), lambda: anndata.read_zarr(folder / "a.zarr")),
         "table": (
             lambda: write_table(table, folder / "t.tsv"),
             lambda: pd.testing.assert_frame_equal(pd.read_csv(folder / "t.tsv", sep="\t"), table),
@@ -293,6 +288,11 @@ def outcome_of(function: Callable) -> str:
     return ""
 
 
+def names_in(folder: Path) -> set[str]:
+    """Names of the files and folders in a folder, and within its folders, but for those of zarr."""
+    return {str(each.relative_to(folder)) for each in folder.rglob("*") if "a.zarr/" not in f"{each}"}
+
+
 def kill(seconds: float, rng: random.Random, most: int | None = None) -> tuple[int, list[str]]:
     """Number of kills, and failures."""
     adata = make_adata()
@@ -302,6 +302,7 @@ def kill(seconds: float, rng: random.Random, most: int | None = None) -> tuple[i
         known = writers(adata, model, Path(folder))
         for write, _ in known.values():
             in_a_fork(outcome_of, write)
+        usual = names_in(Path(folder))
         while time.monotonic() < end and n_kills != most:
             name = rng.choice(sorted(known))
             write, read = known[name]
@@ -313,6 +314,9 @@ def kill(seconds: float, rng: random.Random, most: int | None = None) -> tuple[i
                 failures.append(f"{name}, killed after {delay:.3f} s: {wrong}")
                 print(failures[-1][:600], flush=True)
             in_a_fork(outcome_of, write)
+            if left := names_in(Path(folder)) - usual:
+                failures.append(f"{name}, killed after {delay:.3f} s: left behind by the next writer: {sorted(left)}")
+                print(failures[-1][:600], flush=True)
     return n_kills, failures
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import scvae_tools as svt
-from scvae_tools._checks import cell_positions, check_choice, check_key, check_number, check_share, check_whole
+from scvae_tools._checks import cell_positions, check_choice, check_key, check_number, check_share, check_whole, checked
 
 WHOLE = [3, np.int64(3), np.uint8(3), np.int32(3)]
 NOT_WHOLE = [0, -1, 2.0, np.float32(2), True, np.True_, "3", None, float("nan"), [3]]
@@ -263,3 +263,51 @@ def test_every_tool_refuses_such_a_key_before_anything_else(name, value):
 def _set_up(adata):
     svt.SCVAE.setup_anndata(adata)
     return adata
+
+
+# -- texts and truth values --------------------------------------------------------------------------------------------
+
+#: Public functions and methods, and the arguments of these kinds that each has.
+CALLABLE = [getattr(module, name) for module in (svt.tl, svt.pl) for name in module.__all__]
+CALLABLE += [getattr(svt.SCVAE, name) for name in ("train", "get_normalized_expression")]
+OF_KIND = [
+    (function, name)
+    for function in CALLABLE
+    for name, parameter in inspect.signature(function).parameters.items()
+    if str(parameter.annotation) in ("str", "str | None", "bool", "bool | None")
+]
+NEITHER = [pd.Series([1.0, 2.0]), np.array(["a", "b"]), {"a": 1}, [True]]
+
+
+@pytest.mark.parametrize("value", NEITHER, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("function", "name"), OF_KIND, ids=lambda each: getattr(each, "__name__", str(each)))
+def test_texts_and_truth_values_that_are_neither_are_refused_first(function, name, value):
+    assert len(OF_KIND) > 50
+    required = [each.name for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    given = dict.fromkeys((each for each in required if each not in ("args", "kwargs", "trainer_options")), None)
+    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` must be "):
+        function(**given | {name: value})
+
+
+@pytest.mark.parametrize("value", [1, 0, True, np.True_, np.int8(1)], ids=repr)
+def test_truth_values_may_be_1_and_0(value):
+    found = []
+
+    @checked()
+    def function(*, copy: bool):
+        found.append(copy)
+
+    function(copy=value)
+    assert found == [bool(value)]
+    assert type(found[0]) is bool
+    with pytest.raises(TypeError, match="`copy` must be True or False; found 'yes'"):
+        function(copy="yes")
+
+
+@pytest.mark.parametrize("genes", ["gene0", [], {}, 3], ids=repr)
+def test_genes_are_a_list_of_names(genes):
+    model = svt.SCVAE(_set_up(svt.datasets.poisson_toy(20)), mixture=False, n_hidden=4)
+    with pytest.raises((TypeError, ValueError), match="`gene_list` must "):
+        model.get_lambda(gene_list=genes)
+    with pytest.raises((TypeError, ValueError), match="`gene_list` must "):
+        model.get_normalized_expression(gene_list=genes)

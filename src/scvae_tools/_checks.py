@@ -217,6 +217,23 @@ def _positions(chosen: np.ndarray, n_cells: int, name: str) -> np.ndarray:
     return np.where(chosen < 0, chosen + n_cells, chosen)
 
 
+def check_is_one(value: object, argument: str) -> None:
+    """Refuse several columns of ``obs`` where one is taken, with what to do in their place.
+
+    Raises
+    ------
+    TypeError
+        If there are several.
+    """
+    if isinstance(value, Hashable) and not isinstance(value, tuple):
+        return
+    names = list(map(str, np.ravel(list(value) if isinstance(value, set | Mapping) else value)))
+    joined = " + '_' + ".join(f"adata.obs[{name!r}].astype(str)" for name in names)
+    also = ", or pass the others as categorical_covariate_keys" if argument == "batch_key" else ""
+    remedy = f"Join them, adata.obs['joined'] = {joined}, and pass 'joined'{also}." if names else "Pass None for none."
+    raise TypeError(f"`{argument}` must be the name of one column of adata.obs; found {len(names)}: {names}. {remedy}")
+
+
 # -- the numeric arguments of the public functions ---------------------------------------------------------------------
 
 
@@ -278,22 +295,46 @@ NUMBERS: dict[str, Check] = {
 }
 
 
-def checked(**own: Check) -> Callable[[Callable], Callable]:
-    """Decorator that checks the numeric arguments of a public function, and its texts, before anything else is done.
+def _check_text(name: str, value: object, **_: object) -> object:
+    """Check that a text, or the name of a column, is no table, array or the like, with which comparisons fail."""
+    if name.endswith("_key"):
+        check_is_one(value, name)
+    elif not isinstance(value, Hashable):
+        raise TypeError(f"`{name}` must be text; found an object of the type {type(value).__name__}.")
+    return as_plain(value)
 
-    Numbers are checked as ``own`` says, or else `NUMBERS`, and handed on as Python's own, as are truth values. Of
-    texts it is only seen to that none is a table, an array or the like, with which comparisons fail in odd ways; names
-    of columns have a check of their own.
+
+def _check_truth(name: str, value: object, *, or_none: bool) -> bool | None:
+    """Check True or False, or 1 or 0."""
+    if (value is None and or_none) or isinstance(value, bool):
+        return value
+    if isinstance(value, np.bool_) or (is_whole(value) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"`{name}` must be True or False{', or None' if or_none else ''}; found {value!r}.")
+
+
+#: Checks of other arguments by their annotation.
+BY_KIND: dict[str, Check] = {
+    **dict.fromkeys(("str", "str | None"), _check_text),
+    **dict.fromkeys(("bool", "bool | None"), _check_truth),
+}
+
+
+def checked(**own: Check) -> Callable[[Callable], Callable]:
+    """Decorator that checks numbers, texts and truth values given to a public function, before anything else is done.
+
+    Numbers are checked as ``own`` says, or else `NUMBERS`; other arguments as `BY_KIND`. All are handed on as Python's
+    own.
     """
 
     def decorate(function: Callable) -> Callable:
-        signature, checks, texts = inspect.signature(function), {}, set()
+        signature, checks, others = inspect.signature(function), {}, {}
         for name, parameter in signature.parameters.items():
             kinds = str(parameter.annotation)
-            if kinds in ("str", "str | None") and not name.endswith("_key"):
-                texts.add(name)
             if name in own or (name in NUMBERS and re.search(r"\b(int|float)\b", kinds)):
                 checks[name] = functools.partial(own.get(name, NUMBERS.get(name)), or_none="None" in kinds)
+            elif kinds in BY_KIND:
+                others[name] = functools.partial(BY_KIND[kinds], or_none="None" in kinds)
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -302,12 +343,11 @@ def checked(**own: Check) -> Callable[[Callable], Callable]:
             except TypeError:
                 return function(*args, **kwargs)  # the message of which names the function
             for name, value in given.arguments.items():
-                if name in checks:
-                    given.arguments[name] = checks[name](name, value)
+                check = checks.get(name) or others.get(name)
+                if check is not None:
+                    given.arguments[name] = check(name, value)
                 elif isinstance(value, np.bool_ | np.number):
                     given.arguments[name] = value.item()
-                elif name in texts and not isinstance(value, Hashable):
-                    raise TypeError(f"`{name}` must be text; found an object of the type {type(value).__name__}.")
             return function(*given.args, **given.kwargs)
 
         wrapped.checks = checks

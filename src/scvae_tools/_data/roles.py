@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scvi import REGISTRY_KEYS
 
+from scvae_tools._checks import check_is_one
 from scvae_tools._data.counts import first_cells, require_anndata
 from scvae_tools._messages import listed, warn
 
@@ -64,23 +65,6 @@ class Role:
         if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
             raise ValueError(f"`{argument}` must name each column once; found {repeated[0]!r} again. Leave it out.")
         return names
-
-
-def check_is_one(value: object, argument: str) -> None:
-    """Refuse several columns where one is taken, with what to do in their place.
-
-    Raises
-    ------
-    TypeError
-        If there are several.
-    """
-    if not isinstance(value, list | tuple | set | np.ndarray | pd.Index):
-        return
-    names = list(map(str, value))
-    joined = " + '_' + ".join(f"adata.obs[{name!r}].astype(str)" for name in names)
-    also = ", or pass the others as categorical_covariate_keys" if argument == "batch_key" else ""
-    remedy = f"Join them, adata.obs['joined'] = {joined}, and pass 'joined'{also}." if names else "Pass None for none."
-    raise TypeError(f"`{argument}` must be the name of one column of adata.obs; found {len(names)}: {names}. {remedy}")
 
 
 def as_list(value: Iterable[str] | str | None) -> list[str] | None:

@@ -5,6 +5,7 @@ Methods of `SCVAE`, for those in ``_expression.py`` and ``_sampling.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from scvae_tools._random import RandomStream
 from scvae_tools.model._cells import CellsMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
 
@@ -146,14 +147,14 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
     def _gene_positions(self, gene_list: Sequence[str] | None) -> torch.Tensor | None:
         if gene_list is None:
             return None
-        positions = places_of_genes(self.var_names, list(gene_list), "gene_list")
+        positions = places_of_genes(self.var_names, _names_in(gene_list), "gene_list")
         return torch.as_tensor(positions, device=self.module.device)
 
     def _genes_of_model(self, gene_list: Sequence[str] | None) -> Tensor | None:
         """Positions of the genes that the model has, in its order, as scvi-tools reads a list of genes."""
         if gene_list is None:
             return None
-        names, known = list(gene_list), pd.Index(self.var_names)
+        names, known = _names_in(gene_list), pd.Index(self.var_names)
         unknown = [name for name in names if name not in known]
         if len(unknown) == len(names):
             raise ValueError(
@@ -184,6 +185,16 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
         """Codes of the batches to transform to; None, alone or in the list, for each cell's own."""
         batches = [batches] if batches is None or np.isscalar(batches) else list(batches)
         return [None if batch is None else self._batch_code(batch, "transform_batch") for batch in batches]
+
+
+def _names_in(gene_list: Sequence[str]) -> list[str]:
+    """Names of genes in a list, of which there is one at least."""
+    if isinstance(gene_list, str) or not isinstance(gene_list, Iterable):
+        raise TypeError(f"`gene_list` must be a list of names; found {gene_list!r}. Pass [{gene_list!r}] for one.")
+    names = list(gene_list)
+    if not names:
+        raise ValueError("`gene_list` must name at least one gene; found none. Pass None for all.")
+    return names
 
 
 def places_of_genes(known: np.ndarray, names: Sequence[str], argument: str) -> list[int]:

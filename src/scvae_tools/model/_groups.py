@@ -34,6 +34,9 @@ def compared_cells(adata: AnnData, given: Mapping[str, Any]) -> dict[str, Any]:
         If a column, a group or a cell is none of the data, or there are no cells to compare with.
     """
     check_choice("mode", given.get("mode", "vanilla"), ("vanilla", "change"))
+    for name in ("batchid1", "batchid2"):
+        if given.get(name) is not None and not given.get("batch_correction"):
+            raise ValueError(f"`{name}` needs batch_correction=True; found {given[name]!r} without it. Pass both.")
     if given.get("idx1") is not None:
         chosen = {name: given[name] for name in ("idx1", "idx2") if given.get(name) is not None}
         cells = {name: _cells(adata, value, name) for name, value in chosen.items()}

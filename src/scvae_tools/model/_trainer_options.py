@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as lightning
 
+from scvae_tools._checks import check_choice
 from scvae_tools._messages import warn
 from scvae_tools._other_names import unknown_argument
 from scvae_tools._upstream import parse_device_args
@@ -89,8 +90,14 @@ def check_one_device(devices: object) -> None:
         )
 
 
+#: Kinds of devices that Lightning knows by name.
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+
+
 def one_device(accelerator: str, devices: object) -> tuple[str, Any, torch.device]:
     """Accelerator and devices as Lightning takes them, and the device; warn of further tasks of a job of SLURM."""
+    if isinstance(accelerator, str):
+        check_choice("accelerator", accelerator, ACCELERATORS)
     check_one_device(devices)
     n_tasks = os.environ.get("SLURM_NTASKS", "1")
     if n_tasks != "1":
