@@ -313,6 +313,7 @@ def kill(seconds: float, rng: random.Random, most: int | None = None) -> tuple[i
             if wrong:
                 failures.append(f"{name}, killed after {delay:.3f} s: {wrong}")
                 print(failures[-1][:600], flush=True)
+            time.sleep(1.1)  # so long a temporary folder may still be without its lock, and is left alone
             in_a_fork(outcome_of, write)
             if left := names_in(Path(folder)) - usual:
                 failures.append(f"{name}, killed after {delay:.3f} s: left behind by the next writer: {sorted(left)}")

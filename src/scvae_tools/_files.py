@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = folder / path.name
         try:
             yield temporary
-            _flush(temporary)
+            flush(temporary)
         except OSError as error:
             if error.errno not in FULL or isinstance(error, DiskFullError):
                 raise
@@ -82,7 +82,7 @@ def put_back(path: Path) -> None:
     """
     if os.path.lexists(path):
         return
-    for folder in _temporary_paths(path):
+    for folder in temporary_paths(path):
         if (folder / FORMER).exists():
             (folder / FORMER).rename(path)
             return
@@ -179,19 +179,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _temporary_paths(path: Path) -> list[Path]:
+def temporary_paths(path: Path) -> list[Path]:
+    """Temporary folders of :func:`replacing` beside a path, of processes that run or were killed."""
     return [each for each in path.parent.glob(f"{glob.escape(path.name)}.*") if is_temporary(each)]
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary files of ``path`` that killed processes left behind."""
-    for temporary in _temporary_paths(path):
+    for temporary in temporary_paths(path):
         with suppress(OSError):  # another process has renamed or removed it, or it is not ours
-            if _is_abandoned(temporary):
+            if is_abandoned(temporary):
                 _remove(temporary)
 
 
-def _is_abandoned(temporary: Path) -> bool:
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the process that made a temporary folder is gone, as far as locks, or the time of changes, tell."""
     age = time.time() - _last_change(temporary)
     is_of_this_host = temporary.is_dir() and temporary.name[-16:-12] == _digits_of_host()
     if is_of_this_host and fcntl is not None:
@@ -210,7 +212,7 @@ def _last_change(path: Path) -> float:
     return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file, or all files of a folder, written to the disk."""
     for each in (path, *path.rglob("*")):
         if each.is_file():

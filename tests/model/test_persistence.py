@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -138,14 +140,29 @@ def test_a_killed_save_leaves_the_former_model_with_the_former_data(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_save_that_is_killed_between_its_two_files_is_noticed(tmp_path):
+def test_a_save_that_is_killed_between_its_two_files_leaves_the_new_model_with_the_new_data(tmp_path):
     trained_on(cells_with("former")).save(tmp_path, overwrite=True, save_anndata=True)
     kill_save(tmp_path, n_renamed=1)
+    assert set(svt.SCVAE.load(tmp_path).adata.obs["note"]) == {"new"}
+    assert svt.SCVAE.load(tmp_path, cells_with("own")).adata.obs["note"].iloc[0] == "own"
+    time.sleep(1.1)  # so long a temporary folder may still be without its lock
+    kill_save(tmp_path, n_renamed=0)  # the one before is settled first
+    found = svt.SCVAE.load(tmp_path)
+    assert set(found.adata.obs["note"]) == {"new"}
+    assert set(anndata.read_h5ad(tmp_path / "adata.h5ad").obs["note"]) == {"new"}
+    time.sleep(1.1)
+    found.save(tmp_path, overwrite=True, save_anndata=True)
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pt", "adata.h5ad"}
+
+
+def test_data_of_another_model_are_noticed(model, tmp_path):
+    model.save(tmp_path / "a", save_anndata=True)
+    model.save(tmp_path / "b", save_anndata=True)
+    shutil.copy(tmp_path / "b" / "adata.h5ad", tmp_path / "a" / "adata.h5ad")
     with pytest.raises(
         ValueError, match=r"adata\.h5ad' must be the data that model\.pt was saved with; found those of an"
     ):
-        svt.SCVAE.load(tmp_path)
-    assert svt.SCVAE.load(tmp_path, cells_with("own")).adata.obs["note"].iloc[0] == "own"
+        svt.SCVAE.load(tmp_path / "a")
 
 
 def kill_save(folder, **options):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import anndata
 import numpy as np
 import pandas as pd
 from scvi.data import AnnDataManager
@@ -14,16 +14,17 @@ from scvi.data.fields import ObsmField
 from scvi.model.base import ArchesMixin
 
 from scvae_tools import _keys
-from scvae_tools._adata_files import mark_of, n_bytes_of, write_h5ad
+from scvae_tools._adata_files import n_bytes_of
 from scvae_tools._checks import check_choice
 from scvae_tools._data.counts import require_anndata
-from scvae_tools._files import digest_of_names, remove, replacing, require_room
+from scvae_tools._files import digest_of_names, remove, require_room
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
 from scvae_tools._train.torch_file import FoundError, damaged_otherwise
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
 from scvae_tools._upstream import initialize_model, pad_and_sort_genes, parse_device_args, quiet
 from scvae_tools.model._inference import InferenceMixin
+from scvae_tools.model._saved_data import read_beside, write_beside
 from scvae_tools.model._saved_file import ADATA_FILE, MODEL_FILE, RULE, read_saved, write_saved
 
 if TYPE_CHECKING:
@@ -152,8 +153,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
 
         Notes
         -----
-        Each file is whole whenever the process ends. If it ends just between the two, so that the data are not those
-        of the model beside them, `load` says so.
+        Whenever the process ends, `load` finds the former model and its data or the new ones, both whole.
         """
         directory = Path(dir_path)
         if directory.exists() and not overwrite:
@@ -169,9 +169,8 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         if save_anndata:
             if not anndata_write_kwargs:  # how far these compress is not known
                 require_room(data, n_bytes_of(self.adata))
-            with replacing(data) as temporary:
-                write_h5ad(self.adata, temporary, mark=attributes["data_"], **anndata_write_kwargs)
-                write_saved(path, *content)  # once the data are whole: a full disk leaves the former two
+            write_model, mark = functools.partial(write_saved, path, *content), attributes["data_"]
+            write_beside(write_model, self.adata, data, path, mark, **anndata_write_kwargs)
         else:
             write_saved(path, *content)
             remove(data)  # `load` would take those of an earlier model for this one's
@@ -217,8 +216,8 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         state, attributes, _, versions = read_saved(path)
         saved_data = path.with_name(f"{prefix or ''}{ADATA_FILE}")
         mark = attributes.pop("data_", None)
-        if adata is None and saved_data.exists():
-            adata = _read_data(saved_data, mark, path)
+        if adata is None:
+            adata = read_beside(saved_data, path, mark)
         adata = adata.copy() if adata is not None and adata.is_view else adata
         registry = attributes.pop("registry_")
         if registry["model_name"] != cls.__name__:
@@ -399,23 +398,6 @@ def _set_up(cls: type[PersistenceMixin], adata: AnnData, registry: dict[str, Any
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         with damaged_otherwise(path, RULE):
             raise FoundError("a registry of other data sets or of none") from error
-
-
-def _read_data(saved_data: Path, mark: str | None, path: Path) -> AnnData | None:
-    """Data beside a model that was saved with this mark; None if they are those of an earlier model without data."""
-    remedy = "Save the model again, or pass `adata` to load it with data of your own: it is whole."
-    try:
-        found = mark_of(saved_data)
-        if found in (mark, None):  # none where others have written the file since
-            return anndata.read_h5ad(saved_data)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{str(saved_data)!r} must be an AnnData; it cannot be read ({error}). {remedy}") from error
-    if mark is None:
-        return None
-    raise ValueError(
-        f"{str(saved_data)!r} must be the data that {path.name} was saved with; found those of another model: one of "
-        f"the two was copied, or saving was cut off. {remedy}"
-    )
 
 
 def _why(name: str) -> str:
