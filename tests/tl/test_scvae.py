@@ -488,7 +488,8 @@ def test_masked_genes_give_the_results_of_the_subset(mixture, form):
     adata = make_adata()
     kept = adata.var["kept"].to_numpy()
     subset = fitted(adata[:, kept].copy(), mixture=mixture)
-    fit(adata, mixture=mixture, mask_var={"column": "kept", "array": kept, "list": kept.tolist()}[form])
+    mask = {"column": "kept", "array": kept, "list": kept.tolist()}[form]
+    fit(adata, mixture=mixture, mask_var=mask, write_lambda=True)
     rate = adata.layers["scvae_lambda"]
     assert np.isnan(rate[:, ~kept]).all()
     full = results_of(adata) | {"lambda": rate[:, kept]}
@@ -585,7 +586,8 @@ def test_a_single_covariate_may_be_given_without_a_list(name):
 
 def test_everything_at_once():
     adata = make_adata(counts=_simulated(N_CELLS).X.copy())
-    fit(adata, layer="counts", mask_var="kept", likelihood="zinb", mixture="vade", key_added="all", **COLUMNS)
+    options = {"likelihood": "zinb", "mixture": "vade", "key_added": "all", "write_lambda": True}
+    fit(adata, layer="counts", mask_var="kept", **options, **COLUMNS)
     kept = adata.var["kept"].to_numpy()
     np.testing.assert_array_equal(np.isfinite(adata.layers["all_lambda"]).all(axis=0), kept)
     np.testing.assert_array_equal(np.isnan(adata.layers["all_lambda"]).all(axis=0), ~kept)
@@ -625,7 +627,7 @@ def test_lambda_is_written_as_asked_for_or_where_it_fits(monkeypatch, write_lamb
 def test_lambda_larger_than_a_quarter_of_the_memory_is_left_out_with_its_size_and_two_ways_to_get_it(monkeypatch):
     monkeypatch.setattr("scvae_tools.tl._lambda_layer._free_memory", lambda: 4 * N_BYTES - 1)
     adata = make_adata()
-    with pytest.warns(UserWarning, match=r"'scvae_lambda'.* GiB.*write_lambda=True.*model\.get_lambda") as caught:
+    with pytest.warns(UserWarning, match=r"'scvae_lambda'.* [MG]iB.*write_lambda=True.*model\.get_lambda") as caught:
         fit(adata, max_epochs=2)
     assert said(caught)[0].filename == fit.__code__.co_filename
     assert re.search(
@@ -633,6 +635,23 @@ def test_lambda_larger_than_a_quarter_of_the_memory_is_left_out_with_its_size_an
     )
     expected = documented_keys(True) | {"layers": set()}
     assert added_keys(make_adata(), adata) == expected
+
+
+def test_lambda_larger_than_the_limit_is_left_out_unless_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("scvae_tools.tl._lambda_layer.LARGEST_BY_DEFAULT", N_BYTES - 1)
+    adata = make_adata()
+    with pytest.warns(UserWarning, match=r"left out: it is dense and would take .*, in files too .*write_lambda=True"):
+        fit(adata, max_epochs=1)
+    assert "scvae_lambda" not in adata.layers
+    fit(adata, max_epochs=1, write_lambda=True)
+    assert "scvae_lambda" in adata.layers
+
+
+def test_lambda_of_some_genes_is_left_out_unless_it_is_asked_for():
+    adata = make_adata()
+    with pytest.warns(UserWarning, match="left out: it would hold NaN for the genes that `mask_var` leaves out"):
+        fit(adata, max_epochs=1, mask_var="kept")
+    assert "scvae_lambda" not in adata.layers
 
 
 def array_for_lambda(
@@ -727,13 +746,13 @@ def test_an_array_that_anndata_does_not_take_is_filled_alone(caplog):
 
 @pytest.mark.parametrize("mask_var", [None, "kept"])
 def test_lambda_is_written_in_chunks_of_the_stated_memory(mask_var, monkeypatch):
-    expected = fitted(mixture=False, mask_var=mask_var).layers["scvae_lambda"]
+    expected = fitted(mixture=False, mask_var=mask_var, write_lambda=True).layers["scvae_lambda"]
     monkeypatch.setattr("scvae_tools._module.memory.CHUNK_BYTES", 4 * 7 * 4 * N_GENES)
     monkeypatch.setattr("scvae_tools._module.memory.ENCODED_BYTES", 0)  # of so few genes the counts are the larger part
     monkeypatch.setattr("scvae_tools._module.memory.DECODED_NUMBERS", -1)  # one number a value
     place, in_memory = Rows(), make_adata()
     fit(make_adata(), mixture=False, mask_var=mask_var, write_lambda=place)
-    fit(in_memory, mixture=False, mask_var=mask_var)
+    fit(in_memory, mixture=False, mask_var=mask_var, write_lambda=True)
     probed, *written = place.n_written
     assert probed == 1
     assert max(written) <= 7
@@ -1108,7 +1127,10 @@ def test_backed_data_get_the_results_in_memory_and_the_file_stays(tmp_path: Path
 @each_form_on_disk
 def test_masked_backed_data_give_the_results_of_masked_data_in_memory(tmp_path: Path, form):
     adata = anndata.read_h5ad(on_disk(tmp_path, form), backed="r")
-    found, expected = (results_of(fitted(a, mixture=False, mask_var="kept")) for a in (adata, make_adata()))
+    found, expected = (
+        results_of(fitted(a, mixture=False, mask_var="kept", write_lambda=np.empty((N_CELLS, N_GENES), np.float32)))
+        for a in (adata, make_adata())
+    )
     adata.file.close()
     np.testing.assert_array_equal(found.pop("lambda"), expected.pop("lambda"))  # with NaN
     assert differing(found, expected) == []

@@ -86,7 +86,7 @@ def probs(
         If there are no probabilities, if ``kind`` is not one of the three, if ``groupby`` is not a column with
         categories, or if there are bars to draw of more components than there are colours, 102.
     """
-    if kind not in ("auto", "bars", "heatmap"):
+    if not isinstance(kind, str) or kind not in ("auto", "bars", "heatmap"):
         raise ValueError(f"`kind` must be 'auto', 'bars' or 'heatmap'; found {kind!r}. Pass one of these.")
     values, names = component_probabilities(adata, key)
     group, groups = _groups(adata, groupby)

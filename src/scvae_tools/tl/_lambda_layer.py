@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 #: λ is dense: it is left out where it would take more than this share of the free memory.
 LARGEST_SHARE_OF_MEMORY = 0.25
+#: Bytes up to which λ is written unless the user says otherwise: it does not compress, and counts of 5 MB in a file may
+#: have λ of 300.
+LARGEST_BY_DEFAULT = 2**27
 
 
 def require_place_for_rate(adata: AnnData, place: object, *, copy: bool) -> None:
@@ -64,7 +67,8 @@ def _require_room_for_array(place: Any) -> None:
 
 def size_of_rate(adata: AnnData, place: object) -> int:
     """Bytes that λ takes in memory, and in a file of results; 0 where it is not written."""
-    is_left_out = place is None and _n_bytes(adata) > LARGEST_SHARE_OF_MEMORY * _free_memory()
+    most = min(LARGEST_BY_DEFAULT, LARGEST_SHARE_OF_MEMORY * _free_memory())
+    is_left_out = place is None and _n_bytes(adata) > most
     return 0 if is_left_out or place is False else _n_bytes(adata)
 
 
@@ -115,7 +119,7 @@ def write_rate(
     """
     place = bool(place) if isinstance(place, np.bool_) else place
     rows = _rows(model, cells, gene_places, adata.n_vars)
-    if (place is False) or (place is None and _is_too_large(adata, key)):
+    if (place is False) or (place is None and _is_left_out(adata, key, has_all_genes=gene_places is None)):
         return
     try:
         with interrupts_held() as held, held.let_through():
@@ -141,16 +145,23 @@ def _write(adata: AnnData, key: str, place: Any, rows: Iterator[np.ndarray]) -> 
         inform("λ is in the array passed as `write_lambda` alone: AnnData takes no %s as a layer.", _kind(place))
 
 
-def _is_too_large(adata: AnnData, key: str) -> bool:
-    """Whether λ would take too much of the free memory; warn if so."""
+def _is_left_out(adata: AnnData, key: str, *, has_all_genes: bool) -> bool:
+    """Whether λ is not to be written by default; warn if so."""
     n_bytes, free = _n_bytes(adata), _free_memory()
-    if n_bytes <= LARGEST_SHARE_OF_MEMORY * free:
+    if not has_all_genes:
+        reason = "it would hold NaN for the genes that `mask_var` leaves out"
+    elif n_bytes > LARGEST_SHARE_OF_MEMORY * free:
+        reason = f"it would take {_size(n_bytes)}, more than a quarter of the {_size(free)} of free memory"
+    elif n_bytes > LARGEST_BY_DEFAULT:
+        reason = f"it is dense and would take {_size(n_bytes)}, in files too (by default at most "
+        reason += f"{_size(LARGEST_BY_DEFAULT)})"
+    else:
         return False
     warn(
-        f"layers[{key!r}] is left out: it would take {_size(n_bytes)}, more than a quarter of the {_size(free)} of "
-        "free memory. Pass write_lambda=True to write it all the same (of a backed AnnData into its file), an array on "
-        "disk to write it there (zarr, h5py, or a memory map of NumPy), or return_model=True and call "
-        "model.get_lambda(indices=..., gene_list=...) in chunks."
+        f"layers[{key!r}] is left out: {reason}. Pass write_lambda=True to write it all the same (of a backed AnnData "
+        "into its file), write_lambda=False to say that it is not needed, an array on disk to write it there (zarr, "
+        "h5py, or a memory map of NumPy), or call model.get_lambda(indices=..., gene_list=...) for a part, with the "
+        "model that return_model=True returns."
     )
     return True
 
@@ -209,7 +220,7 @@ def among_all_genes(values: np.ndarray, gene_places: np.ndarray, n_genes: int) -
 
 
 def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2g} GiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
+    return f"{n_bytes / 2**20:.3g} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
 def _free_memory() -> int:

@@ -124,11 +124,13 @@ def scvae(
     key_added
         Name of the results.
     write_lambda
-        Whether to write the layer of λ, or where to. None writes it into memory, unless it would take more than a
-        quarter of what is free. True always writes it; if ``adata`` is backed and not copied, into its file, which must
-        be open with ``backed="r+"``. An array of shape (n_cells, n_genes) and a floating type of 32 bits or more, such
-        as a zarr array, an h5py dataset, or a memory map, is filled, and becomes the layer. Neither a file nor an array
-        on disk needs more than about 0.3 GB of memory, whatever the size of λ.
+        Whether to write the layer of λ, or where to. λ is dense. None writes it into memory where it takes at most
+        128 MiB, such as 4,000 cells x 8,000 genes, and a quarter of the free memory, and ``mask_var`` leaves out no
+        gene; otherwise a warning says that it is left out. True always writes it, with NaN for genes that ``mask_var``
+        leaves out; if ``adata`` is backed and not copied, into its file, which must be open with ``backed="r+"``. An
+        array of shape (n_cells, n_genes) and a floating type of 32 bits or more, such as a zarr array, an h5py dataset,
+        or a memory map, is filled, and becomes the layer. Neither a file nor an array on disk needs more than about
+        0.3 GB of memory, whatever the size of λ.
     allow_non_integer
         Accept estimated (non-integer) counts, with a warning.
     progress
