@@ -228,6 +228,11 @@ def check_is_one(value: object, argument: str) -> None:
     if isinstance(value, Hashable) and not isinstance(value, tuple):
         return
     names = list(map(str, np.ravel(list(value) if isinstance(value, set | Mapping) else value)))
+    if len(names) == 1:
+        raise TypeError(
+            f"`{argument}` must be the name of one column of adata.obs; found it within a {type(value).__name__}. Pass "
+            f"{names[0]!r}."
+        )
     joined = " + '_' + ".join(f"adata.obs[{name!r}].astype(str)" for name in names)
     also = ", or pass the others as categorical_covariate_keys" if argument == "batch_key" else ""
     remedy = f"Join them, adata.obs['joined'] = {joined}, and pass 'joined'{also}." if names else "Pass None for none."

@@ -129,7 +129,7 @@ def test_widths_are_those_of_the_encoder_from_first_to_last(n_hidden, n_layers, 
         ((250, 0), None, r"`n_hidden` must be a whole number of at least 1 for each hidden layer; found \(250, 0\)"),
         ((), None, r"`n_hidden` must be a whole number of at least 1 for each hidden layer; found \(\)"),
         ("128", None, r"`n_hidden` must be a whole number of at least 1; found '128'"),
-        (128, 0, r"`n_layers` must be a whole number of at least 1; found 0"),
+        (128, 0, r"`n_layers` must be a whole number of at least 1, or None; found 0"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(n_hidden, n_layers, match) -> None:

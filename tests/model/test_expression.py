@@ -328,7 +328,7 @@ def test_genes_that_the_model_does_not_know_are_left_out_with_a_warning(nb):
         ({"transform_batch": "7"}, "`transform_batch` must be one of '0', '1'; found '7'"),
         ({"weights": "importance"}, "`weights` must be 'uniform' or None; found 'importance'"),
         ({"n_samples_overall": 5, "n_samples": 2}, "takes the place of `n_samples`; found 5 and 2. Pass one"),
-        ({"n_samples_overall": 5, "indices": []}, "needs cells whose number is known beforehand; found none"),
+        ({"n_samples_overall": 5, "indices": []}, "`indices` must choose at least one cell; found none"),
         ({"n_samples_overall": 5, "dataloader": []}, "found a dataloader without `indices`"),
         ({"n_samples_overall": 5, "out": np.zeros((5, N_GENES))}, "`out` cannot take draws in random order"),
     ],

@@ -95,7 +95,7 @@ class CellsMixin(SetupMixin):
 
     def _make_data_loader(self, adata: AnnData, indices: Sequence[int] | None = None, **options: Any) -> Iterable:
         """Loader of cells given by position or by one boolean each."""
-        indices = cell_positions(indices, adata.n_obs)
+        indices = cell_positions(indices, adata.n_obs, may_be_none=True)
         return super()._make_data_loader(adata, indices, likelihood=self.module.likelihood, **options)
 
     def counts_of_model(self) -> csr_matrix:

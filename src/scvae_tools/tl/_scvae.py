@@ -21,7 +21,7 @@ from scvae_tools.model._build import build_model
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
-from scvae_tools.tl._results_of_model import elbo_of, loadings_of, results_of
+from scvae_tools.tl._results_of_model import elbo_of, loadings_of, params_of, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -226,7 +226,7 @@ def scvae(
         model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
         target = copy_in_memory(adata) if copy else adata
         model.find_columns_in(target)
-        _write_results(target, model, keys, of_call, mask, write_lambda, progress=progress)
+        _write_results(target, model, keys, params_of(model) | of_call, mask, write_lambda, progress=progress)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
