@@ -67,11 +67,12 @@ class CellsMixin(SetupMixin):
         if dataloader is None:
             adata = self._validate_anndata(adata)
             size = check_whole("batch_size", batch_size, or_none=True) or EVALUATION_BATCH_SIZE
+            indices = cell_positions(indices, adata.n_obs)  # refuses none
             held = self._cells_on_device(adata, indices)
             if held is None:
                 dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
             else:
-                dataloader = held.batches(cell_positions(indices, adata.n_obs), size)
+                dataloader = held.batches(indices, size)
         self.module.eval()
         with seeded(0):
             batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
