@@ -300,7 +300,7 @@ def test_truth_values_may_be_1_and_0(value):
     function(copy=value)
     assert found == [bool(value)]
     assert type(found[0]) is bool
-    with pytest.raises(TypeError, match="`copy` must be True or False; found 'yes'"):
+    with pytest.raises(ValueError, match="`copy` must be True or False; found 'yes'"):
         function(copy="yes")
 
 

@@ -315,7 +315,7 @@ def _check_truth(name: str, value: object, *, or_none: bool) -> bool | None:
         return value
     if isinstance(value, np.bool_) or (is_whole(value) and value in (0, 1)):
         return bool(value)
-    raise TypeError(f"`{name}` must be True or False{', or None' if or_none else ''}; found {value!r}.")
+    raise ValueError(f"`{name}` must be True or False{', or None' if or_none else ''}; found {value!r}.")
 
 
 #: Checks of other arguments by their annotation.

@@ -190,7 +190,7 @@ FIT = (
     Option("--no-early-stopping", "early_stopping", help="train for all epochs", more={"action": "store_false"}),
     Option("--checkpoint", "checkpoint", folder, "folder for the state of the training, to continue from there"),
     Option("--lambda", "write_lambda", help="write the dense layer of lambda, whatever its size", more=FLAG),
-    Option("--no-lambda", "write_lambda", help="leave it out [written up to 128 MiB]", more={"action": "store_false"}),
+    Option("--no-lambda", "write_lambda", help="leave it out [written up to 192 MiB]", more={"action": "store_false"}),
     Option("--allow-non-integer", "allow_non_integer", help="accept estimated counts", more=FLAG),
     SEED,
     DEVICE,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LARGEST_SHARE_OF_MEMORY = 0.25
 #: Bytes up to which λ is written unless the user says otherwise: it does not compress, and counts of 5 MB in a file may
 #: have λ of 300.
-LARGEST_BY_DEFAULT = 2**27
+LARGEST_BY_DEFAULT = 192 * 2**20
 
 
 def require_place_for_rate(adata: AnnData, place: object, *, copy: bool) -> None:

@@ -125,7 +125,7 @@ def scvae(
         Name of the results.
     write_lambda
         Whether to write the layer of λ, or where to. λ is dense. None writes it into memory where it takes at most
-        128 MiB, such as 4,000 cells x 8,000 genes, and a quarter of the free memory, and ``mask_var`` leaves out no
+        192 MiB, such as 4,000 cells x 12,000 genes, and a quarter of the free memory, and ``mask_var`` leaves out no
         gene; otherwise a warning says that it is left out. True always writes it, with NaN for genes that ``mask_var``
         leaves out; if ``adata`` is backed and not copied, into its file, which must be open with ``backed="r+"``. An
         array of shape (n_cells, n_genes) and a floating type of 32 bits or more, such as a zarr array, an h5py dataset,
