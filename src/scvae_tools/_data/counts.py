@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import h5py
 import numpy as np
 import pandas as pd
+import zarr
 from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
-from anndata.compat import ZarrArray
 from scipy import sparse
 
 from scvae_tools._data.structure import check_structure, whole_of_view
@@ -261,7 +261,7 @@ def _to_csr(matrix: object, mask: np.ndarray | None, where: str) -> csr_matrix:
 
 
 def _check_form(matrix: object, where: str) -> None:
-    known = isinstance(matrix, np.ndarray | h5py.Dataset | ZarrArray) and not isinstance(matrix, np.ma.MaskedArray)
+    known = isinstance(matrix, np.ndarray | h5py.Dataset | zarr.Array) and not isinstance(matrix, np.ma.MaskedArray)
     known = known or (sparse.issparse(matrix) and matrix.format in ("csr", "csc"))
     if not known:
         kind = f"{type(matrix).__module__}.{type(matrix).__qualname__}"
@@ -284,7 +284,7 @@ def _compressed_to_csr(matrix: sparse.spmatrix, mask: np.ndarray | None) -> csr_
     return matrix.tocsr()
 
 
-def _dense_to_csr(matrix: np.ndarray | h5py.Dataset | ZarrArray, mask: np.ndarray | None) -> csr_matrix:
+def _dense_to_csr(matrix: np.ndarray | h5py.Dataset | zarr.Array, mask: np.ndarray | None) -> csr_matrix:
     n_cells, n_genes = matrix.shape
     genes = slice(None) if mask is None else mask
     blocks = [
@@ -419,7 +419,7 @@ def _seem_counts(matrix: object) -> bool:
     """Whether the first values are non-negative integers, not all 0."""
     if sparse.issparse(matrix):
         values = matrix.data[:100_000]
-    elif isinstance(matrix, np.ndarray | h5py.Dataset | ZarrArray | CSRDataset):
+    elif isinstance(matrix, np.ndarray | h5py.Dataset | zarr.Array | CSRDataset):
         values = matrix[:50]
     elif isinstance(matrix, CSCDataset):
         values = matrix[:, :50]
