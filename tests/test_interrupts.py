@@ -140,10 +140,11 @@ def test_nothing_that_was_trained_is_lost(owner, name, stages, message, monkeypa
     press_in(monkeypatch, owner, name)
     with pytest.warns(InterruptedTraining) as caught:
         fit(adata)
-    assert [message in str(each.message) for each in caught] == [True]
+    caught = [str(each.message) for each in caught if each.category is InterruptedTraining]
+    assert [message in each for each in caught] == [True]
     assert adata.uns["scvae"]["history"]["stage"].unique().tolist() == stages
     assert set(adata.obsm) == ALL
-    assert set(adata.layers) == ({"scvae_lambda"} if message != NO_RATE else set())
+    assert set(adata.layers) - {None} == ({"scvae_lambda"} if message != NO_RATE else set())
     assert np.isfinite(adata.obsm["X_scvae"]).all()
     assert "Press it again" in caplog.text
 
@@ -161,7 +162,7 @@ def test_a_second_press_ends_the_call_and_leaves_the_data_as_they_were(monkeypat
     press_in(monkeypatch, _training, "start_mixture", 2)
     with pytest.raises(KeyboardInterrupt):
         fit(adata)
-    assert (list(adata.obsm), list(adata.uns), list(adata.layers)) == ([], [], [])
+    assert not set(adata.obsm) | set(adata.uns) | set(adata.layers) - {None}  # None is X, in anndata 0.13
 
 
 def test_before_the_first_epoch_it_ends_the_call_at_once(monkeypatch):

@@ -78,7 +78,8 @@ def mark_of(path: Path) -> str | None:
 
 def n_bytes_of(adata: AnnData) -> int:
     """Size of the matrices of an AnnData, below that of an h5ad file without compression."""
-    matrices = [adata.X, *adata.layers.values(), *adata.obsm.values(), *adata.varm.values(), *adata.obsp.values()]
+    layers = [layer for name, layer in adata.layers.items() if name is not None]  # None is X, in anndata 0.13
+    matrices = [adata.X, *layers, *adata.obsm.values(), *adata.varm.values(), *adata.obsp.values()]
     parts = ((each.data, each.indices, each.indptr) if sparse.issparse(each) else (each,) for each in matrices)
     return sum(getattr(part, "nbytes", 0) for each in parts for part in each)
 

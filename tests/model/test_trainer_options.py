@@ -178,6 +178,6 @@ def test_one_task_of_slurm_is_nothing_to_speak_of(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.delenv("SLURM_JOB_NAME", raising=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         new_model(mixture=False, n_components=None).train(1, progress=False)
     assert "SLURM_JOB_NAME" not in os.environ
