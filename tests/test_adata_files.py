@@ -36,7 +36,8 @@ def read(path):
 
 
 def assert_same(found, expected):
-    pd.testing.assert_frame_equal(found.obs, expected.obs, check_dtype=pd.__version__ < "3")  # plain strings, or not
+    options = {"check_dtype": pd.__version__ < "3"}  # strings of pandas 3 are written as plain ones
+    pd.testing.assert_frame_equal(found.obs, expected.obs, **options)
     pd.testing.assert_frame_equal(found.var, expected.var)
     assert (found.X != expected.X).nnz == (found.raw.X != expected.raw.X).nnz == 0
     pd.testing.assert_frame_equal(found.raw.var, expected.raw.var)
@@ -45,7 +46,7 @@ def assert_same(found, expected):
     np.testing.assert_array_equal(found.varm["loadings"], expected.varm["loadings"])
     assert (found.obsp["near"] != expected.obsp["near"]).nnz == 0
     assert [tuple(row) for row in found.uns["names"]] == [tuple(row) for row in expected.uns["names"]]
-    pd.testing.assert_frame_equal(found.uns["deep"]["table"], expected.uns["deep"]["table"])
+    pd.testing.assert_frame_equal(found.uns["deep"]["table"], expected.uns["deep"]["table"], **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*zarr v2")
