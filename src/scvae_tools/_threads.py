@@ -2,9 +2,9 @@
 
 torch computes with a team of OpenMP threads, which wait for each other many times in a step of a training. With
 libgomp, the runtime of torch on Linux, a waiting thread keeps its core busy for about 3 ms before it sleeps. Beside
-other work the thread that it waits for then has no core to run on, and a training takes ten times as long. The number
-of threads is not changed with the load: sums in another order are rounded otherwise, and the same seed would give
-another result.
+other work the thread that it waits for then has no core to run on (docs/performance.md has figures). The number of
+threads is not changed with the load: sums in another order are rounded otherwise, and the same seed would give another
+result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 #: Variables by which users say how many threads there are, and how these wait.
 NUMBERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-#: Numbers in a matrix up to which a second thread saves no time: 128 cells and 1,024 genes (docs/performance.md).
+#: Numbers in a matrix up to which there is one thread: 128 cells and 1,024 genes. 765 genes were measured
+#: (docs/performance.md); the limit is chosen.
 SMALL = 2**17
 #: A function that does nothing and needs nothing of Python.
 _NOTHING = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p)

@@ -83,7 +83,7 @@ UNFIT = {
         r"of the type .* str, such as 'x'; found int, such as 1\. .*astype\(str\)",
     ),
     "categories that are numbers": (pd.Categorical([1, 2] * 20), "found int, such as"),
-    "mixed": ([1, "x"] * 20, "must|found"),
+    "mixed": ([1, "x"] * 20, "must hold categories of one kind, .*; found the types int, str"),
     "booleans": ([True, False] * 20, "found bool, such as"),
 }
 

@@ -58,7 +58,9 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
     from scvae_tools.tl._lambda_layer import size_of_rate
 
-    _require_room(output, n_bytes_of(adata) + size_of_rate(adata, options.get("write_lambda")))
+    has_all_genes = options.get("mask_var") is None
+    n_bytes_of_rate = size_of_rate(adata, options.get("write_lambda"), has_all_genes=has_all_genes)
+    _require_room(output, n_bytes_of(adata) + n_bytes_of_rate)
     start = time.perf_counter()
     with interrupts_held() as held:  # until what was trained is in a file
         model = tl.scvae(adata, return_model=True, progress=not _get(given, "quiet", default=False), **options)

@@ -32,7 +32,7 @@ LARGEST_COUNT = 2**24  #: float32 holds every integer up to here and only some a
 LOG_MAXIMUM = 15  #: log1p of three million; a non-integer matrix below it looks log-transformed
 
 
-DIGESTED_VALUES = 10**7  #: values that are looked at to notice a change: 0.1 s for 10⁸ of them
+DIGESTED_VALUES = 10**7  #: values that are looked at to notice a change
 
 _BLOCK = 2**22  # values handled at once, so that checks and conversions need little memory beside the matrix
 

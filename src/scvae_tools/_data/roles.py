@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -54,8 +54,6 @@ class Role:
             return []
         if not self.takes_several:
             check_is_one(value, argument)
-            if not isinstance(value, Hashable):
-                raise TypeError(f"`{argument}` must be the name of one column; found {value!r}. Pass one name.")
             return [value]
         if isinstance(value, str):
             raise TypeError(f"`{argument}` must be a list of names; found the string {value!r}. Pass [{value!r}].")

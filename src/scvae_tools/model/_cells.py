@@ -67,12 +67,12 @@ class CellsMixin(SetupMixin):
         if dataloader is None:
             adata = self._validate_anndata(adata)
             size = check_whole("batch_size", batch_size, or_none=True) or EVALUATION_BATCH_SIZE
-            indices = cell_positions(indices, adata.n_obs)  # refuses none
-            held = self._cells_on_device(adata, indices)
+            positions = cell_positions(indices, adata.n_obs)
+            held = self._cells_on_device(adata, positions)
             if held is None:
-                dataloader = self._make_data_loader(adata, indices=indices, batch_size=size, **options)
+                dataloader = self._make_data_loader(adata, indices=positions, batch_size=size, **options)
             else:
-                dataloader = held.batches(indices, size)
+                dataloader = held.batches(positions, size)
         self.module.eval()
         with seeded(0):
             batches = iter(dataloader)  # draws a seed for its workers, if any, from the global state
@@ -80,7 +80,7 @@ class CellsMixin(SetupMixin):
             for tensors in batches:
                 yield self.module.moved(tensors)
 
-    def _cells_on_device(self, adata: AnnData, indices: Sequence[int] | None) -> ResidentCells | CellWindows | None:
+    def _cells_on_device(self, adata: AnnData, positions: np.ndarray) -> ResidentCells | CellWindows | None:
         """Cells on the device of the model, or None where their batches are made by the host.
 
         They are copied to a CUDA device for one pass over many of them.
@@ -89,7 +89,7 @@ class CellsMixin(SetupMixin):
             return self._held
         if self.module.device.type != "cuda" or self.minified_data_type is not None:
             return None
-        if len(cell_positions(indices, adata.n_obs)) < SMALLEST_SHARE_TO_COPY * adata.n_obs:
+        if len(positions) < SMALLEST_SHARE_TO_COPY * adata.n_obs:
             return None
         manager = self.get_anndata_manager(adata, required=True)
         return held_on_device(CountDataset(manager, self.module.likelihood), self.module.device, hold=None)

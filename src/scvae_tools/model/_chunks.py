@@ -64,10 +64,10 @@ def check_overall(n_samples_overall: int | None, n_samples: int, out: Any, n_cel
         )
     if out is not None:
         raise ValueError("`out` cannot take draws in random order; found it with `n_samples_overall`. Leave it out.")
-    if not n_cells:
+    if n_cells is None:
         raise ValueError(
-            "`n_samples_overall` needs cells whose number is known beforehand; found "
-            f"{'none' if n_cells == 0 else 'a dataloader without `indices`'}. Pass `adata` and `indices`."
+            "`n_samples_overall` needs cells whose number is known beforehand; found a dataloader without `indices`. "
+            "Pass `adata` and `indices`."
         )
 
 

@@ -11,7 +11,6 @@ from scvi import settings
 
 from scvae_tools import _keys
 from scvae_tools._checks import cell_positions, checked
-from scvae_tools._data.roles import column_of_obs
 from scvae_tools._module.bounds import kl_of_marginals
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
@@ -158,53 +157,6 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
                 values.append(self.module.importance_weighted_bound(*data, n_mc_samples, n_mc_samples_per_pass).cpu())
         values = torch.cat(values).double().numpy()
         return float(values.mean()) if return_mean else values
-
-    @checked()
-    def get_aggregated_posterior(
-        self,
-        adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
-        batch_size: int | None = None,
-        dof: float | None = 3.0,
-    ) -> torch.distributions.Distribution:
-        """Mixture of the posteriors of cells, as `differential_abundance` of scvi-tools uses it.
-
-        Parameters
-        ----------
-        adata, indices, batch_size
-            As in `get_elbo_terms`.
-        dof
-            Degrees of freedom of Student's t-distributions; None for Gaussians.
-        """
-        adata = self._validate_anndata(adata)
-        cells = cell_positions(indices, adata.n_obs)
-        return super().get_aggregated_posterior(adata, cells, batch_size, dof)
-
-    @checked()
-    def differential_abundance(
-        self,
-        adata: AnnData | None = None,
-        sample_key: str | None = None,
-        batch_size: int = 128,
-        num_cells_posterior: int | None = None,
-        dof: float | None = None,
-    ) -> None:
-        """Log-probability of each cell in each sample, by scvi-tools, which writes it into ``adata``.
-
-        Parameters
-        ----------
-        adata, batch_size
-            As in `get_elbo_terms`.
-        sample_key
-            Column of ``obs`` with the sample of each cell.
-        num_cells_posterior
-            Most cells of a sample that are used, drawn at random; None for all.
-        dof
-            As in `get_aggregated_posterior`.
-        """
-        adata = self._validate_anndata(adata)
-        column_of_obs(adata, sample_key, "sample_key")
-        super().differential_abundance(adata, sample_key, batch_size, num_cells_posterior, dof)
 
     @checked()
     @torch.inference_mode()

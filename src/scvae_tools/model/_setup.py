@@ -108,7 +108,7 @@ class SetupMixin(BaseMinifiedModeModelClass):
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         with quiet():
             manager.register_fields(adata, **kwargs)
-        _note_data(manager)
+        _note_data(manager, _digest_of(manager))
         manager.is_transferred = is_transferred
         cls.register_manager(manager)
 
@@ -168,16 +168,18 @@ class SetupMixin(BaseMinifiedModeModelClass):
         if adata is None or adata is self.adata:
             self._check_own_counts()
             return self.adata  # its columns are kept: they need not be registered again after another set-up
+        manager = self.get_anndata_manager(adata)
+        is_known = manager is not None and _has_same_counts(manager)
         if minified_type(adata) is None:
             self._check_genes(adata)
             self._check_columns(adata)
-            manager = self.get_anndata_manager(adata)
-            if manager is None or not _has_same_counts(manager):
+            if not is_known:
                 read_counts(adata, layer=self.layer, allow_non_integer=self.allows_non_integer)
         self._forget(adata)  # its columns may have changed since it was last shown
         with quiet():
             adata = super()._validate_anndata(adata, copy_if_view)
-        _note_data(self.get_anndata_manager(adata))
+        transferred = self.get_anndata_manager(adata)
+        _note_data(transferred, manager.counts_digest if is_known else _digest_of(transferred))
         return adata
 
     def _forget(self, adata: AnnData) -> None:
@@ -291,10 +293,10 @@ def _digest_of(manager: AnnDataManager) -> int | None:
     return digest_of_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
 
 
-def _note_data(manager: AnnDataManager) -> None:
-    """Keep the columns and the digest of the counts as they are now."""
+def _note_data(manager: AnnDataManager, counts_digest: int | None) -> None:
+    """Keep the columns as they are now, and the digest of the counts."""
     registered_columns(manager)
-    manager.counts_digest = _digest_of(manager)
+    manager.counts_digest = counts_digest
 
 
 def _has_same_counts(manager: AnnDataManager) -> bool:

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as lightning
+from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from scvae_tools._checks import check_choice
 from scvae_tools._messages import warn
@@ -90,14 +91,11 @@ def check_one_device(devices: object) -> None:
         )
 
 
-#: Kinds of devices that Lightning knows by name.
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-
-
 def one_device(accelerator: str, devices: object) -> tuple[str, Any, torch.device]:
     """Accelerator and devices as Lightning takes them, and the device; warn of further tasks of a job of SLURM."""
     if isinstance(accelerator, str):
-        check_choice("accelerator", accelerator, ACCELERATORS)
+        known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+        check_choice("accelerator", accelerator, known)
     check_one_device(devices)
     n_tasks = os.environ.get("SLURM_NTASKS", "1")
     if n_tasks != "1":

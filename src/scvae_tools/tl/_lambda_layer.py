@@ -65,11 +65,10 @@ def _require_room_for_array(place: Any) -> None:
         require_room(Path(place.file.filename), place.nbytes - place.id.get_storage_size())
 
 
-def size_of_rate(adata: AnnData, place: object) -> int:
+def size_of_rate(adata: AnnData, place: object, *, has_all_genes: bool = True) -> int:
     """Bytes that λ takes in memory, and in a file of results; 0 where it is not written."""
-    most = min(LARGEST_BY_DEFAULT, LARGEST_SHARE_OF_MEMORY * _free_memory())
-    is_left_out = place is None and _n_bytes(adata) > most
-    return 0 if is_left_out or place is False else _n_bytes(adata)
+    is_left_out = place is False or (place is None and _why_left_out(adata, has_all_genes=has_all_genes) is not None)
+    return 0 if is_left_out else _n_bytes(adata)
 
 
 def _n_bytes(adata: AnnData) -> int:
@@ -145,17 +144,23 @@ def _write(adata: AnnData, key: str, place: Any, rows: Iterator[np.ndarray]) -> 
         inform("λ is in the array passed as `write_lambda` alone: AnnData takes no %s as a layer.", _kind(place))
 
 
-def _is_left_out(adata: AnnData, key: str, *, has_all_genes: bool) -> bool:
-    """Whether λ is not to be written by default; warn if so."""
+def _why_left_out(adata: AnnData, *, has_all_genes: bool) -> str | None:
+    """Reason not to write λ by default; None if there is none."""
     n_bytes, free = _n_bytes(adata), _free_memory()
     if not has_all_genes:
-        reason = "it would hold NaN for the genes that `mask_var` leaves out"
-    elif n_bytes > LARGEST_SHARE_OF_MEMORY * free:
-        reason = f"it would take {_size(n_bytes)}, more than a quarter of the {_size(free)} of free memory"
-    elif n_bytes > LARGEST_BY_DEFAULT:
-        reason = f"it is dense and would take {_size(n_bytes)}, in files too (by default at most "
-        reason += f"{_size(LARGEST_BY_DEFAULT)})"
-    else:
+        return "it would hold NaN for the genes that `mask_var` leaves out"
+    if n_bytes > LARGEST_SHARE_OF_MEMORY * free:
+        return f"it would take {_size(n_bytes)}, more than a quarter of the {_size(free)} of free memory"
+    if n_bytes > LARGEST_BY_DEFAULT:
+        most = _size(LARGEST_BY_DEFAULT)
+        return f"it is dense and would take {_size(n_bytes)}, in files too (by default at most {most})"
+    return None
+
+
+def _is_left_out(adata: AnnData, key: str, *, has_all_genes: bool) -> bool:
+    """Whether λ is not to be written by default; warn if so."""
+    reason = _why_left_out(adata, has_all_genes=has_all_genes)
+    if reason is None:
         return False
     warn(
         f"layers[{key!r}] is left out: {reason}. Pass write_lambda=True to write it all the same (of a backed AnnData "
