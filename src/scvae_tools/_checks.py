@@ -281,7 +281,7 @@ NUMBERS: dict[str, Check] = {
     **dict.fromkeys(("max_epochs", "batch_size"), whole()),
     **dict.fromkeys(("n_warm_up_epochs", "patience"), whole(least=0)),
     **dict.fromkeys(("lr", "gradient_clip"), number(above=0)),  # a clip below 0 would turn the gradient round
-    **dict.fromkeys(("weight_decay", "kl_weight", "free_nats_y", "free_nats_z"), number(least=0)),
+    **dict.fromkeys(("weight_decay", "kl_weight", "kl_weight_start", "free_nats_y", "free_nats_z"), number(least=0)),
     **dict.fromkeys(("train_size", "test_size"), check_share),
     # draws and results
     **dict.fromkeys(("n_samples", "n_importance_samples", "n_samples_overall"), whole()),

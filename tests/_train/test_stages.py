@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
-from scvae_tools._train.stages import default_max_epochs, plan_stages
+from scvae_tools._train.stages import Stage, default_max_epochs, noise_edge, plan_stages
 
 
 @pytest.mark.parametrize(("n_cells", "epochs"), [(10, 400), (700, 400), (4_271, 120), (20_000, 26), (1_000_000, 20)])
@@ -48,3 +49,30 @@ def test_dropout_acts_in_the_last_stage_alone(mixture, last):
     model.train(10, progress=False, callbacks=[Note()])
     assert rates[last] == {0.3}
     assert {rate for stage in rates if stage != last for rate in rates[stage]} == {0.0}
+
+
+@pytest.mark.parametrize(("start", "weights"), [(0.0, [0.0, 0.25, 1.0, 1.0]), (5.0, [5.0, 4.0, 1.0, 1.0])])
+def test_the_weight_of_the_kl_goes_in_a_straight_line_to_one(start, weights):
+    stage = Stage("warm-up", 10, warms_up=True, kl_weight_start=start)
+    assert [stage.kl_weight(share) for share in (0.0, 0.25, 1.0, 1.2)] == pytest.approx(weights)
+    assert Stage("vae", 10, kl_weight_start=start).kl_weight(0.1) == 1.0
+
+
+@pytest.mark.parametrize(("n_cells", "n_genes"), [(900, 500), (300, 1200)])
+def test_the_noise_edge_is_the_largest_eigenvalue_of_cells_that_do_not_differ(n_cells, n_genes):
+    noise = np.random.default_rng(0).standard_normal((n_cells, n_genes))
+    largest = np.linalg.svd(noise, compute_uv=False)[0] ** 2 / n_cells
+    assert largest == pytest.approx(noise_edge(n_cells, n_genes), rel=0.05)
+
+
+def test_a_training_starts_at_the_noise_edge_unless_told_otherwise():
+    adata = svt.datasets.simulate(100, 90, 2, random_state=0)
+    svt.SCVAE.setup_anndata(adata)
+    weights = {}
+    for start in (None, 0.0):
+        model = svt.SCVAE(adata, mixture=False, n_hidden=8, n_latent=2)
+        model.train(8, progress=False, kl_weight_start=start)
+        weights[start] = model.history["kl_weight"].to_numpy()
+    assert weights[None][0] == pytest.approx(4.0)  # (1 + sqrt(90 / 90))^2: 90 training cells
+    assert weights[0.0][0] == 0.0
+    assert all(each[-1] == 1.0 for each in weights.values())

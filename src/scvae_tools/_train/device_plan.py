@@ -59,10 +59,8 @@ class DevicePlan(TrainingPlan):
         self._recorded: dict[DeviceCells, RecordedStep] = {}  #: a step for each place of a window
 
     def warm_up_share(self) -> float:
-        if not self.stage.warms_up:
-            return 1.0
         done = self.epoch_of_stage * self.steps.n_steps + self.n_steps_of_epoch
-        return min(1.0, done / max(self.steps.n_steps * self.stage.max_epochs, 1))
+        return self.stage.kl_weight(done / max(self.steps.n_steps * self.stage.max_epochs, 1))
 
     def on_train_epoch_start(self) -> None:
         self.n_steps_of_epoch = 0

@@ -4,7 +4,8 @@ A mixture fitted with the wanted number of components is a poor clustering. Its 
 type, whose cells vary, than by telling two small types apart, and the result depends on the seed. So more components
 than wanted are fitted, with one covariance, and those that overlap most are merged (Baudry et al. 2010,
 doi:10.1198/jcgs.2010.08111; Hennig 2010, doi:10.1007/s11634-010-0058-3). Pieces of one type overlap; types do not,
-whatever their size. Figures in docs/clustering.md.
+whatever their size. Where the number is to be found, components between which the density has no valley are merged too
+(`modes`). Figures in docs/clustering.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._threads import considerate_threads
+from scvae_tools._train.modes import merge_without_valley
 from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, n_fits_at_once, one_hot
 
 #: Number of runs, each from another start; the result of one is taken.
@@ -33,6 +35,8 @@ MOST, CLEARLY_APART = 0.7, 0.05
 #: Partitions of different runs are compared by the log-likelihood per cell of a mixture with one covariance, less
 #: `OVERLAP_WEIGHT` times the mean of their `N_LARGEST_OVERLAPS` largest overlaps.
 OVERLAP_WEIGHT, N_LARGEST_OVERLAPS = 2.0, 3
+#: Probability that one population stays cut in several, by the test of valleys.
+ALPHA = 0.05
 #: Cells that a fine component needs on average.
 CELLS_PER_COMPONENT = 15
 #: Largest number of cells on which runs are compared.
@@ -80,7 +84,7 @@ def start_mixture(
     -------
     The mixture, and what is known of each number of components, one row each: ``n_components``; ``overlap``, the median
     over runs of the largest overlap between two of so many components, in nats per cell of the smaller;
-    ``share_of_runs`` that would stop there; ``chosen``.
+    ``share_of_runs`` that would stop there, by their overlap; ``chosen``, which may be fewer, by the test of valleys.
     """
     latent = _on_device(latent, device)
     rng = np.random.default_rng(random_state)
@@ -96,6 +100,9 @@ def start_mixture(
     # It can be that no run has k components: where k is nearly the number of cells, or where cells are equal.
     partitions = partitions or [_k_means(sample, k, random_state)]
     label = max(partitions, key=lambda each: _quality(sample, each, k))
+    if low < k:
+        merged = merge_without_valley(sample.cpu().numpy(), label.cpu().numpy(), fewest=low, alpha=ALPHA, rng=rng)
+        label, k = torch.as_tensor(merged, device=latent.device), int(merged.max()) + 1
     if len(sample) < len(latent):
         label = _nearest(latent, _mixture(sample, label, k))
     return _as_start(_mixture(latent, label, k)), _table(runs, found, k)

@@ -142,11 +142,9 @@ class TrainingPlan(lightning.LightningModule):
         return len(self.history)
 
     def warm_up_share(self) -> float:
-        """Share of the KL weight in use: the share of the warm-up that has passed, or 1 in other stages."""
-        if not self.stage.warms_up:
-            return 1.0
+        """Share of the KL weight in use, which may be above 1 in the warm-up."""
         steps = self.trainer.num_training_batches * self.stage.max_epochs
-        return min(1.0, self.trainer.global_step / max(steps, 1))
+        return self.stage.kl_weight(self.trainer.global_step / max(steps, 1))
 
     def on_train_epoch_start(self) -> None:
         self.module.train()

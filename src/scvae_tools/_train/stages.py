@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +19,14 @@ class Stage:
     max_epochs
         Largest number of epochs.
     warms_up
-        Whether the weight of the KL terms rises from 0 to 1 over the stage; such a stage never stops early.
+        Whether the weight of the KL terms goes from ``kl_weight_start`` to 1 over the stage; such a stage never stops
+        early.
     is_mixture
         Whether the mixture's bound is trained.
     drops_out
         Whether dropout acts.
+    kl_weight_start
+        Weight of the KL terms at the beginning of a stage that warms up, relative to that in the other stages.
     """
 
     name: str
@@ -30,6 +34,24 @@ class Stage:
     warms_up: bool = False
     is_mixture: bool = False
     drops_out: bool = False
+    kl_weight_start: float = 0.0
+
+    def kl_weight(self, share: float) -> float:
+        """Weight of the KL terms, relative to that in the other stages, when a share of the steps is done."""
+        if not self.warms_up:
+            return 1.0
+        done = min(1.0, share)
+        return (1 - done) * self.kl_weight_start + done
+
+
+def noise_edge(n_cells: int, n_genes: int) -> float:
+    """Largest variance of a direction in which cells do not differ, relative to the noise of one gene, ≥ 1.
+
+    It is the upper edge (1 + √(g/n))² of the eigenvalues of the covariance of g standardised genes in n cells without
+    any structure (Marchenko and Pastur 1967, doi:10.1070/SM1967v001n04ABEH001994). A linear VAE with this weight of the
+    KL terms uses a latent dimension only where the variance is larger (Lucas et al. 2019, arXiv:1911.02469).
+    """
+    return (1 + math.sqrt(n_genes / n_cells)) ** 2
 
 
 def default_max_epochs(n_cells: int) -> int:
@@ -44,6 +66,7 @@ def plan_stages(
     resumes_vae: bool = False,
     resumes_mixture: bool = False,
     n_warm_up_epochs: int | None = None,
+    kl_weight_start: float = 0.0,
 ) -> list[Stage]:
     """Divide the epochs into stages: KL warm-up (a quarter of the VAE's, unless given), VAE, mixture.
 
@@ -75,6 +98,9 @@ def plan_stages(
                 f"`max_epochs`{' before those of the mixture' if mixture else ''}; found {n_warm_up}. Pass fewer, or "
                 "more `max_epochs`."
             )
-    stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up, drops_out=not mixture)]
+    stages = [
+        Stage("warm-up", n_warm_up, warms_up=True, kl_weight_start=kl_weight_start),
+        Stage("vae", n_vae - n_warm_up, drops_out=not mixture),
+    ]
     stages.append(Stage("mixture", n_mixture, is_mixture=True, drops_out=True))
     return [stage for stage in stages if stage.max_epochs > 0]

@@ -37,6 +37,10 @@ class TrainingState:
         Versions of the weights, and the name of the version in use; none before a training has ended.
     is_interrupted
         Whether Ctrl-C ended the last training.
+    null_log_likelihood
+        Log-likelihood of the model without latent variables, in nats per cell, by the subset of the cells; None before
+        a training of some length has ended, and for models saved by versions without it. Not in checkpoints: it is
+        computed after the last epoch.
     """
 
     n_components: int | tuple[int, int] | None = None
@@ -46,6 +50,7 @@ class TrainingState:
     versions: Mapping[str, Version] = field(default_factory=dict)
     version: str | None = None
     is_interrupted: bool = False
+    null_log_likelihood: dict[str, float] | None = None
 
     @property
     def n_epochs(self) -> int:

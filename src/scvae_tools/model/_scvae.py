@@ -264,6 +264,15 @@ class SCVAE(TrainingMixin, PersistenceMixin, InheritedMixin):
         self._state.component_curve = value
 
     @property
+    def null_log_likelihood_(self) -> dict[str, float] | None:
+        """Log-likelihood without latent variables; see `null_log_likelihood`."""
+        return self._state.null_log_likelihood
+
+    @null_log_likelihood_.setter
+    def null_log_likelihood_(self, value: dict[str, float] | None) -> None:
+        self._state.null_log_likelihood = value
+
+    @property
     def was_interrupted(self) -> bool:
         """Whether Ctrl-C ended the last training."""
         return self._state.is_interrupted

@@ -19,6 +19,7 @@ from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import seeded
 from scvae_tools._threads import considerate_threads
+from scvae_tools._train import null_model
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import NonFiniteError, Objective
@@ -26,7 +27,7 @@ from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
 from scvae_tools._train.split import split_cells
-from scvae_tools._train.stages import Stage, default_max_epochs, plan_stages
+from scvae_tools._train.stages import Stage, default_max_epochs, noise_edge, plan_stages
 from scvae_tools._train.versions import Version, copied, renumbered
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
@@ -57,6 +58,17 @@ class TrainingMixin(InferenceMixin):
         """
         return self._state.history
 
+    @property
+    def null_log_likelihood(self) -> dict[str, float] | None:
+        """Log-likelihood of the cells without latent variables, in nats per cell; None after less than 120 steps.
+
+        Keys ``"train"`` and, where cells are held out, ``"validation"``. It is of a model with the same likelihood,
+        size factors and covariates, fitted to the same training cells, whose other parameters are the same for all
+        cells. The ELBO of held-out cells less this number is what the latent space explains. Where it is not positive,
+        the training warns: the latent codes hold noise.
+        """
+        return self._state.null_log_likelihood
+
     @answers_other_names
     @checked()
     def train(
@@ -66,6 +78,7 @@ class TrainingMixin(InferenceMixin):
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         n_warm_up_epochs: int | None = None,
+        kl_weight_start: float | None = None,
         kl_weight: float = 1.0,
         free_nats_y: float = 0.0,
         free_nats_z: float = 0.0,
@@ -97,8 +110,13 @@ class TrainingMixin(InferenceMixin):
             Of Adam; dispersions that cells share learn at ten times the rate. The decay acts on all that is trained,
             biases and log r included: it pulls λ over the size factor, and r, towards 1.
         n_warm_up_epochs
-            Epochs at the beginning over which the weight of the KL terms rises from 0; None for a quarter of the
-            VAE's.
+            Epochs at the beginning over which the weight of the KL terms goes from ``kl_weight_start`` to
+            ``kl_weight``; None for a quarter of the VAE's.
+        kl_weight_start
+            Weight of both KL terms at the beginning, relative to ``kl_weight``. None for (1 + √(n_genes / n_cells))²,
+            with the number of training cells, above which no direction of pure noise is worth its KL: so dimensions
+            that hold what cells differ in are learnt first, and noise is not (docs/model.md). 0 for the usual warm-up
+            from below.
         kl_weight
             Weight of both KL terms after that. The bounds in `history` are never weighted.
         free_nats_y
@@ -185,7 +203,7 @@ class TrainingMixin(InferenceMixin):
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = one_device(accelerator, devices)
-        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
+        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs, kl_weight_start, train_size)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
@@ -202,6 +220,7 @@ class TrainingMixin(InferenceMixin):
                 settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
             try:
                 self._run(stages, loaders, settings, random_state)
+                self._compare_with_null(dataset, len(loaders[0]), settings, random_state)
             finally:
                 settings.close()
                 self.module.eval()
@@ -214,13 +233,18 @@ class TrainingMixin(InferenceMixin):
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
         self._validate_anndata()
 
-    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
+    def _stages(
+        self, max_epochs: int, n_warm_up_epochs: int | None, kl_weight_start: float | None, train_size: float
+    ) -> list[Stage]:
+        if kl_weight_start is None:
+            kl_weight_start = noise_edge(max(1, round(train_size * self.adata.n_obs)), self.adata.n_vars)
         return plan_stages(
             max_epochs,
             mixture=isinstance(self.module, MixtureVAE),
             resumes_vae=self._state.is_trained,
             resumes_mixture=self.is_mixture,
             n_warm_up_epochs=n_warm_up_epochs,
+            kl_weight_start=kl_weight_start,
         )
 
     def _checkpointer(self, directory: str | Path, dataset: CountDataset, arguments: dict[str, Any]) -> Checkpointer:
@@ -409,6 +433,23 @@ class TrainingMixin(InferenceMixin):
         self._state.is_trained, self._state.is_interrupted = True, interrupted
         self._state.forget_versions()
         return versions
+
+    def _compare_with_null(self, dataset: CountDataset, n_steps: int, settings: Settings, random_state: int) -> None:
+        """Note the log-likelihood without latent variables, and say how far the ELBO of held-out cells is above it.
+
+        Not after fewer steps than it takes: such a training is a trial. ``n_steps`` is the number in an epoch.
+        """
+        state = self._state
+        state.null_log_likelihood = None  # that of an earlier split
+        if state.is_interrupted or state.n_epochs * n_steps < null_model.N_STEPS:
+            return
+        settings.progress.say(null_model.NAME)
+        subsets = {"train": self.train_indices, "validation": self.validation_indices}
+        with considerate_threads(null_model.N_CELLS * self.adata.n_vars):
+            state.null_log_likelihood = null_model.null_log_likelihoods(self.module, dataset, subsets, random_state)
+        elbo = state.versions[state.version].elbo
+        if np.isfinite(elbo) and "validation" in state.null_log_likelihood:
+            null_model.report(elbo, state.null_log_likelihood["validation"])
 
     def _resume(self, stages: list[Stage], settings: Settings) -> int:
         """Go to the beginning of the stage in which the checkpoint was written; return its number."""

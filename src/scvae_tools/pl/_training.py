@@ -44,6 +44,9 @@ def training(
     the steep first epochs, but contain the last epoch and the best validation ELBO. The ELBO is not weighted by the
     warm-up, so that all epochs are comparable.
 
+    The dotted line is the log-likelihood of the validation cells under a model without latent variables. What the ELBO
+    is above it, the latent space explains.
+
     Dropout acts in the last stage only, and the curve of the training cells is measured with it: where dropout begins,
     which the legend says, that curve falls by what the dropped units contribute. The validation cells are measured
     without dropout in all stages.
@@ -77,6 +80,7 @@ def training(
     for ax, name in zip(axes, panels, strict=True):
         _draw_curves(ax, history, name)
     _mark_best(axes[0], history)
+    _mark_null(axes[0], _null_log_likelihood(data, key))
     _add_legend(axes[0], _first_epoch_with_dropout(data, key, history))
     finish(axes[0].figure, "training", show=show, save=save)
     return axes
@@ -232,6 +236,26 @@ def _mark_best(ax: Axes, history: DataFrame) -> None:
     label = f"best: {value:,.1f} (epoch {epoch})".replace("-", "\N{MINUS SIGN}")
     colour = _SPLITS["validation"]
     ax.plot(epoch, value, "o", ms=7, mfc="white", mec=colour, mew=1.6, ls="none", label=label, zorder=4)
+
+
+def _null_log_likelihood(data: AnnData | Any, key: str) -> float | None:
+    """Return the log-likelihood of the validation cells without latent variables, in nats per cell, if it is known."""
+    if hasattr(data, "uns"):
+        known = data.uns[Keys(key).uns].get("null_log_likelihood")
+    else:
+        known = getattr(data, "null_log_likelihood", None)
+    return known.get("validation") if isinstance(known, Mapping) else None
+
+
+def _mark_null(ax: Axes, value: float | None) -> None:
+    """Draw the log-likelihood without latent variables, as far down as the axis must go for it."""
+    if value is None:
+        return
+    label = f"without latent variables: {value:,.1f}".replace("-", "\N{MINUS SIGN}")
+    low, high = ax.get_ylim()
+    margin = 0.04 * (high - low)
+    ax.axhline(value, color="0.35", linewidth=1.2, linestyle=":", label=label, zorder=1)
+    ax.set_ylim(min(low, value - margin), max(high, value + margin))
 
 
 def _first_epoch_with_dropout(data: AnnData | Any, key: str, history: DataFrame) -> int | None:

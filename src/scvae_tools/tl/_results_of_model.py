@@ -51,6 +51,8 @@ def results_of(
     # A path is none of what the results depend on, and AnnData writes none.
     params = {key: value for key, value in params.items() if value is not None and key not in ("adata", "checkpoint")}
     summary = {"params": params, "history": history, "elbo": elbo, "version": __version__}
+    if adata is None and model.null_log_likelihood is not None:  # it is of the model's own cells
+        summary["null_log_likelihood"] = model.null_log_likelihood
     results: dict[str, dict[str, Any]] = {
         "obs": {},
         "obsm": {keys.latent: model.get_latent_representation(adata)},

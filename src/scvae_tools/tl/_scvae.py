@@ -163,12 +163,13 @@ def scvae(
         ``linear_decoder=True`` only.
     ``adata.uns["scvae"]`` : dict
         ``params``; ``history``, a table with a row per epoch; ``elbo``, for ``train`` and ``validation`` the bound and
-        its terms in nats per cell; ``kl_by_dimension``, (n_latent,), see `SCVAE.get_kl_by_dimension`; ``version``; for
-        a mixture ``components``: their number ``n_components``, of which ``n_used`` are some cell's most probable one,
-        ``n_effective`` = exp(H(mean of q(y|x))), the prior's ``weights`` (k,), ``means`` (k, d) and ``covariances``
-        (k, d, d), and where the number was to be found ``curve``, a table with a row per number: ``overlap`` (the
-        largest between two components, median over runs, in nats per cell of the smaller), ``share_of_runs`` that stop
-        there, ``chosen``.
+        its terms in nats per cell; ``null_log_likelihood``, for both the log-likelihood of a model without latent
+        variables, see `SCVAE.null_log_likelihood`; ``kl_by_dimension``, (n_latent,), see
+        `SCVAE.get_kl_by_dimension`; ``version``; for a mixture ``components``: their number ``n_components``, of which
+        ``n_used`` are some cell's most probable one, ``n_effective`` = exp(H(mean of q(y|x))), the prior's ``weights``
+        (k,), ``means`` (k, d) and ``covariances`` (k, d, d), and where the number was to be found ``curve``, a table
+        with a row per number: ``overlap`` (the largest between two components, median over runs, in nats per cell of
+        the smaller), ``share_of_runs`` that stop there, ``chosen``.
 
     Raises
     ------

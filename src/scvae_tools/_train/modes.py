@@ -1,0 +1,150 @@
+"""Test for a valley of the density between two parts of a latent space: without one, they are one part.
+
+Two clusters of a mixture overlap where they are pieces of one population, yet a gradient, or a population with a heavy
+tail, can be cut into pieces that overlap little. Such pieces have no valley between them. The test is that of Hartigan
+and Hartigan (1985, doi:10.1214/aos/1176346577): the dip, by which a sample deviates from all distributions with one
+mode, against that of a uniform sample, for which it is largest.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+#: Folds over which the discriminant is fitted to other cells than those that it projects.
+N_FOLDS = 5
+#: Densities, relative to that of a uniform distribution, at which excess mass is compared.
+LEVELS = np.geomspace(0.1, 8.0, 96)
+#: Sizes and number of the uniform samples with which a dip is compared. √n times the dip hardly depends on n.
+NULL_SIZES, N_NULLS = (8, 16, 32, 64, 128), 2_000
+#: Smallest number of points on each side of a split with which it can be tested.
+FEWEST_POINTS = 4
+
+
+def dip(points: np.ndarray) -> float:
+    """Dip of a sample (n,): the least distance between its distribution function and one with a single mode.
+
+    Computed as half of the excess mass of two modes over one (Müller and Sawitzki 1991, doi:10.1080/01621459.1991.
+    10475103): the excess mass at a density λ is the largest Σ P(I) − λ |I| over so many intervals I.
+    """
+    points = np.sort(np.asarray(points, dtype=np.float64))
+    width = points[-1] - points[0]
+    if width == 0:
+        return 0.0
+    gaps = np.diff(points) / width  # (n − 1,)
+    # Steps of P(I) − λ|I| over the points and the gaps between them in turn, for all λ at once, (levels, 2n − 1).
+    steps = np.empty((len(LEVELS), 2 * len(points) - 1))
+    steps[:, ::2] = 1 / len(points)
+    steps[:, 1::2] = -LEVELS[:, None] * gaps
+    before = np.maximum.accumulate(_best_ending(steps), axis=1)  # best interval up to each step
+    after = np.maximum.accumulate(_best_ending(steps[:, ::-1]), axis=1)[:, ::-1]
+    two = np.maximum(before[:, -1], (before[:, :-1] + after[:, 1:]).max(1))
+    return 0.5 * float((two - before[:, -1]).max())
+
+
+def _best_ending(steps: np.ndarray) -> np.ndarray:
+    """Largest sum of steps that end at each position, (levels, m)."""
+    total = np.cumsum(steps, axis=1)
+    lowest = np.minimum.accumulate(np.concatenate([np.zeros((len(steps), 1)), total[:, :-1]], axis=1), axis=1)
+    return total - lowest
+
+
+@functools.cache
+def _null_dips(n_points: int) -> np.ndarray:
+    """√n times the dips of uniform samples, ascending, (N_NULLS,)."""
+    rng = np.random.default_rng(n_points)
+    return np.sort([np.sqrt(n_points) * dip(rng.uniform(size=n_points)) for _ in range(N_NULLS)])
+
+
+def p_value_of_one_mode(points: np.ndarray) -> float:
+    """Probability of at least this dip in a uniform sample of as many points; small where there are several modes."""
+    size = next((size for size in reversed(NULL_SIZES) if size <= len(points)), NULL_SIZES[0])
+    null = _null_dips(size)
+    n_larger = len(null) - np.searchsorted(null, np.sqrt(len(points)) * dip(points))
+    return (1 + int(n_larger)) / (1 + len(null))
+
+
+def p_value_of_split(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> float:
+    """Probability that two sets of points are one population, by a test for a valley between them.
+
+    Points are projected on the linear discriminant of the points of other folds, so that no point has a part in the
+    direction along which it is tested. Of the larger side only as many points are used as the smaller has, those
+    nearest to the border: the rest would hide the valley before a small cluster.
+
+    Parameters
+    ----------
+    first, second
+        Points (n, d) and (m, d).
+    rng
+        Draws the folds.
+
+    Returns
+    -------
+    The p value; 1 where a side has too few points to be tested.
+    """
+    points = np.concatenate([first, second])
+    is_second = np.arange(len(points)) >= len(first)
+    fold = rng.permutation(len(points)) % N_FOLDS
+    score = np.empty(len(points))
+    for each in range(N_FOLDS):
+        others = fold != each
+        if min(is_second[others].sum(), (~is_second[others]).sum()) < 2:
+            return 1.0
+        slope, offset = _discriminant(points[others], is_second[others])
+        score[fold == each] = points[fold == each] @ slope + offset
+    below, above = np.sort(-score[score < 0]), np.sort(score[score >= 0])  # both by the distance from the border
+    n = min(len(below), len(above))
+    if n < FEWEST_POINTS:
+        return 1.0
+    return p_value_of_one_mode(np.concatenate([-below[:n], above[:n]]))
+
+
+def _discriminant(points: np.ndarray, is_second: np.ndarray) -> tuple[np.ndarray, float]:
+    """Slope (d,) and offset of the log odds of the second set, from normal distributions with one covariance."""
+    means = [points[own].mean(0) for own in (~is_second, is_second)]
+    residual = points - np.where(is_second[:, None], means[1], means[0])
+    covariance = residual.T @ residual / len(points)
+    covariance += 1e-6 * max(np.trace(covariance), 1e-6) / len(covariance) * np.eye(len(covariance))
+    slope = np.linalg.solve(covariance, means[1] - means[0])
+    share = is_second.mean()
+    return slope, float(np.log(share / (1 - share)) - slope @ (means[0] + means[1]) / 2)
+
+
+def merge_without_valley(
+    points: np.ndarray, label: np.ndarray, *, fewest: int, alpha: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Merge parts of a partition until there is a valley between each two, or ``fewest`` are left.
+
+    The two with the largest p value are merged first.
+
+    Parameters
+    ----------
+    points, label
+        Points (n, d) and their parts, 0, 1, ..., (n,).
+    fewest
+        Number of parts that must be left.
+    alpha
+        Probability that a partition of one population stays cut, at most: two of k parts stay apart where their p value
+        is at most alpha / (k − 1), for the k − 1 splits of which k parts come.
+    rng
+        Draws the folds of the tests.
+
+    Returns
+    -------
+    Parts 0, 1, ... of the points, (n,).
+    """
+    parts = {int(each): points[label == each] for each in np.unique(label)}
+    known: dict[tuple[int, int], float] = {}
+    label = label.copy()
+    while len(parts) > max(1, fewest):
+        for pair in ((i, j) for i in parts for j in parts if i < j):
+            if pair not in known:
+                known[pair] = p_value_of_split(parts[pair[0]], parts[pair[1]], rng)
+        first, second = max(known, key=known.get)
+        if known[first, second] <= alpha / (len(parts) - 1):
+            break
+        label[label == second] = first
+        parts[first] = np.concatenate([parts[first], parts.pop(second)])
+        known = {pair: value for pair, value in known.items() if not {first, second} & set(pair)}
+    return np.unique(label, return_inverse=True)[1].reshape(label.shape)

@@ -1,0 +1,132 @@
+"""The null model: the same likelihood and covariates, without latent variables.
+
+What a latent space explains is the difference between the ELBO and the log-likelihood of this model, on the same
+held-out cells. Where it is not positive, the latent codes hold nothing but noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE
+from scvae_tools._messages import inform, warn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from scvae_tools._data.loader import CountDataset
+    from scvae_tools._module.sparse import Counts
+    from scvae_tools._module.vae import VAE
+
+NAME = "model without latent variables"
+#: Steps in which the null model is fitted, the cells of each, and the learning rates at its start, of parameters that
+#: all cells share and of the weights of covariates. The problem is nearly convex and starts close to its optimum.
+N_STEPS, N_CELLS = 120, 512
+LR, LR_OF_WEIGHTS = 0.1, 0.02
+
+
+def null_log_likelihoods(
+    module: VAE, dataset: CountDataset, subsets: Mapping[str, np.ndarray], random_state: int
+) -> dict[str, float]:
+    """Mean log-likelihood of the null model, in nats per cell, on each subset of the cells that has any.
+
+    The null model has the decoder's inputs but for z: the size factor, covariates, and parameters of each gene. It is
+    fitted to the subset ``"train"``.
+
+    Parameters
+    ----------
+    module
+        Model whose likelihood, covariates and device it shares; it stays as it is.
+    dataset
+        Counts and covariates of all cells.
+    subsets
+        Positions of cells by the name of the subset.
+    random_state
+        Seed of the order of the cells. The global random state is not used.
+    """
+    null = _start(module, dataset, subsets["train"])
+    order = _batches_of(subsets["train"], np.random.default_rng(random_state))
+    values = [value for value in null.decoder.parameters() if value.requires_grad]
+    groups = [{"params": [value for value in values if (value.ndim > 1) == is_weight]} for is_weight in (False, True)]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=LR, fused=True)
+    for step in range(N_STEPS):
+        share = 0.5 * (1 + math.cos(math.pi * step / N_STEPS))
+        for group in optimizer.param_groups:
+            group["lr"] = share * (LR_OF_WEIGHTS if group["params"][0].ndim > 1 else LR)
+        with torch.enable_grad():
+            log_likelihood = _log_likelihood(null, dataset[next(order)], is_averaged=True)
+            optimizer.zero_grad()
+            (-log_likelihood.mean()).backward()
+        optimizer.step()
+    return {name: _mean(null, dataset, cells) for name, cells in subsets.items() if len(cells) > 0}
+
+
+def report(elbo: float, null: float) -> None:
+    """Say how far the ELBO of held-out cells lies above their log-likelihood under the null model; warn if it does not.
+
+    Both are in nats per cell.
+    """
+    gain = elbo - null
+    if gain > 0:
+        inform("Held-out cells: ELBO %.1f nats per cell above a model without latent variables.", gain)
+        return
+    warn(
+        f"The latent space explains nothing: the ELBO of held-out cells, {elbo:.1f} nats per cell, is not above their "
+        f"log-likelihood under the same model without latent variables, {null:.1f}. Either the cells differ in their "
+        "counts alone, or there are too few of them: do not read clusters or distances from this latent space. A "
+        "smaller `n_latent` or fewer genes (`mask_var`) may help."
+    )
+
+
+def _start(module: VAE, dataset: CountDataset, train: np.ndarray) -> VAE:
+    """Copy of a module whose decoder depends on no weight, and starts at the shares of the genes."""
+    null = copy.deepcopy(module).eval().requires_grad_(False)  # noqa: FBT003
+    null.decoder.requires_grad_(True)  # noqa: FBT003
+    total, sizes = np.zeros(module.sizes.n_genes), []
+    for part in _chunks(train):
+        total += np.asarray(dataset.counts[part].sum(0)).ravel()
+        sizes.append(module.data(dataset[part])[1][:, 0])
+    mean_size = torch.cat(sizes).double().mean() if module.use_size_factor else 1.0
+    mean = torch.as_tensor((total + 0.5) / len(train), dtype=torch.float32, device=module.device)  # positive, (g,)
+    share = mean / float(mean_size)
+    with torch.no_grad():
+        for head in null.decoder.heads.values():
+            head.weight.zero_()
+        initial = {head.name: torch.full_like(share, head.initial) for head in module.likelihood.heads}
+        null.decoder.start(initial | module.likelihood.start(mean) | {"log_rate": share.log()})
+    return null
+
+
+def _chunks(cells: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(cells), EVALUATION_BATCH_SIZE):
+        yield cells[start : start + EVALUATION_BATCH_SIZE]
+
+
+def _batches_of(cells: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Batches of cells without end, in a new order each time that all have been seen."""
+    while True:
+        order = rng.permutation(cells)
+        for start in range(0, max(1, len(order) - N_CELLS + 1), N_CELLS):
+            yield order[start : start + N_CELLS]
+
+
+def _log_likelihood(null: VAE, batch: dict[str, Counts | Tensor], *, is_averaged: bool = False) -> Tensor:
+    """Log p(x) of the cells of a batch at z = 0, (n,)."""
+    x, size, covariates = null.data(batch)
+    z = size.new_zeros(len(size), null.n_latent)
+    expected = z.new_full((len(z),), -1 / len(z)) if is_averaged else None
+    covariates = null.with_size(covariates, size)
+    return null.log_likelihood(x, z, null.log_size(size), covariates, expected_gradient=expected)
+
+
+@torch.no_grad()
+def _mean(null: VAE, dataset: CountDataset, cells: np.ndarray) -> float:
+    total = sum(_log_likelihood(null, dataset[part]).double().sum() for part in _chunks(cells))
+    return float(total) / len(cells)

@@ -1,0 +1,100 @@
+"""Test for a valley between two sets of points, beside a linear program and simulations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from scvae_tools._train.modes import dip, merge_without_valley, p_value_of_one_mode, p_value_of_split
+
+
+def dip_by_linear_programs(points):
+    """Least D for which a distribution function that is convex before a point and concave after it is within D.
+
+    At the points, where such a function is at most D from both sides of each step of the sample's.
+    """
+    x = np.sort(points)
+    n = len(x)
+    above, below = np.arange(1, n + 1) / n, np.arange(n) / n
+    least = np.inf
+    for mode in range(n):
+        rows, limits = [], []
+        for i in range(n):  # F_i + D >= i / n and F_i - D <= (i - 1) / n, where the mode may hold a step of F
+            row = np.zeros(n + 1)
+            row[i], row[n] = -1, -1
+            rows.append(row)
+            limits.append(-above[i])
+            row = np.zeros(n + 1)
+            row[i], row[n] = 1, -1
+            rows.append(row)
+            limits.append(below[i])
+        for i in range(1, n - 1):
+            slope = np.zeros(n + 1)
+            slope[i + 1] += 1 / (x[i + 1] - x[i])
+            slope[i] -= 1 / (x[i + 1] - x[i]) + 1 / (x[i] - x[i - 1])
+            slope[i - 1] += 1 / (x[i] - x[i - 1])
+            if i != mode:
+                rows.append(-slope if i < mode else slope)
+                limits.append(0.0)
+        for i in range(n - 1):
+            row = np.zeros(n + 1)
+            row[i], row[i + 1] = 1, -1
+            rows.append(row)
+            limits.append(0.0)
+        cost = np.r_[np.zeros(n), 1.0]
+        found = optimize.linprog(cost, A_ub=np.array(rows), b_ub=limits, bounds=[(0, 1)] * n + [(0, 1)])
+        least = min(least, found.fun)
+    return least
+
+
+@pytest.mark.parametrize("n_modes", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_dip_is_the_least_distance_from_all_distributions_with_one_mode(n_modes, seed):
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=24) + 6 * rng.integers(n_modes, size=24)
+    assert dip(points) == pytest.approx(dip_by_linear_programs(points), rel=0.08)
+
+
+def test_the_dip_does_not_depend_on_place_and_scale_and_is_zero_for_equal_points():
+    points = np.random.default_rng(0).normal(size=50)
+    assert dip(1e4 * points - 3) == pytest.approx(dip(points))
+    assert dip(np.ones(9)) == 0.0
+
+
+@pytest.mark.parametrize("n", [50, 100, 300])
+def test_the_p_value_of_uniform_samples_is_uniform_and_smaller_for_two_modes(n):
+    rng = np.random.default_rng(0)
+    uniform = [p_value_of_one_mode(rng.uniform(size=n)) for _ in range(400)]
+    assert np.mean(np.array(uniform) <= 0.05) == pytest.approx(0.05, abs=0.03)
+    normal = [p_value_of_one_mode(rng.normal(size=n)) for _ in range(100)]
+    assert np.mean(np.array(normal) <= 0.05) <= 0.02  # the uniform distribution is the least favourable
+    assert p_value_of_one_mode(np.r_[rng.normal(size=n // 2), 6 + rng.normal(size=n // 2)]) < 0.01
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_halves_of_one_population_have_no_valley_and_two_populations_have_one(share):
+    rng = np.random.default_rng(0)
+    n_rejected = 0
+    for _ in range(40):
+        points = rng.normal(size=(400, 5))
+        order = np.argsort(points[:, 0] + 0.2 * points[:, 1])
+        n_second = round(share * 400)
+        n_rejected += p_value_of_split(points[order[n_second:]], points[order[:n_second]], rng) <= 0.05
+    assert n_rejected <= 3
+    first, second = rng.normal(size=(400, 5)), rng.normal(size=(round(400 * share), 5)) + np.r_[6.0, 0, 0, 0, 0]
+    assert p_value_of_split(first, second, rng) < 0.005
+    assert p_value_of_split(first, second[:2], rng) == 1.0
+
+
+def test_pieces_of_a_gradient_are_merged_and_populations_are_kept():
+    rng = np.random.default_rng(0)
+    gradient = np.c_[rng.uniform(0, 20, 600), rng.normal(size=(600, 2))]
+    apart = rng.normal(size=(60, 3)) + np.r_[0, 9, 0]
+    points = np.concatenate([gradient, apart])
+    cut = np.r_[np.minimum(gradient[:, 0] // 5, 3), np.full(60, 4)].astype(int)
+    merged = merge_without_valley(points, cut, fewest=1, alpha=0.05, rng=rng)
+    assert sorted(np.bincount(merged)) == [60, 600]
+    assert len(np.unique(merged[cut == 4])) == 1
+    kept = merge_without_valley(points, cut, fewest=4, alpha=0.05, rng=rng)
+    assert kept.max() + 1 == 4
