@@ -124,6 +124,7 @@ def targets(adata: AnnData, model: Any) -> dict[str, tuple[Callable, dict]]:
         "mouse_brain_20k_like": {"n_cells": 200, "n_genes": 20},
         "ppc": {"n_samples": 2},
         "rank_components": {"n_samples": 4},
+        "cut": {"n_clusters": 2},
         "confusion": {"labels_key": "label"},
         "genes": {"genes": ["gene0"]},
         "differential_expression": {"groupby": "label", "silent": True},
@@ -221,6 +222,7 @@ def fuzz(seconds: float, rng: random.Random, most: int | None = None) -> tuple[i
     mpl.use("Agg")
     adata = make_adata()
     model = svt.tl.scvae(adata, **SMALL | {"max_epochs": 3}, return_model=True)
+    svt.tl.tree(adata, min_cells=5)
     known, failures, n_calls, end = targets(adata, model), [], 0, time.monotonic() + seconds
     while time.monotonic() < end and n_calls != most:
         name = rng.choice(sorted(known))

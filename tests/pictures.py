@@ -119,6 +119,26 @@ def with_comparison(adata, table=None, key="scvae_compare"):
     return adata
 
 
+def with_tree(adata, key="scvae", seed=0):
+    """Add the tree of four components, the first of which has two parts, as svt.tl.tree and svt.tl.cut store it."""
+    names = ["0 and 3 more", "0+1+2", "3", "0+1", "2", "0", "1", "0,0", "0,1"]
+    parent, n = np.array([-1, 0, 0, 1, 1, 3, 3, 5, 5]), len(adata)
+    first = np.array([1, 3, -1, 5, -1, 7, -1, -1, -1])
+    nodes = pd.DataFrame(
+        {"name": names, "parent": parent, "first": first, "second": np.where(first > 0, first + 1, -1)}
+    )
+    nodes["is_component"] = [name in "0123" for name in names]
+    nodes["n_cells"] = [n, 3 * n // 4, n // 4, n // 2, n // 4, n // 4, n // 4, n // 8, n // 8]
+    nodes["n_clusters"] = [2, 3, 0, 4, 0, 5, 0, 0, 0]
+    nodes["overlap"] = [0.0, 0.02, np.nan, 0.1, np.nan, 0.4, np.nan, np.nan, np.nan]
+    nodes["p_value"] = np.nan
+    rules = {"direction": np.random.default_rng(seed).normal(size=(9, adata.obsm[f"X_{key}"].shape[1]))}
+    rules |= {"offset": np.zeros(9), "component_nodes": np.array([5, 6, 4, 2])}
+    params = {"key": key, "max_depth": 1, "min_cells": 20, "random_state": 0}
+    adata.uns[f"{key}_tree"] = {"nodes": nodes.set_index(nodes.index.astype(str)), "params": params} | rules
+    return adata
+
+
 def with_probabilities(adata, probs, names=None):
     """Replace the probabilities, and the components by the most probable ones."""
     probs = np.asarray(probs, dtype=np.float32)
@@ -216,6 +236,7 @@ WITH_MORE = {
     "latent": lambda adata, **options: pl.latent(with_prior(adata), **options),
     "loadings": lambda adata, **options: pl.loadings(with_loadings(adata), **options),
     "ppc": lambda adata, **options: pl.ppc(with_ppc(adata), **options),
+    "tree": lambda adata, **options: pl.tree(with_tree(adata), **options),
 }
 #: Every public plot, drawn from a fake result.
 PLOTS = {name: WITH_MORE.get(name, getattr(pl, name)) for name in pl.__all__}

@@ -254,7 +254,11 @@ STORES = [name for name in svt.tl.__all__ if "key_added" in inspect.signature(ge
 def test_every_tool_refuses_such_a_key_before_anything_else(name, value):
     assert len(STORES) >= 7
     adata, tool = svt.datasets.poisson_toy(20), getattr(svt.tl, name)
-    needed = {"scvae": {}, "compare": {"grid": {"likelihood": ["nb"]}, "n_components": 2}}.get(name)
+    needed = {
+        "scvae": {},
+        "compare": {"grid": {"likelihood": ["nb"]}, "n_components": 2},
+        "cut": {"n_clusters": 2},
+    }.get(name)
     needed = {"model": svt.SCVAE(_set_up(adata), mixture=False, n_hidden=4)} if needed is None else needed
     with pytest.raises(ValueError, match="`key_added` must be a text without a slash"):
         tool(adata, key_added=value, **needed)

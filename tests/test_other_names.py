@@ -34,6 +34,7 @@ def test_the_names_in_the_table_are_arguments_of_ours_and_the_others_are_not():
 #: Arguments that have the name in the table for a reason: those of scvi-tools' own methods, and other things.
 SAME_NAME = {
     "compare": {"test_size"},  # of a third part of the cells
+    "cut": {"n_clusters"},  # of a tree, which are fewer or more than the components
     "differential_expression": {"silent"},
     "get_feature_correlation_matrix": {"silent"},
     "get_normalized_expression": {"silent"},

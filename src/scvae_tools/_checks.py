@@ -293,7 +293,14 @@ NUMBERS: dict[str, Check] = {
     "fdr_target": number(above=0, below=1),
     "threshold": check_share,
     "random_state": check_seed,
+    # trees of clusters
+    "n_clusters": whole(),
+    "max_overlap": number(above=0),
+    "alpha": check_share,
+    "max_depth": whole(least=0, most=20),
+    "min_cells": whole(),
     # pictures
+    "n_markers": whole(least=0),
     "n_bins": whole(remedy="Pass, for example, 10."),
     "vmax": number(above=0),
     "dimensions": made_plain,

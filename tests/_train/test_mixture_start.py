@@ -171,3 +171,104 @@ def test_more_cells_than_are_compared_all_count():
     latent, _, _ = make_clusters(3, n_cells=12_000, distance=14.0)
     start, _ = start_mixture(latent, 3, random_state=0)
     np.testing.assert_allclose(start.weights, 1 / 3, atol=1e-3)
+
+
+# -- merges and splits of a trained mixture ----------------------------------------------------------------------------
+
+
+def slow_merges(probs):
+    """Merges by the definition, each overlap anew from the cells."""
+    groups, found = {i: probs[:, i] for i in range(probs.shape[1])}, []
+    while len(groups) > 1:
+        lost = {
+            (i, j): (
+                xlogy(groups[i] + groups[j], groups[i] + groups[j])
+                - xlogy(groups[i], groups[i])
+                - xlogy(groups[j], groups[j])
+            ).sum()
+            / min(groups[i].sum(), groups[j].sum())
+            for i in groups
+            for j in groups
+            if i < j
+        }
+        first, second = max(lost, key=lost.get)
+        found.append((first, second, lost[first, second]))
+        groups[first] = groups[first] + groups.pop(second)
+    return found
+
+
+def test_merges_of_three_components_are_those_on_paper():
+    """Components 0 and 1 share one cell of 1.5 each, which loses log 2; the third shares none."""
+    probs = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
+    assert _start.merges(probs) == [(0, 1, pytest.approx(np.log(2) / 1.5)), (0, 2, 0.0)]
+
+
+@pytest.mark.parametrize("cells_at_once", [7, 2**16])
+def test_merges_are_those_of_a_slow_loop(cells_at_once, monkeypatch):
+    monkeypatch.setattr(_start, "CELLS_AT_ONCE", cells_at_once)
+    probs = np.random.default_rng(0).dirichlet(np.array([3, 0.5, 0.2, 1, 0.1, 0.4]) / 5, 60)
+    found, expected = _start.merges(probs), slow_merges(probs)
+    assert [pair[:2] for pair in found] == [pair[:2] for pair in expected]
+    np.testing.assert_allclose([pair[2] for pair in found], [pair[2] for pair in expected])
+
+
+def test_merges_are_those_by_which_components_are_found():
+    probs = np.random.default_rng(1).dirichlet(np.full(7, 0.2), 80)
+    levels = _start._levels(torch.tensor(probs.T)[None])[0]
+    found = _start.merges(probs)
+    np.testing.assert_allclose([level.overlap for level in levels[:-1]], [pair[2] for pair in found])
+    groups = list(range(7))
+    for level, (first, second, _) in zip(levels[1:], found, strict=True):
+        groups = [first if group == second else group for group in groups]
+        summed = np.column_stack([probs[:, np.array(groups) == group].sum(1) for group in np.unique(groups)])
+        np.testing.assert_array_equal(level.label, summed.argmax(1))
+
+
+def test_one_component_has_nothing_to_merge():
+    assert _start.merges(np.ones((5, 1), dtype=np.float32)) == []
+
+
+def two_gaussians(n_cells=2000, share=0.3, seed=0):
+    rng = np.random.default_rng(seed)
+    factor = np.array([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.3, 0.5]])
+    second = rng.random(n_cells) < share
+    latent = rng.normal(size=(n_cells, 3)) @ factor.T + np.where(second[:, None], [2.0, -2.0, 1.0], 0.0)
+    return latent.astype(np.float32), second, factor @ factor.T
+
+
+def test_the_rule_of_a_split_is_that_of_the_two_gaussians():
+    latent, second, covariance = two_gaussians()
+    rule = _start.split_in_two(latent, 20, random_state=0)
+    densities = [multivariate_normal(mean, covariance).logpdf(latent) for mean in ([0, 0, 0], [2.0, -2.0, 1.0])]
+    expected = np.log(0.3 / 0.7) + densities[1] - densities[0]
+    found = latent @ rule.direction + rule.offset
+    assert np.corrcoef(found, expected)[0, 1] > 0.999
+    assert ((found > 0) == (expected > 0)).mean() > 0.995
+    assert ((found > 0) == second).mean() > 0.99
+
+
+def test_the_first_part_of_a_split_is_the_larger_one():
+    for share in (0.2, 0.8):
+        latent, *_ = two_gaussians(share=share)
+        rule = _start.split_in_two(latent, 20, random_state=0)
+        assert 0.15 < (latent @ rule.direction + rule.offset > 0).mean() < 0.25
+
+
+def test_the_parts_of_a_split_are_as_large_as_asked_for():
+    latent, *_ = two_gaussians(400, share=0.05)
+    for least in (5, 30, 150):
+        rule = _start.split_in_two(latent, least, random_state=0)
+        assert rule is None or (latent @ rule.direction + rule.offset > 0).sum() >= least
+    assert _start.split_in_two(latent, 201, random_state=0) is None
+
+
+@pytest.mark.parametrize("latent", [np.ones((50, 3), np.float32), np.empty((0, 3), np.float32)], ids=["equal", "none"])
+def test_cells_that_are_equal_or_none_are_not_split(latent):
+    assert _start.split_in_two(latent, 1, random_state=0) is None
+
+
+def test_many_cells_are_split_by_a_sample(monkeypatch):
+    latent, second, _ = two_gaussians(5000)
+    monkeypatch.setattr(_start, "LARGEST_SAMPLE_TO_SPLIT", 500)
+    rule = _start.split_in_two(latent, 20, random_state=0)
+    assert ((latent @ rule.direction + rule.offset > 0) == second).mean() > 0.98

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ def _component_names(adata: AnnData, key: str, probs: np.ndarray) -> list[str]:
     """Return the category of each component, or its number where the categories do not tell.
 
     AnnData drops the categories that a subset does not use, and users rename them, so that their order proves nothing.
+    A cut of a tree says which clusters it has.
     """
     numbers = [str(component) for component in range(probs.shape[1])]
     column = adata.obs.get(Keys(key).component)
@@ -48,6 +50,10 @@ def _component_names(adata: AnnData, key: str, probs: np.ndarray) -> list[str]:
     categories = [str(category) for category in column.cat.categories]
     if not categories:
         return numbers
+    stored = adata.uns.get(Keys(key).uns)
+    clusters = list(map(str, stored.get("clusters", ()))) if isinstance(stored, Mapping) else []
+    if len(clusters) == len(numbers) and set(categories) <= set(clusters):
+        return clusters
     found = count_pairs(probs.argmax(1)[is_known], codes[is_known], shape=(len(numbers), len(categories)))
     names = [
         categories[counts.argmax()] if counts.any() else number for counts, number in zip(found, numbers, strict=True)

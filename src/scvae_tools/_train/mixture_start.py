@@ -11,7 +11,7 @@ whatever their size. Where the number is to be found, components between which t
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.modes import merge_without_valley
 from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, n_fits_at_once, one_hot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Number of runs, each from another start; the result of one is taken.
 N_RUNS = 16
@@ -39,8 +42,10 @@ OVERLAP_WEIGHT, N_LARGEST_OVERLAPS = 2.0, 3
 ALPHA = 0.05
 #: Cells that a fine component needs on average.
 CELLS_PER_COMPONENT = 15
-#: Largest number of cells on which runs are compared.
-LARGEST_SAMPLE = 10_000
+#: Largest number of cells on which runs are compared; of two parts, which fewer cells tell apart.
+LARGEST_SAMPLE, LARGEST_SAMPLE_TO_SPLIT = 10_000, 4_000
+#: Cells whose probabilities are in float64 at a time where the overlaps of all cells are computed.
+CELLS_AT_ONCE = 2**16
 
 
 class MixtureStart(NamedTuple):
@@ -232,6 +237,117 @@ def _levels(probs: Tensor) -> list[list[_Level]]:
         overlap[run, first], overlap[run, :, first] = new, new
         entropy[run, first], size[run, first] = (each[:, 0] for each in _terms(merged[:, None]))
     return levels
+
+
+def merges(probs: np.ndarray) -> list[tuple[int, int, float]]:
+    """Merge the two groups of components that overlap most until one is left.
+
+    Parameters
+    ----------
+    probs
+        Probability of each component, (n_cells, k). Computed in parts of `CELLS_AT_ONCE` cells, in float64.
+
+    Returns
+    -------
+    Each merge, k − 1 in all, in order: the two groups, each named by the first component in it, the smaller number
+    first; and their overlap in nats per cell of the smaller, as in `overlaps`.
+    """
+    k = probs.shape[1]
+    groups = {i: [i] for i in range(k)}
+    alone = torch.zeros(2, k, dtype=torch.float64)  # Σ p log p and Σ p
+    both = torch.zeros(k, k, dtype=torch.float64)  # Σ p log p of each two together
+    for part in _parts(probs):
+        alone += torch.stack(_terms(part[None]))[:, 0]
+        for i in range(k - 1):
+            pairs = part[i + 1 :] + part[i]
+            both[i, i + 1 :] += torch.xlogy(pairs, pairs).sum(1)
+    both += both.T.clone()
+    found = []
+    while len(groups) > 1:
+        entropy, size = alone
+        smaller = torch.minimum(size[:, None], size).clamp(min=torch.finfo(size.dtype).tiny)
+        overlap = ((both - entropy[:, None] - entropy) / smaller).clamp(min=0)  # rounding may put it below
+        overlap = _with_empty_first(overlap[None], size[None])[0]
+        is_group = torch.tensor([i in groups for i in range(k)])
+        is_pair = is_group[:, None] & is_group & ~torch.eye(k, dtype=torch.bool)
+        at = int(overlap.masked_fill(~is_pair, -torch.inf).flatten().max(0).indices)
+        first, second = sorted((at // k, at % k))
+        found.append((first, second, float(overlap[first, second])))
+        groups[first] += groups.pop(second)
+        if len(groups) > 1:
+            alone[:, first], both[first] = _terms_of_group(probs, groups, first)
+            both[:, first] = both[first]
+    return found
+
+
+def _terms_of_group(probs: np.ndarray, groups: dict[int, list[int]], group: int) -> tuple[Tensor, Tensor]:
+    """Σ p log p and Σ p of a group, (2,), and Σ p log p of it with each other group, (k,); 0 for what is no group."""
+    alone, both = torch.zeros(2, dtype=torch.float64), torch.zeros(probs.shape[1], dtype=torch.float64)
+    for part in _parts(probs):
+        each = torch.stack([part[members].sum(0) for members in groups.values()])
+        one = each[list(groups).index(group)].clone()
+        alone += torch.stack((torch.xlogy(one, one).sum(), one.sum()))
+        each += one
+        both[list(groups)] += torch.xlogy(each, each).sum(1)
+    return alone, both
+
+
+def _parts(probs: np.ndarray) -> Iterator[Tensor]:
+    """Probabilities (n, k) in parts of `CELLS_AT_ONCE` cells, (k, m) float64 each."""
+    for start in range(0, len(probs), CELLS_AT_ONCE):
+        yield torch.as_tensor(probs[start : start + CELLS_AT_ONCE].T.astype(np.float64))
+
+
+class Split(NamedTuple):
+    """Rule that splits cells in two: the log odds of the second part are direction · z + offset, in nats."""
+
+    direction: np.ndarray  # (d,)
+    offset: float
+
+
+def split_in_two(latent: np.ndarray, min_cells: int, *, random_state: int) -> Split | None:
+    """Find the best split of cells in two, as the components of a mixture are found.
+
+    Finer mixtures are fitted and merged to two components, in `N_RUNS` runs; of the runs whose parts are large enough
+    the one is taken that is the best by the rule for components (see `start_mixture`).
+
+    Parameters
+    ----------
+    latent
+        Latent means, (n_cells, n_latent). More than `LARGEST_SAMPLE_TO_SPLIT` cells are sampled.
+    min_cells
+        Smallest number of cells of a part.
+    random_state
+        Seed.
+
+    Returns
+    -------
+    The rule, whose first part is the larger one; None if no run finds two parts of that size.
+    """
+    if len(latent) < 2 * min_cells or (latent == latent[0]).all():
+        return None
+    rng = np.random.default_rng(random_state)
+    sample = latent
+    if len(latent) > LARGEST_SAMPLE_TO_SPLIT:
+        sample = latent[np.sort(rng.choice(len(latent), LARGEST_SAMPLE_TO_SPLIT, replace=False))]
+    sample = _on_device(sample, "cpu")
+    best, best_quality = None, -np.inf
+    for label in [level.label for levels in _runs(sample, 2, rng) for level in levels if level.n_components == 2]:
+        rule = _rule(_mixture(sample, label, 2))
+        n_second = int((latent @ rule.direction + rule.offset > 0).sum())
+        quality = _quality(sample, label, 2)
+        if min(n_second, len(latent) - n_second) >= min_cells and quality > best_quality:
+            is_larger = 2 * n_second > len(latent)
+            best, best_quality = Split(-rule.direction, -rule.offset) if is_larger else rule, quality
+    return best
+
+
+def _rule(mixture: TiedMixtures) -> Split:
+    """Rule by which two components with one covariance share the cells."""
+    weights, means, covariance = (each[0] for each in mixture)
+    direction = torch.linalg.solve(covariance, means[1] - means[0])
+    offset = weights[1].log() - weights[0].log() - direction @ (means[0] + means[1]) / 2
+    return Split(direction.numpy(), float(offset))
 
 
 def _with_empty_first(overlap: Tensor, size: Tensor) -> Tensor:

@@ -22,5 +22,6 @@ from scvae_tools.pl._ppc import ppc as ppc
 from scvae_tools.pl._probs import probs as probs
 from scvae_tools.pl._stability import stability as stability
 from scvae_tools.pl._training import training as training
+from scvae_tools.pl._tree import tree as tree
 
 __all__ = sorted(name for name in globals() if not name.startswith("_") and name != "annotations")

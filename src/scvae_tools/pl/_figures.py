@@ -11,6 +11,7 @@ import numpy as np
 
 from scvae_tools._files import replacing
 from scvae_tools._keys import Keys
+from scvae_tools._results.colours import SAFE_COLOURS, safe_palette
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from pandas import Series
 
-#: Eight colours that all common kinds of colour blindness tell apart: seven of Okabe and Ito (2008), and a dark red in
-#: the place of their black, which would make the smallest component the most conspicuous one.
-SAFE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#882255")
 LINE, ACCENT, PALE, TEXT = SAFE_COLOURS[0], SAFE_COLOURS[3], "0.86", "0.35"
 ABOUT_ONE = (-0.03, 1.08)  # limits of an axis from 0 to 1 that do not cut its points, as multiples of its highest
 FONT = 8  # points, of names on an axis
@@ -58,15 +56,6 @@ def component_colours(adata: AnnData, key: str, names: list[str]) -> list[str]:
     colours = stored if len(stored) >= len(categories) else safe_palette(len(categories)) or []
     by_name = dict(zip(categories, colours, strict=False))
     return [by_name.get(name, "0.6") for name in names]
-
-
-def safe_palette(n_categories: int) -> list[str] | None:
-    """Return that many colours, as far as possible distinct for colour-blind readers; None above 102."""
-    # scanpy's 20 are adjusted for colour blindness, unlike matplotlib's ten; for more, it takes 28 and 102 by itself.
-    from scanpy.plotting.palettes import default_20, default_28, default_102
-
-    palettes = (SAFE_COLOURS, default_20, default_28, default_102)
-    return next((list(palette[:n_categories]) for palette in palettes if n_categories <= len(palette)), None)
 
 
 def column_of_obs(adata: AnnData, name: str, argument: str) -> Series:

@@ -9,6 +9,7 @@ from scvae_tools._lazy import loaded
 if TYPE_CHECKING:
     from scvae_tools.tl._ambiguous_cells import ambiguous_cells
     from scvae_tools.tl._compare import compare
+    from scvae_tools.tl._cut import cut
     from scvae_tools.tl._dendrogram import dendrogram
     from scvae_tools.tl._evaluate import evaluate
     from scvae_tools.tl._ppc import ppc
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from scvae_tools.tl._rank_components import rank_components
     from scvae_tools.tl._scvae import scvae
     from scvae_tools.tl._summarize_reconstruction import summarize_reconstruction
+    from scvae_tools.tl._tree import tree
 
 __all__ = [
     "ambiguous_cells",
     "compare",
+    "cut",
     "dendrogram",
     "evaluate",
     "ppc",
@@ -27,6 +30,7 @@ __all__ = [
     "rank_components",
     "scvae",
     "summarize_reconstruction",
+    "tree",
 ]
 
 
