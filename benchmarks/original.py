@@ -52,7 +52,7 @@ ORIGINAL = (
         "encoder_input": "counts",
         "use_size_factor": False,
     },
-    {"lr": 1e-4, "batch_size": 100, "n_warm_up_epochs": 50},
+    {"lr": 1e-4, "batch_size": 100, "n_warm_up_epochs": 50, "kl_weight_start": 0.0},
 )
 SIZE_IN_Z = {"use_size_factor": False, "encoder_input": "log1p"}
 SETTINGS = {

@@ -73,7 +73,7 @@ def test_the_entropy_of_y_is_that_of_its_weights():
 
 @pytest.mark.parametrize("mixture", [False, True])
 def test_the_warm_up_takes_the_epochs_asked_for(adata, mixture):
-    history = train(adata, mixture=mixture, n_warm_up_epochs=4, kl_weight=0.6).history
+    history = train(adata, mixture=mixture, n_warm_up_epochs=4, kl_weight_start=0, kl_weight=0.6).history
     assert history["stage"].eq("warm-up").sum() == 4
     np.testing.assert_allclose(history["kl_weight"], [0, 0.15, 0.3, 0.45] + [0.6] * (N_EPOCHS - 4), atol=1e-12)
 
