@@ -52,9 +52,7 @@ SIMULATIONS = (
     Simulation(3, 0.3, 1_000, 500, 2_000, 0),
     Simulation(4, 0.3, 1_000, 300, 800, 1),
     Simulation(4, 0.4, 2_000, 300, 800, 1),
-    Simulation(4, 0.25, 3_000, 500, 2_000, 0),
     Simulation(5, 0.3, 2_000, 500, 2_000, 1),
-    Simulation(6, 0.5, 1_500, 300, 800, 2),
 )
 QUICK = (SIMULATIONS[1], SIMULATIONS[5])
 

@@ -9,11 +9,11 @@ import torch
 
 import scvae_tools as svt
 
-TRAINING = {"max_epochs": 12, "progress": False}
+TRAINING = {"max_epochs": 20, "train_size": 0.5, "progress": False}
 
 
 def overlapping_cells(seed=0):
-    adata = svt.datasets.simulate(200, 30, 3, separation=0.4, median_counts=300, random_state=seed)
+    adata = svt.datasets.simulate(200, 30, 3, separation=1.0, median_counts=300, random_state=seed)
     adata.obs["label"] = np.where(np.arange(200) % 2 == 0, "unknown", adata.obs["component"].astype(str))
     return adata
 
