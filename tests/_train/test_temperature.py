@@ -100,6 +100,12 @@ def test_components_without_a_held_out_cell_do_no_harm():
     assert temperature_of(np.hstack([2 * truth, unused])) == pytest.approx(temperature_of(2 * truth), rel=0.25)
 
 
+def test_cells_without_finite_numbers_are_left_out():
+    _, truth = groups(3, n_cells=600)
+    broken = np.full((2, 3), np.nan)
+    assert temperature_of(np.vstack([broken, truth])) == pytest.approx(temperature_of(truth), rel=1e-9)
+
+
 def test_of_many_cells_a_sample_tells():
     _, truth = groups(3, n_cells=25_000)
     assert np.log(temperature_of(2 * truth, random_state=1) / 2) == pytest.approx(0, abs=NEAR)

@@ -36,7 +36,8 @@ def temperature_of(log_probs: np.ndarray, *, random_state: int = 0) -> float:
     Parameters
     ----------
     log_probs
-        log q(y|x) of cells that the model was not trained on, (n_cells, n_components), finite.
+        log q(y|x) of cells that the model was not trained on, (n_cells, n_components). Cells of which one is not finite
+        are left out.
     random_state
         Seed, by which 10,000 cells are drawn if there are more.
 
@@ -44,6 +45,7 @@ def temperature_of(log_probs: np.ndarray, *, random_state: int = 0) -> float:
     -------
     Above 1 where q(y|x) is too sure, below 1 where it is not sure enough; 1 without cells, or for one component.
     """
+    log_probs = log_probs[np.isfinite(log_probs).all(1)]
     n = len(log_probs)
     if n > LARGEST_SAMPLE:
         log_probs = log_probs[np.random.default_rng(random_state).choice(n, LARGEST_SAMPLE, replace=False)]
