@@ -324,7 +324,9 @@ def earlier_cells():
 
 def assert_as_expected(model, expected):
     np.testing.assert_allclose(model.get_latent_representation(), expected["latent"], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(model.predict(soft=True), expected["probabilities"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        model.predict(soft=True, calibrated=False), expected["probabilities"], rtol=1e-3, atol=1e-3
+    )
     np.testing.assert_allclose(model.history["elbo_train"], expected["history"], atol=1e-2)
     assert (model.n_components, model.version) == (expected["n_components"], expected["version"])
 
@@ -333,6 +335,12 @@ def assert_as_expected(model, expected):
 def test_a_model_that_version_0_1_0_saved_is_the_same_today(name):
     assert_as_expected(svt.SCVAE.load(EARLIER / name, earlier_cells()), EXPECTED[name])
     assert svt.SCVAE.load_registry(EARLIER / name)["setup_args"]["batch_key"] == "batch"
+
+
+def test_probabilities_of_a_model_from_before_there_was_a_temperature_are_those_of_the_bound():
+    model = svt.SCVAE.load(EARLIER / "gmvae", earlier_cells())
+    assert model.temperature == 1
+    pd.testing.assert_frame_equal(model.predict(soft=True), model.predict(soft=True, calibrated=False))
 
 
 def test_a_training_that_version_0_1_0_began_goes_on_or_is_refused_by_a_later_one(tmp_path):

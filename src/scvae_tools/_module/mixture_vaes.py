@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,6 +73,9 @@ class MixtureVAE(VAE):
         self.register_buffer("mixture_is_set", torch.zeros((), dtype=torch.bool))
         self.is_mixture = False  #: whether the mixture has been set; before, the model is a VAE
         self.register_load_state_dict_post_hook(_mirror_is_mixture)
+        # log T of the probabilities that are shown; no bound depends on it.
+        self.register_buffer("log_temperature", torch.zeros(()))
+        self.register_load_state_dict_pre_hook(_keep_earlier_probabilities)
         if n_components is not None:
             self.build_mixture(n_components)
 
@@ -112,6 +116,21 @@ class MixtureVAE(VAE):
         component = self.component_codes
         return torch.where(code < len(component), component[code.clamp(max=len(component) - 1)], -1)
 
+    @torch.no_grad()
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature T of `calibrated`, above 0."""
+        self.log_temperature.fill_(math.log(temperature))
+
+    def calibrated(self, probabilities: Tensor) -> Tensor:
+        """Probabilities of the components that are proportional to q(y|x)^(1/T), (n, k), from q(y|x) (n, k).
+
+        T is found after the training (`_train/temperature.py`). The bounds have q(y|x) itself.
+        """
+        if self.log_temperature == 0:  # to the last bit
+            return probabilities
+        log_odds = probabilities.double().log() * math.exp(-float(self.log_temperature))
+        return torch.softmax(log_odds, dim=1).to(probabilities)
+
     def permute_components(self, order: Tensor) -> None:
         """Renumber the components: the new component i is the old ``order[i]``."""
         self.mixture.permute(order)
@@ -123,6 +142,12 @@ class MixtureVAE(VAE):
             probabilities = self.mixture.log_weights().exp()
             components = torch.multinomial(probabilities, n_cells, replacement=True)
         return self.mixture.sample(components), components
+
+
+def _keep_earlier_probabilities(module: MixtureVAE, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Set T = 1 in weights from before there was a temperature."""
+    if prefix + "mixture_is_set" in state:
+        state.setdefault(prefix + "log_temperature", torch.zeros_like(module.log_temperature))
 
 
 def _mirror_is_mixture(module: MixtureVAE, _: object) -> None:

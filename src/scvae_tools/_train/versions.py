@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import lightning.pytorch as lightning
 
@@ -47,11 +47,16 @@ def copied(module: VAE) -> State:
 
 def renumbered(module: VAE, versions: Mapping[str, Version], order: Tensor) -> dict[str, Version]:
     """Versions with renumbered components: the new component i is the old ``order[i]``. The module stays as it is."""
+    return changed(module, versions, lambda: module.permute_components(order))
+
+
+def changed(module: VAE, versions: Mapping[str, Version], change: Callable[[], object]) -> dict[str, Version]:
+    """Versions with weights that ``change`` has changed, while the module had them. The module stays as it is."""
     before = copied(module)
     states = {}
     for state in {id(version.state): version.state for version in versions.values()}.values():
         module.load_state_dict(state)
-        module.permute_components(order)
+        change()
         states[id(state)] = copied(module)
     module.load_state_dict(before)
     return {name: version._replace(state=states[id(version.state)]) for name, version in versions.items()}

@@ -166,6 +166,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         indices: Sequence[int] | None = None,
         *,
         soft: bool = False,
+        calibrated: bool = True,
         batch_size: int | None = None,
     ) -> np.ndarray | pd.DataFrame:
         """Most probable component of each cell, or the probabilities of all.
@@ -176,6 +177,9 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
             As in `get_elbo_terms`.
         soft
             Whether to return probabilities.
+        calibrated
+            Whether these are proportional to q(y|x)^(1/T), with the `temperature` T, or q(y|x) as in the bound. The
+            most probable component is the same.
 
         Returns
         -------
@@ -191,6 +195,20 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
             raise ValueError(
                 f"`predict` needs a mixture; this model {kind}. Build it with mixture=True or 'vade' and train it."
             )
+        probabilities = self._probabilities(adata, indices, batch_size)
+        if not soft:
+            return np.array(self.components)[probabilities.numpy().argmax(1)]
+        if calibrated:
+            probabilities = self.module.calibrated(probabilities)
+        names = (self.adata if adata is None else adata).obs_names
+        index = names[cell_positions(indices, len(names))]
+        return pd.DataFrame(probabilities.numpy(), index=index, columns=self.components)
+
+    @torch.inference_mode()
+    def _probabilities(
+        self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> torch.Tensor:
+        """q(y|x), (n_cells, n_components), on the CPU."""
         rows = []
         for tensors in self._batches(adata, indices, batch_size):
             if _keys.LATENT_PROBABILITIES in tensors:
@@ -198,12 +216,17 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
                 continue
             posterior = self.module.posterior(self.module.encode(*self.module.data(tensors)))
             rows.append(self.module.probabilities(posterior).cpu())
-        probabilities = torch.cat(rows).numpy()
-        if not soft:
-            return np.array(self.components)[probabilities.argmax(1)]
-        names = (self.adata if adata is None else adata).obs_names
-        index = names[cell_positions(indices, len(names))]
-        return pd.DataFrame(probabilities, index=index, columns=self.components)
+        return torch.cat(rows)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature T of the probabilities of the components, without a unit.
+
+        `predict` returns probabilities that are proportional to q(y|x)^(1/T). The training finds T without labels, from
+        the held-out cells (docs/clustering.md): above 1 where q(y|x) is too sure, below 1 where it is not sure enough.
+        1 without held-out cells, for a model that was saved before there was a temperature, and for a plain VAE.
+        """
+        return float(self.module.log_temperature.exp()) if self.is_mixture else 1.0
 
     def get_prior(self) -> dict[str, np.ndarray]:
         """Weights, means and covariances of p(y) p(z|y).

@@ -102,7 +102,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         mean, variance = self.get_latent_representation(return_dist=True)
         posterior = {_keys.LATENT_MEAN: mean, _keys.LATENT_VARIANCE: variance}
         ones = np.ones((len(mean), 1), dtype=np.float32)
-        posterior[_keys.LATENT_PROBABILITIES] = self.predict(soft=True).to_numpy() if self.is_mixture else ones
+        posterior[_keys.LATENT_PROBABILITIES] = self._probabilities().numpy() if self.is_mixture else ones
         original = self.adata
         original.obsm.update(posterior)
         try:

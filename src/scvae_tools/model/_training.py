@@ -28,7 +28,8 @@ from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
 from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, noise_edge, plan_stages
-from scvae_tools._train.versions import Version, copied, renumbered
+from scvae_tools._train.temperature import temperature_of
+from scvae_tools._train.versions import Version, changed, copied, renumbered
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
 from scvae_tools.model._trainer_options import check_trainer_options, one_device
@@ -414,6 +415,9 @@ class TrainingMixin(InferenceMixin):
         if starts_mixture and self.is_mixture:
             settings.progress.say("order of the components")
             self._sort_components()
+        if self.is_mixture:
+            settings.progress.say("calibration")
+            self._calibrate(random_state)
         if checkpoint is not None and not state.is_interrupted:
             checkpoint.finish(self.module, state)
 
@@ -531,6 +535,20 @@ class TrainingMixin(InferenceMixin):
         order = torch.as_tensor(order, device=self.module.device)
         self._state.versions = renumbered(self.module, self._state.versions, order)
         self.module.permute_components(order)
+
+    def _calibrate(self, random_state: int) -> None:
+        """Set the temperature of the probabilities by the held-out cells, in the weights in use and in all versions."""
+
+        def set_temperature() -> None:
+            temperature = 1.0
+            if len(self.validation_indices) > 0:
+                raw = self._probabilities(indices=self.validation_indices).double()
+                log_probs = raw.clamp(min=torch.finfo(torch.float32).tiny).log().numpy()
+                temperature = temperature_of(log_probs, random_state=random_state)
+            self.module.set_temperature(temperature)
+
+        self._state.versions = changed(self.module, self._state.versions, set_temperature)
+        self.module.load_state_dict(self._state.versions[self._state.version].state)
 
 
 #: Options of Lightning's trainer that leave the steps as they are.

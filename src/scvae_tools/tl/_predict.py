@@ -68,7 +68,7 @@ def predict(
         Most probable component by its name in the model: with labels theirs, else "0", "1", ... by decreasing size in
         the data that the model was trained on. Mixture only.
     ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
-        Probability of each component, in the order of ``model.components``. Mixture only.
+        Probability of each component, calibrated as in `scvae`, in the order of ``model.components``. Mixture only.
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
         With ``write_lambda``: λ in counts; NaN for genes that the model does not have.
     ``adata.varm["scvae_loadings"]`` : (n_genes, n_latent) float32

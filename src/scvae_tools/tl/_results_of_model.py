@@ -79,12 +79,13 @@ def loadings_of(model: SCVAE, keys: Keys, gene_places: np.ndarray | None, n_gene
 
 
 def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str, Any]:
-    """Summary of the components: their number, used and effective number, prior, and how the number was found."""
+    """Summary of the components: their number, used and effective, temperature, prior, how the number was found."""
     share = probabilities.mean(0, dtype=np.float64)
     summary = {
         "n_components": len(share),
         "n_used": len(np.unique(probabilities.argmax(1))),
         "n_effective": float(np.exp(-xlogy(share, share).sum())),
+        "temperature": model.temperature,
     } | model.get_prior()
     curve = model.component_curve_
     if curve is None:

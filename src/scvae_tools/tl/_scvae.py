@@ -154,7 +154,8 @@ def scvae(
     ``adata.obs["scvae"]`` : categorical
         Most probable component, "0", "1", ... by decreasing size; with labels, their names. Mixture only.
     ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
-        Probability of each component: by decreasing size, unused ones last; with labels in their order. Mixture only.
+        Probability of each component, calibrated by the held-out cells (`SCVAE.temperature`); by decreasing size,
+        unused ones last; with labels in their order. Mixture only.
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
         Mean λ of the count distribution before zero inflation, in counts; NaN for genes that ``mask_var`` leaves out.
         The array passed as ``write_lambda`` itself, where AnnData takes its kind as a layer (NumPy, zarr, h5py).
@@ -166,7 +167,8 @@ def scvae(
         its terms in nats per cell; ``null_log_likelihood``, for both the log-likelihood of a model without latent
         variables, see `SCVAE.null_log_likelihood`; ``kl_by_dimension``, (n_latent,), see
         `SCVAE.get_kl_by_dimension`; ``version``; for a mixture ``components``: their number ``n_components``, of which
-        ``n_used`` are some cell's most probable one, ``n_effective`` = exp(H(mean of q(y|x))), the prior's ``weights``
+        ``n_used`` are some cell's most probable one, ``n_effective`` = exp(H(mean probability)), the ``temperature`` of
+        the probabilities, the prior's ``weights``
         (k,), ``means`` (k, d) and ``covariances`` (k, d, d), and where the number was to be found ``curve``, a table
         with a row per number: ``overlap`` (the largest between two components, median over runs, in nats per cell of
         the smaller), ``share_of_runs`` that stop there, ``chosen``.
