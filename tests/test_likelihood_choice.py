@@ -34,7 +34,7 @@ def test_the_true_likelihood_is_counted_where_it_is_found(likelihood_choice):
     ]
     names = ["truth", "seed", "likelihood", "elbo", "rank", "difference", "difference_se", "is_tied", "is_recommended"]
     table = pd.DataFrame(rows, columns=names).assign(components=1)
-    assert list(likelihood_choice.counted(table).values()) == ["1 of 3", "2 of 3", "2 of 3", "1 of 3"]
+    assert list(likelihood_choice.counted(table).values()) == ["1 of 3", "2 of 3", "2 of 3", "2 of 3", "1 of 3"]
     shown = likelihood_choice.differences(table)
     assert list(shown["by the ELBO"]) == ["nb", "nb", "poisson"]
     assert list(shown["poisson"]) == ["-0.10 ± 0.20 *", "-3.00 ± 0.20", "+0.00 ± 0.00 *"]

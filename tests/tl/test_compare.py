@@ -173,6 +173,21 @@ def test_without_importance_samples_models_are_ranked_by_the_elbo():
     assert weighted["importance_weighted_test"].notna().all()
 
 
+@pytest.mark.parametrize(("n_test", "n_draws"), [(12, 1000), (400, 500), (5000, 100)])
+def test_fewer_test_cells_get_more_draws(n_test, n_draws, monkeypatch):
+    asked, adata = [], svt.datasets.poisson_toy(2 * n_test)
+
+    def record(self, *args, n_mc_samples, **kwargs):
+        asked.append(n_mc_samples)
+        return np.zeros(n_test)
+
+    monkeypatch.setattr(SCVAE, "get_marginal_ll", record)
+    fixed = {**SMALL, "n_importance_samples": "auto", "max_epochs": 1, "batch_size": 2500, "mixture": False}
+    svt.tl.compare(adata, {"likelihood": ["nb"]}, **fixed, train_size=0.3, test_size=0.5)
+    assert asked == [n_draws]
+    assert adata.uns["scvae_compare"]["params"]["n_importance_samples"] == n_draws
+
+
 def test_models_that_differ_by_their_seed_share_a_place():
     table = compare(make_adata())
     for _, rows in table.groupby("likelihood"):

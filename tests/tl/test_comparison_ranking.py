@@ -88,7 +88,7 @@ def test_of_models_that_the_cells_do_not_tell_apart_the_simplest_is_recommended(
     )
     if other.mean() > best.mean():
         other, best = best, other
-    assert abs((other - best).mean()) < stats.sem(other - best)  # what the draws are chosen for
+    assert abs((other - best).mean()) < 2 * stats.sem(other - best)  # what the draws are chosen for
     assert [name for name, setting in found.items() if setting.is_tied] == ["zinb", "nb"]
     assert [name for name, setting in found.items() if setting.is_recommended] == ["nb"]
     assert not found["poisson"].is_tied
@@ -154,11 +154,14 @@ def test_rows_of_failed_models_are_missing_in_the_columns():
 def test_the_verdict_names_the_best_the_tied_and_the_one_to_take():
     values = {"likelihood": ["zinb", "nb", "poisson"], "random_state": [0]}
     clear = rank_settings(scored({"zinb": 0.0, "nb": -1.0, "poisson": -3.0}))
-    assert verdict(clear, values, "elbo_test") == "The best by elbo_test: likelihood='zinb'."
+    alone = "Seeds are not in the errors: give `random_state` several values in the grid."
+    assert verdict(clear, values, "elbo_test") == f"The best by elbo_test: likelihood='zinb'. {alone}"
+    several = rank_settings(scored({"zinb": 0.0, "nb": -1.0}, n_seeds=2))
+    assert verdict(several, values, "elbo_test") == "The best by elbo_test: likelihood='zinb'."
     models = scored({"zinb": 0.0, "nb": -0.01, "poisson": -3.0}, noise=0.5)
     said = verdict(rank_settings(models), values, "elbo_test")
-    assert "Tied with it, within one standard error: likelihood=" in said
-    assert said.endswith("Recommended, as the simplest likelihood among these: likelihood='nb'.")
+    assert "Tied with it, within 2 standard errors: likelihood=" in said
+    assert f"Recommended, as the simplest likelihood among these: likelihood='nb'. {alone}" in said
     assert "poisson" not in said
 
 

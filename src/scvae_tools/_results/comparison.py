@@ -39,6 +39,10 @@ IS_TIED, IS_RECOMMENDED = "is_tied", "is_recommended"
 RANKING = (RANK, DIFFERENCE, DIFFERENCE_SE, IS_TIED, IS_RECOMMENDED)
 
 
+#: Standard errors within which a difference from the best is called a tie: of two equal models, in 19 of 20 cases.
+TIED_WITHIN = 2.0
+
+
 STATE, FINISHED = "state", "finished"
 
 

@@ -19,6 +19,7 @@ from scvae_tools._results.comparison import (
     RESULTS,
     SEED,
     STATE,
+    TIED_WITHIN,
     ranked_by,
 )
 from scvae_tools.pl._figures import TEXT, finish, given_axes, safe_palette, tidy
@@ -72,8 +73,8 @@ def compare(
     other arguments, on one colour scale. Combinations that failed are left out, and counted.
 
     Where y is the bound that the models are ranked by, rings are round the models to take, ``is_recommended``. Where
-    each bar is one setting, a dotted line is at the best, the others have the standard error of their difference from
-    it, and those that it does not tell from the best are called tied.
+    each bar is one setting, a dotted line is at the best, the others have two standard errors of their difference from
+    it, and those that reach it are called tied.
 
     Parameters
     ----------
@@ -240,7 +241,7 @@ def _draw_ranking(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None, 
     if not has_one_setting:
         return "ring: recommended"
     is_upright = len(np.unique(places)) > MAX_LEVEL_WORDS
-    rank, error = models[RANK].to_numpy(dtype=float), models[DIFFERENCE_SE].to_numpy(dtype=float)
+    rank, error = models[RANK].to_numpy(dtype=float), TIED_WITHIN * models[DIFFERENCE_SE].to_numpy(dtype=float)
     for place in np.unique(places):
         at = places == place
         mean, first = values[at].mean(), int(np.flatnonzero(at)[0])
@@ -252,7 +253,7 @@ def _draw_ranking(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None, 
             height = max(values[at].max(), mean + np.nan_to_num(error[first]))
             style = {"ha": "center", "va": "bottom", "fontsize": 8, "color": TEXT, "rotation": 90 * is_upright}
             ax.annotate("tied", (place, height), (0, 6), textcoords="offset points", **style)
-    return "ring: recommended; error: of the difference\nfrom the best (dotted)"
+    return f"ring: recommended; error: {TIED_WITHIN:g} SE of\nthe difference from the best (dotted)"
 
 
 def _colours(n_groups: int) -> list[Any]:

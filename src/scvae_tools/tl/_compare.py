@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._checks import check_key, check_random_source, checked
+from scvae_tools._checks import check_key, check_random_source, checked, whole_or_auto
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import check_obs, labels_to_score_by, obs_keys_of
 from scvae_tools._messages import inform, warn
@@ -39,9 +39,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+#: Draws for the importance-weighted bound of all test cells of a model, and of each, unless told otherwise.
+ALL_DRAWS, LEAST_DRAWS, MOST_DRAWS = 200_000, 100, 1_000
+
 
 @answers_other_names
-@checked(random_state=check_random_source)
+@checked(random_state=check_random_source, n_importance_samples=whole_or_auto)
 def compare(
     adata: AnnData,
     grid: Mapping[str, Sequence[Any]],
@@ -56,7 +59,7 @@ def compare(
     max_epochs: int | None = None,
     train_size: float = 0.8,
     test_size: float = 0.1,
-    n_importance_samples: int | None = 100,
+    n_importance_samples: int | str | None = "auto",
     accelerator: str = "auto",
     random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     key_added: str = "scvae_compare",
@@ -96,8 +99,9 @@ def compare(
     train_size, test_size
         Shares of the cells to train on and to test on; the others are those of the validation.
     n_importance_samples
-        Samples per test cell for the importance-weighted bound. None to leave this bound out, and to rank by the ELBO,
-        whose gap to log p(x) differs between likelihoods.
+        Samples per test cell for the importance-weighted bound. ``"auto"`` for about 200,000 in all, but at least 100
+        and at most 1,000 per cell: the fewer the test cells, the less a difference may owe to the draws. None to leave
+        this bound out, and to rank by the ELBO, whose gap to log p(x) differs between likelihoods.
     accelerator
         ``"auto"``, ``"cpu"``, ``"gpu"``, ``"mps"``.
     random_state
@@ -141,7 +145,7 @@ def compare(
         Mean of the bound less that of the best setting, nats per cell, and its standard error: that of the paired
         difference over the test cells and, where there are several, over the seeds. 0 for the best setting.
     ``is_tied`` : bool
-        Whether the setting is one of several within one standard error of the best, itself included.
+        Whether the setting is one of several within two standard errors of the best, itself included.
     ``is_recommended`` : bool
         Whether it is the one to take: of the tied ones that whose likelihood has the fewest parameters per gene, and
         if there are several, the best of these.
@@ -202,18 +206,18 @@ def compare(
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
     for keys in distinct(obs_keys_of(combination, inputs_only=True) for combination in combinations):
         check_obs(adata, **keys)
-    labels = labels_to_score_by(adata, labels_key)
+    labels, parts = labels_to_score_by(adata, labels_key), _split(adata.n_obs, train_size, test_size, seed)
     names = adata.var_names if mask is None else adata.var_names[mask]
-    parts = _split(adata.n_obs, train_size, test_size, seed)
     cells = Cells(counts, adata.obs, names, labels, *parts, allow_non_integer)
     check_combinations(cells, combinations, values, defaults)
     _warn_of_kinds({combination["likelihood"] for combination in combinations})
 
     store = Store(adata.uns.get(check_key("key_added", key_added)), directory)
+    n_draws = _n_draws(n_importance_samples, len(cells.test))
     fixed |= {"layer": layer, "mask_var": mask_var if isinstance(mask_var, str) else None, "labels_key": labels_key}
-    fixed |= {"n_importance_samples": n_importance_samples, "allow_non_integer": allow_non_integer}
+    fixed |= {"n_importance_samples": n_draws, "allow_non_integer": allow_non_integer}
     split = {"random_state": seed, "train_size": float(train_size), "test_size": float(test_size)}
-    comparison = Comparison(cells, values, combinations, n_importance_samples, store)
+    comparison = Comparison(cells, values, combinations, n_draws, store)
     try:
         comparison.run(progress=is_shown(progress))
     except BaseException:  # Ctrl-C, the end of the process, a full disk
@@ -225,6 +229,13 @@ def compare(
             )
         raise
     return _write_result(adata, key_added, comparison, fixed, split)
+
+
+def _n_draws(n_importance_samples: int | str | None, n_test: int) -> int | None:
+    """Draws of each test cell, None for none."""
+    if n_importance_samples == "auto":
+        return min(max(ALL_DRAWS // n_test, LEAST_DRAWS), MOST_DRAWS)
+    return n_importance_samples
 
 
 #: What the bound of a likelihood is of, by `Likelihood.measures`.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from scvae_tools._results.comparison import DIFFERENCE, DIFFERENCE_SE, IS_RECOMMENDED, IS_TIED, RANK, SEED
+from scvae_tools._results.comparison import DIFFERENCE, DIFFERENCE_SE, IS_RECOMMENDED, IS_TIED, RANK, SEED, TIED_WITHIN
 from scvae_tools.likelihoods import get_likelihood
 from scvae_tools.tl._comparison_grid import as_json, describe
 
@@ -86,7 +86,7 @@ def _rank_one_kind(settings: list[Setting]) -> None:
         if setting is not best:
             setting.difference, setting.difference_se = _difference(setting, best)
             is_known = not np.isnan(setting.difference_se)
-            setting.is_tied = -setting.difference <= setting.difference_se if is_known else None
+            setting.is_tied = -setting.difference <= TIED_WITHIN * setting.difference_se if is_known else None
     others = [setting.is_tied for setting in settings if setting is not best]
     best.is_tied = True if True in others else None if None in others else False
     candidates = [setting for setting in settings if setting.is_tied] or [best]
@@ -174,9 +174,11 @@ def verdict(settings: Sequence[Setting], values: dict[str, list], bound: str) ->
             listed = "; ".join(f"{describe(each.combination, names)} ({_in_nats(each)})" for each in tied)
             chosen = next(setting for setting in ranked if setting.is_recommended)
             said.append(
-                f"Tied with it, within one standard error: {listed}. Recommended, as the simplest likelihood among "
-                f"these: {describe(chosen.combination, names)}."
+                f"Tied with it, within {TIED_WITHIN:g} standard errors: {listed}. Recommended, as the simplest "
+                f"likelihood among these: {describe(chosen.combination, names)}."
             )
+    if all(len(setting.models) == 1 for setting in settings):
+        said.append("Seeds are not in the errors: give `random_state` several values in the grid.")
     return " ".join(said)
 
 
