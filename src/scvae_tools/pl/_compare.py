@@ -241,6 +241,7 @@ def _draw_ranking(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None, 
     if not has_one_setting:
         return "ring: recommended"
     is_upright = len(np.unique(places)) > MAX_LEVEL_WORDS
+    ax.margins(y=0.12)  # room for the words
     rank, error = models[RANK].to_numpy(dtype=float), TIED_WITHIN * models[DIFFERENCE_SE].to_numpy(dtype=float)
     for place in np.unique(places):
         at = places == place

@@ -183,8 +183,9 @@ def compare(
     kinds that a grid mixes.
 
     A training ends a little differently with each seed, of which a single one says nothing: ``difference_se`` is then
-    that of the test cells alone. Give ``"random_state"`` several values, and the seeds are in it. What is finished from
-    a version that kept no bounds of cells has a ``difference``, but neither ``difference_se`` nor ``is_tied``.
+    that of the test cells alone. Give ``"random_state"`` several values, and the seeds are in it. What a version
+    finished that kept no bounds of cells, with the same number of samples, is not trained again: it has a
+    ``difference``, but neither ``difference_se`` nor ``is_tied``.
 
     Examples
     --------
