@@ -263,6 +263,13 @@ def positive_or_latent(name: str, value: object, *, or_none: bool = False) -> fl
     return value if isinstance(value, str) and value == "latent" else number(above=0)(name, value, or_none=or_none)
 
 
+def whole_or_auto(name: str, value: object, *, or_none: bool = False) -> int | str | None:
+    """Whole number of at least 1, or ``"auto"``."""
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    return check_whole(name, value, or_none=or_none, remedy='Or pass "auto".')
+
+
 #: Check of each numeric argument of the public functions by its name. None passes where the annotation has it. Sizes of
 #: a model have a limit: far above what is of use, and below what would take hours, or more memory than there is.
 NUMBERS: dict[str, Check] = {

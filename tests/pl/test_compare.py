@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection, PathCollection
 from pictures import legend_texts, make_adata, make_comparison, texts, titles, with_comparison
 
 from scvae_tools import pl
+from scvae_tools._results.comparison import RESULTS
 
 LIKELIHOODS, SEEDS = ["zinb", "nb"], [0, 1, 2]
+BOUND = "importance_weighted_test"  # which is drawn unless another is asked for
 
 
 def labels(ax):
@@ -34,7 +37,7 @@ def images(ax):
 
 def without_value(table, row, state="ValueError: no"):
     table.loc[row, "state"] = state
-    table.loc[row, "elbo_test"] = np.nan
+    table.loc[row, BOUND] = np.nan
     return table
 
 
@@ -44,10 +47,85 @@ def test_points_are_the_models_and_bars_their_means():
     assert labels(ax) == LIKELIHOODS  # in the order of the grid
     place = table["likelihood"].map({"zinb": 0, "nb": 1})
     drawn = points(ax)
-    expected = np.column_stack([place, table["elbo_test"]])
+    expected = np.column_stack([place, table[BOUND]])
     np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], expected[np.lexsort(expected.T)])
-    average = table.groupby("likelihood")["elbo_test"].mean()
+    average = table.groupby("likelihood")[BOUND].mean()
     assert means(ax) == pytest.approx({0: average["zinb"], 1: average["nb"]})
+
+
+def ranked(table, best, tied=(), recommended=None, error=0.5):
+    """Table with the columns of the ranking, where the first argument of the grid tells the settings apart."""
+    setting, bound = table.iloc[:, 0], table[BOUND]
+    mean = bound.groupby(setting).transform("mean")
+    table["rank"] = setting.map(lambda name: 1 if name == best else 2).astype("Int64")
+    table["difference"] = mean - mean[setting == best].iloc[0]
+    table["difference_se"] = np.where(setting == best, 0.0, error)
+    table["is_tied"] = setting.isin([best, *tied] if tied else []).astype("boolean")
+    table["is_recommended"] = (setting == (recommended or best)).astype("boolean")
+    return table
+
+
+def rings(ax):
+    """Places and values of the rings."""
+    found = [drawn for drawn in ax.collections if isinstance(drawn, PathCollection) and not len(drawn.get_facecolor())]
+    return np.concatenate([np.asarray(drawn.get_offsets()) for drawn in found] or [np.empty((0, 2))])
+
+
+def errors(ax):
+    """Ends of the error bars, by their place."""
+    segments = [bar[2][0].get_segments()[0] for bar in ax.containers]
+    return {round(float(segment[0, 0]), 6): tuple(segment[:, 1]) for segment in segments}
+
+
+def test_ties_and_the_model_to_take_are_marked():
+    table = make_comparison(likelihood=["poisson", "nb", "zinb"], random_state=SEEDS)
+    table[BOUND] = [-610, -611, -612, -600.2, -600.3, -600.1, -600.0, -600.1, -600.2]
+    (ax,) = pl.compare(ranked(table, "zinb", tied=["nb"], recommended="nb"))
+    np.testing.assert_allclose(rings(ax), [[1, -600.2], [1, -600.3], [1, -600.1]])
+    assert errors(ax) == {0: pytest.approx((-612, -610)), 1: pytest.approx((-601.2, -599.2))}
+    lines = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"]
+    assert lines == pytest.approx([-600.1])
+    assert texts(ax) == ["tied", "tied"]
+    assert [round(text.xy[0]) for text in ax.texts] == [1, 2]
+    (title,) = titles([ax])
+    assert "ring: recommended" in title
+
+
+def test_marks_are_those_of_the_bound_that_models_are_ranked_by():
+    table = ranked(make_comparison(likelihood=LIKELIHOODS, random_state=SEEDS), "nb", tied=["zinb"])
+    (ax,) = pl.compare(table, y="elbo_test")
+    assert (len(rings(ax)), texts(ax)) == (0, [])
+    without = table.assign(importance_weighted_test=np.nan)
+    (ax,) = pl.compare(without)
+    assert ax.get_ylabel().startswith("ELBO")
+    assert len(rings(ax)) == len(SEEDS)
+
+
+def test_bars_of_several_settings_have_no_error_of_one():
+    table = ranked(make_comparison(likelihood=LIKELIHOODS, n_layers=[1, 2], lr=[0.1, 0.2]), "nb", tied=["zinb"])
+    (ax,) = pl.compare(table, x="n_layers", hue="lr")
+    assert (texts(ax), list(ax.containers)) == ([], [])
+    assert len(rings(ax)) == 4
+    assert titles([ax]) == ["points differ by likelihood\nring: recommended"]
+
+
+def test_a_table_that_was_written_as_text_is_the_same_picture(tmp_path):
+    table = ranked(make_comparison(likelihood=LIKELIHOODS, random_state=SEEDS), "nb", tied=["zinb"])
+    failed = make_comparison(likelihood=["zip"]).drop(columns=list(RESULTS), errors="ignore").assign(state="ValueError")
+    table = pd.concat([table, failed], ignore_index=True)
+    table.to_csv(tmp_path / "table.tsv", sep="\t", index=False)
+    (one,), (other,) = pl.compare(table), pl.compare(pd.read_csv(tmp_path / "table.tsv", sep="\t"))
+    np.testing.assert_allclose(rings(one), rings(other))
+    assert len(rings(one)) == len(SEEDS)
+    assert texts(one) == texts(other) == ["tied", "tied"]
+
+
+def test_a_table_of_an_earlier_version_has_no_marks():
+    (ax,) = pl.compare(make_comparison(likelihood=LIKELIHOODS, random_state=SEEDS))
+    assert (len(rings(ax)), texts(ax), list(ax.containers)) == (0, [], [])
+    old = make_comparison(likelihood=LIKELIHOODS).drop(columns=BOUND)
+    (ax,) = pl.compare(old)
+    assert ax.get_ylabel().startswith("ELBO")
 
 
 def test_an_adata_and_its_table_are_the_same_picture():
@@ -73,7 +151,7 @@ def test_the_mixture_is_the_colour_if_it_varies():
     assert legend_texts(ax) == ["False", "vade"]
     assert titles([ax]) == ["points differ by n_layers"]
     group = table[(table["likelihood"] == "nb") & (table["mixture"] == "vade")]
-    assert means(ax)[1.2] == pytest.approx(group["elbo_test"].mean())
+    assert means(ax)[1.2] == pytest.approx(group[BOUND].mean())
 
 
 def test_axis_and_colour_may_be_chosen():
@@ -115,7 +193,7 @@ def test_heat_maps_are_means_by_latent_size_and_width():
     assert titles(axes[1:]) == ["zinb", "nb"]
     for ax, likelihood in zip(axes[1:], LIKELIHOODS, strict=True):
         chosen = table[table["likelihood"] == likelihood]
-        expected = chosen.pivot_table("elbo_test", "n_hidden", "n_latent")  # ascending
+        expected = chosen.pivot_table(BOUND, "n_hidden", "n_latent")  # ascending
         np.testing.assert_allclose(images(ax), expected)
         assert labels(ax) == ["5", "10", "20"]
         assert [label.get_text() for label in ax.get_yticklabels()] == ["64", "128"]
@@ -142,7 +220,7 @@ def test_given_axes_are_drawn_on():
     table = make_comparison(n_hidden=[64, 128], n_latent=[5, 10])
     _, given = plt.subplots(1, 2)
     assert list(pl.compare(table, axes=given)) == list(given)
-    with pytest.raises(ValueError, match=r"there are 1 for 2 panels \(elbo_test, heat map\)"):
+    with pytest.raises(ValueError, match=r"there are 1 for 2 panels \(importance_weighted_test, heat map\)"):
         pl.compare(table, axes=given[:1])
 
 

@@ -18,10 +18,11 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from scipy import stats
 from scipy.special import comb
 
 import scvae_tools as svt
-from scvae_tools._results.comparison import RESULTS
+from scvae_tools._results.comparison import RANKING, RESULTS
 from scvae_tools._train import plan as _training
 from scvae_tools.model._scvae import SCVAE
 
@@ -135,6 +136,92 @@ def test_rows_are_all_combinations_in_the_order_of_the_grid():
     assert table["elbo_test"].nunique() == len(table)  # no row is another's
     terms = table["log_likelihood_test"] - table["kl_z_test"] - table["kl_y_test"]
     np.testing.assert_allclose(table["elbo_test"], terms, rtol=1e-6)
+
+
+# -- the ranking -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_importance_samples", [3, None])
+def test_differences_are_those_of_models_trained_by_hand_cell_by_cell(n_importance_samples):
+    adata = make_adata()
+    table = compare(adata, {"likelihood": ["poisson", "nb"]}, n_importance_samples=n_importance_samples)
+    bounds = []
+    for name in table["likelihood"]:
+        model, test = by_hand(adata, 0, likelihood=name, mixture=False)
+        if n_importance_samples is None:
+            bounds.append(model.get_elbo_terms(test, n_samples=5)["elbo"].to_numpy())
+        else:
+            bounds.append(model.get_marginal_ll(test, n_mc_samples=n_importance_samples, return_mean=False))
+    best = int(np.argmax([bound.mean() for bound in bounds]))
+    paired = bounds[1 - best] - bounds[best]
+    assert table["rank"].tolist() == [1 + (best != 0), 1 + (best != 1)]
+    assert table["difference"].tolist()[1 - best] == pytest.approx(paired.mean(), rel=1e-4)
+    assert table["difference_se"].tolist()[1 - best] == pytest.approx(stats.sem(paired), rel=1e-4)
+    assert table["difference"].tolist()[best] == table["difference_se"].tolist()[best] == 0
+    np.testing.assert_allclose(adata.uns["scvae_compare"]["bound_by_cell"], bounds, rtol=1e-6)
+
+
+def test_without_importance_samples_models_are_ranked_by_the_elbo():
+    adata = make_adata()
+    table = compare(adata, n_importance_samples=None)
+    assert table["importance_weighted_test"].isna().all()
+    assert adata.uns["scvae_compare"]["ranked_by"] == "elbo_test"
+    by_setting = table.groupby("likelihood")[["elbo_test", "rank"]].mean()
+    assert by_setting["elbo_test"].idxmax() == by_setting["rank"].idxmin()
+    weighted = compare(make_adata())
+    np.testing.assert_array_equal(weighted["elbo_test"], table["elbo_test"])
+    assert weighted["importance_weighted_test"].notna().all()
+
+
+@pytest.mark.parametrize(("n_test", "n_draws"), [(12, 1000), (400, 500), (5000, 100)])
+def test_fewer_test_cells_get_more_draws(n_test, n_draws, monkeypatch):
+    asked, adata = [], svt.datasets.poisson_toy(2 * n_test)
+
+    def record(self, *args, n_mc_samples, **kwargs):
+        asked.append(n_mc_samples)
+        return np.zeros(n_test)
+
+    monkeypatch.setattr(SCVAE, "get_marginal_ll", record)
+    fixed = {**SMALL, "n_importance_samples": "auto", "max_epochs": 1, "batch_size": 2500, "mixture": False}
+    svt.tl.compare(adata, {"likelihood": ["nb"]}, **fixed, train_size=0.3, test_size=0.5)
+    assert asked == [n_draws]
+    assert adata.uns["scvae_compare"]["params"]["n_importance_samples"] == n_draws
+
+
+def test_models_that_differ_by_their_seed_share_a_place():
+    table = compare(make_adata())
+    for _, rows in table.groupby("likelihood"):
+        assert all(rows[name].nunique() == 1 for name in RANKING)
+    means = table.groupby("likelihood")["importance_weighted_test"].mean()
+    lower = table["likelihood"] == means.idxmin()
+    assert set(table["rank"][lower]) == {2}
+    np.testing.assert_allclose(table["difference"][lower], means.min() - means.max(), rtol=1e-4)
+
+
+def test_the_best_model_is_said(caplog):
+    with caplog.at_level("INFO", "scvae_tools"):
+        table = compare(make_adata(), {"likelihood": ["poisson", "nb"]})
+    best = table.set_index("rank").loc[1, "likelihood"]
+    assert f"The best by importance_weighted_test: likelihood='{best}'." in caplog.text
+
+
+def test_what_an_earlier_version_finished_is_ranked_by_its_means_and_not_trained_again(trained):
+    adata, grid = make_adata(), {"likelihood": ["poisson", "nb"]}
+    first = compare(adata, grid)
+    former = adata.uns["scvae_compare"]
+    former["table"] = former["table"].drop(columns=list(RANKING))
+    for name in ("bound_by_cell", "ranked_by"):
+        del former[name]
+    svt.pl.compare(adata)
+    again = compare(adata, grid)
+    assert trained == ["poisson", "nb"]
+    assert again["rank"].tolist() == first["rank"].tolist()
+    np.testing.assert_allclose(again["difference"], first["difference"], rtol=1e-4)
+    assert again["difference_se"].isna().sum() == 1
+    assert again["is_tied"].isna().all()
+    more = compare(adata, {"likelihood": ["poisson", "nb", "zip"]})
+    assert trained == ["poisson", "nb", "zip"]
+    assert more["rank"].notna().all()
 
 
 def test_the_result_is_read_from_a_file_as_it_was(tmp_path):
@@ -284,11 +371,12 @@ def test_a_result_that_was_read_from_a_file_is_gone_on_from(trained, tmp_path):
         {"train_size": 0.7},
         {"n_latent": 3},
         {"n_importance_samples": 4},
+        {"n_importance_samples": None},
         {"labels_key": "sex"},
         {"mask_var": "kept"},
         {"size_factor_key": "total"},
     ],
-    ids=lambda changed: next(iter(changed)),
+    ids=lambda changed: "_".join(map(str, next(iter(changed.items())))),
 )
 def test_other_arguments_are_another_result(changed, trained):
     adata = make_adata()

@@ -281,7 +281,7 @@ class Decoder(nn.Module):
             # The name by which scArches recognises a decoder's first layer.
             self.px_decoder = stack(n_in, sizes, widths=widths, covariates=True, **options)
             n_features = widths[-1]
-        shared = [head for head in likelihood.heads if head.is_dispersion and dispersion != "gene-cell"]
+        shared = likelihood.shared_heads(dispersion)
         # The batches come last, as scArches wants them.
         shape = (sizes.n_genes, sizes.n_batch) if dispersion == "gene-batch" else (sizes.n_genes,)
         self.shared = nn.ParameterDict({head.name: torch.full(shape, head.initial) for head in shared})

@@ -129,6 +129,18 @@ class Likelihood(ABC):
         """
         return {}
 
+    def shared_heads(self, dispersion: str) -> tuple[Head, ...]:
+        """Heads that all cells share, or those of a batch, and that are not decoded."""
+        return tuple(head for head in self.heads if head.is_dispersion and dispersion != "gene-cell")
+
+    def complexity(self, dispersion: str) -> tuple[int, int]:
+        """Numbers of heads that are decoded and that are shared; in this order, how many parameters a gene has.
+
+        A decoded head has a weight of each hidden unit for every gene, a shared one a number (or one for each batch).
+        """
+        n_shared = len(self.shared_heads(dispersion))
+        return len(self.heads) - n_shared, n_shared
+
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the declared heads."""

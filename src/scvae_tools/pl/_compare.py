@@ -9,7 +9,19 @@ import numpy as np
 
 from scvae_tools._checks import checked
 from scvae_tools._other_names import answers_other_names
-from scvae_tools._results.comparison import FINISHED, RESULTS, STATE
+from scvae_tools._results.comparison import (
+    DIFFERENCE_SE,
+    FINISHED,
+    IS_RECOMMENDED,
+    IS_TIED,
+    RANK,
+    RANKING,
+    RESULTS,
+    SEED,
+    STATE,
+    TIED_WITHIN,
+    ranked_by,
+)
 from scvae_tools.pl._figures import TEXT, finish, given_axes, safe_palette, tidy
 
 if TYPE_CHECKING:
@@ -22,7 +34,6 @@ if TYPE_CHECKING:
 
 #: Arguments that a heat map is drawn over, by column and by row.
 SIZES = ("n_latent", "n_hidden")
-SEED = "random_state"
 UNITS = {
     "epochs": "epochs",
     "seconds": "seconds of training",
@@ -38,6 +49,7 @@ UNITS = {
 }
 MARKERS = "osD^vP<X>"
 MEAN_WIDTH = 0.7  # as a share of the room of one colour
+MAX_LEVEL_WORDS = 6  # beside more bars, words are upright
 
 
 @answers_other_names
@@ -46,7 +58,7 @@ def compare(
     data: AnnData | DataFrame,
     *,
     key: str = "scvae_compare",
-    y: str = "elbo_test",
+    y: str | None = None,
     x: str | None = None,
     hue: str | None = None,
     axes: Axes | Sequence[Axes] | np.ndarray | None = None,
@@ -60,6 +72,10 @@ def compare(
     latent space and the width of the networks vary, heat maps follow, one for each position and colour: means over all
     other arguments, on one colour scale. Combinations that failed are left out, and counted.
 
+    Where y is the bound that the models are ranked by, rings are round the models to take, ``is_recommended``. Where
+    each bar is one setting, a dotted line is at the best, the others have two standard errors of their difference from
+    it, and those that reach it are called tied.
+
     Parameters
     ----------
     data
@@ -68,6 +84,7 @@ def compare(
         Key of the result, the ``key_added`` of :func:`scvae_tools.tl.compare`. Not used for a table.
     y
         Column of the table to plot: ``"elbo_test"``, ``"importance_weighted_test"``, ``"ari"``, ``"seconds"``, ...
+        None for the bound that the models are ranked by: the importance-weighted one if it was computed, else the ELBO.
     x
         Argument along the axis. None for the likelihood if it varies, else for the first that varies.
     hue
@@ -91,7 +108,8 @@ def compare(
         of panels.
     """
     table = _table(data, key)
-    parameters = [column for column in table if column not in (*RESULTS, STATE)]
+    parameters = [column for column in table if column not in (*RESULTS, *RANKING, STATE)]
+    y = ranked_by(table) if y is None else y
     models = _models_with(table, y, parameters)
     varying = [name for name in parameters if table[name].nunique() > 1]
     x, hue = _choose(parameters, varying, x, hue)
@@ -99,7 +117,11 @@ def compare(
     panels = [y, *(f"heat map {heat_map.title}".strip() for heat_map in maps)]
     axes = _new_axes(models, x, hue, len(panels)) if axes is None else given_axes(axes, panels)
     _draw_points(axes[0], models, y, x, hue)
-    _say_what_else(axes[0], varying, x, hue, n_failed=len(table) - len(models))
+    said = [_what_else(varying, x, hue, n_failed=len(table) - len(models))]
+    if set(RANKING) <= set(table) and y == ranked_by(table):
+        has_one_setting = SEED not in (x, hue) and set(varying) <= {x, hue, SEED}
+        said += [_draw_ranking(axes[0], models, y, x, hue, has_one_setting=has_one_setting)]
+    axes[0].set_title("\n".join(filter(None, said)), loc="left", fontsize=9, color=TEXT)
     _draw_heat_maps(axes[1:], maps, y)
     finish(axes[0].figure, "compare", show=show, save=save)
     return axes
@@ -177,12 +199,10 @@ def _levels(column: Series) -> list:
 
 def _draw_points(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None) -> None:
     positions, groups = _levels(models[x]), [None] if hue is None else _levels(models[hue])
-    room = 0.8 / len(groups)
+    room, places = 0.8 / len(groups), _places(models, x, hue)
     for group, colour, marker in zip(groups, _colours(len(groups)), _markers(len(groups)), strict=True):
-        offset = (groups.index(group) - (len(groups) - 1) / 2) * room
-        chosen = models if group is None else models[models[hue] == group]
-        place = np.array([positions.index(value) for value in chosen[x]]) + offset
-        value = chosen[y].to_numpy(dtype=float)
+        is_chosen = np.ones(len(models), dtype=bool) if group is None else (models[hue] == group).to_numpy()
+        place, value = places[is_chosen], models[y].to_numpy(dtype=float)[is_chosen]
         label = None if group is None else str(group)
         ax.scatter(place, value, s=28, color=colour, marker=marker, alpha=0.75, lw=0, label=label, zorder=3)
         centres = np.unique(place)
@@ -197,6 +217,44 @@ def _draw_points(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None) -
     if hue is not None:
         ncols = _n_legend_columns(len(groups))
         ax.legend(title=hue, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, ncols=ncols)
+
+
+def _places(models: DataFrame, x: str, hue: str | None) -> np.ndarray:
+    """Places of the models along the axis, (n_models,)."""
+    positions, groups = _levels(models[x]), [None] if hue is None else _levels(models[hue])
+    offsets = (np.arange(len(groups)) - (len(groups) - 1) / 2) * 0.8 / len(groups)
+    group = [0] * len(models) if hue is None else [groups.index(value) for value in models[hue]]
+    return np.array([positions.index(value) for value in models[x]]) + offsets[group]
+
+
+def _draw_ranking(ax: Axes, models: DataFrame, y: str, x: str, hue: str | None, *, has_one_setting: bool) -> str:
+    """Ring the models to take; where each bar is one setting, draw errors of differences and name ties.
+
+    Returns what the marks mean, and nothing if there is one setting only, or none is known to be the best.
+    """
+    places, values = _places(models, x, hue), models[y].to_numpy(dtype=float)
+    # As text: in a table read from a file, what is missing makes True an object.
+    is_recommended, is_tied = ((models[name].astype(str) == "True").to_numpy() for name in (IS_RECOMMENDED, IS_TIED))
+    if is_recommended.all() or not is_recommended.any():
+        return ""
+    ax.scatter(places[is_recommended], values[is_recommended], s=90, color="none", edgecolors=TEXT, lw=1, zorder=4)
+    if not has_one_setting:
+        return "ring: recommended"
+    is_upright = len(np.unique(places)) > MAX_LEVEL_WORDS
+    ax.margins(y=0.12)  # room for the words
+    rank, error = models[RANK].to_numpy(dtype=float), TIED_WITHIN * models[DIFFERENCE_SE].to_numpy(dtype=float)
+    for place in np.unique(places):
+        at = places == place
+        mean, first = values[at].mean(), int(np.flatnonzero(at)[0])
+        if rank[first] == 1:
+            ax.axhline(mean, color=TEXT, lw=0.8, ls=":", zorder=1)
+        elif np.isfinite(error[first]):
+            ax.errorbar(place, mean, error[first], color=TEXT, capsize=3, lw=1, zorder=5)
+        if is_tied[first]:
+            height = max(values[at].max(), mean + np.nan_to_num(error[first]))
+            style = {"ha": "center", "va": "bottom", "fontsize": 8, "color": TEXT, "rotation": 90 * is_upright}
+            ax.annotate("tied", (place, height), (0, 6), textcoords="offset points", **style)
+    return f"ring: recommended; error: {TIED_WITHIN:g} SE of\nthe difference from the best (dotted)"
 
 
 def _colours(n_groups: int) -> list[Any]:
@@ -214,12 +272,12 @@ def _markers(n_groups: int) -> list[str]:
     return [MARKERS[i % len(MARKERS)] for i in range(n_groups)]
 
 
-def _say_what_else(ax: Axes, varying: list[str], x: str, hue: str | None, *, n_failed: int) -> None:
-    """Name above the panel what its points differ by, and how many are not there."""
+def _what_else(varying: list[str], x: str, hue: str | None, *, n_failed: int) -> str:
+    """Name what the points differ by, and how many are not there."""
     others = [name for name in varying if name not in (x, hue)]
     said = [f"points differ by {', '.join(others)}"] if others else []
     said += [f"{n_failed} without a value"] if n_failed else []
-    ax.set_title("; ".join(said), loc="left", fontsize=9, color=TEXT)
+    return "; ".join(said)
 
 
 # -- heat maps ---------------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae_tools._checks import check_key, check_random_source, checked
+from scvae_tools._checks import check_key, check_random_source, checked, whole_or_auto
 from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import check_obs, labels_to_score_by, obs_keys_of
-from scvae_tools._messages import warn
+from scvae_tools._messages import inform, warn
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
+from scvae_tools._results.comparison import BOUND_BY_CELL, ranked_by
 from scvae_tools._results.writing import require_writable, write_uns
 from scvae_tools._train.progress import is_shown
 from scvae_tools._version import __version__
@@ -28,6 +29,7 @@ from scvae_tools.tl._comparison_grid import (
     defaults_of_models,
     distinct,
 )
+from scvae_tools.tl._comparison_ranking import verdict
 from scvae_tools.tl._comparison_store import Store
 
 if TYPE_CHECKING:
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+#: Draws for the importance-weighted bound of all test cells of a model, and of each, unless told otherwise.
+ALL_DRAWS, LEAST_DRAWS, MOST_DRAWS = 200_000, 100, 1_000
+
 
 @answers_other_names
-@checked(random_state=check_random_source)
+@checked(random_state=check_random_source, n_importance_samples=whole_or_auto)
 def compare(
     adata: AnnData,
     grid: Mapping[str, Sequence[Any]],
@@ -54,7 +59,7 @@ def compare(
     max_epochs: int | None = None,
     train_size: float = 0.8,
     test_size: float = 0.1,
-    n_importance_samples: int = 100,
+    n_importance_samples: int | str | None = "auto",
     accelerator: str = "auto",
     random_state: int | np.random.RandomState | np.random.Generator | None = 0,
     key_added: str = "scvae_compare",
@@ -67,7 +72,9 @@ def compare(
 
     The cells are divided once, for all models: those of the training, those of the validation, which choose the best
     weights and tell when to stop, and those of the test, which play no part in any training. The bounds of the test
-    cells are what likelihoods, mixtures and sizes can be compared by.
+    cells are what likelihoods, mixtures and sizes can be compared by. Models are ranked by the importance-weighted
+    bound, and each is compared with the best cell by cell, so that a difference that the test cells do not show is
+    called a tie.
 
     Parameters
     ----------
@@ -92,7 +99,9 @@ def compare(
     train_size, test_size
         Shares of the cells to train on and to test on; the others are those of the validation.
     n_importance_samples
-        Samples per test cell for the importance-weighted bound.
+        Samples per test cell for the importance-weighted bound. ``"auto"`` for about 200,000 in all, but at least 100
+        and at most 1,000 per cell: the fewer the test cells, the less a difference may owe to the draws. None to leave
+        this bound out, and to rank by the ELBO, whose gap to log p(x) differs between likelihoods.
     accelerator
         ``"auto"``, ``"cpu"``, ``"gpu"``, ``"mps"``.
     random_state
@@ -124,17 +133,30 @@ def compare(
         Its terms, on the test cells.
     ``importance_weighted_test``
         Importance-weighted bound of log p(x), tighter than the ELBO, nats per cell.
+        By it models are ranked, unless ``n_importance_samples`` is None.
     ``components_used``
         Components that are the most probable one of any cell; missing without a mixture.
     ``ari``
         Adjusted Rand index of these components and the labels, over all cells. Only with ``labels_key``.
+    ``rank``
+        Place of the setting by its bound, 1 for the best. A setting is all models that differ by ``random_state``
+        alone, and these columns are the same for all of them. Likelihoods of different kinds are ranked apart.
+    ``difference``, ``difference_se``
+        Mean of the bound less that of the best setting, nats per cell, and its standard error: that of the paired
+        difference over the test cells and, where there are several, over the seeds. 0 for the best setting.
+    ``is_tied`` : bool
+        Whether the setting is one of several within two standard errors of the best, itself included.
+    ``is_recommended`` : bool
+        Whether it is the one to take: of the tied ones that whose likelihood has the fewest parameters per gene, and
+        if there are several, the best of these.
     ``state`` : str
         ``"finished"``, or the error that ended this combination; its results are then missing.
 
     Sets ``adata.uns["scvae_compare"]``, a dict with this ``table``; ``grid``, the values as text by argument;
     ``params``, the arguments that are the same for all; ``split``, with the positions ``train_indices``,
-    ``validation_indices`` and ``test_indices`` and what they were drawn by; ``hashes``, by which a later call finds
-    what is finished; and ``version``.
+    ``validation_indices`` and ``test_indices`` and what they were drawn by; ``ranked_by``, the column that the models
+    are ranked by, and ``bound_by_cell``, that bound of each test cell by the models, (n_rows, n_test_cells) in nats;
+    ``hashes``, by which a later call finds what is finished; and ``version``.
 
     Raises
     ------
@@ -158,8 +180,12 @@ def compare(
 
     Only models of the same counts have comparable bounds, and only likelihoods of the same kind: those of counts, of
     detection (``"bernoulli"``), and densities (``"gaussian"``, ``"log_normal"``, ``"lomax"``). A warning names the
-    kinds that a grid mixes. The seeds show how large a difference has to be to mean something: give
-    ``"random_state"`` several values.
+    kinds that a grid mixes.
+
+    A training ends a little differently with each seed, of which a single one says nothing: ``difference_se`` is then
+    that of the test cells alone. Give ``"random_state"`` several values, and the seeds are in it. What a version
+    finished that kept no bounds of cells, with the same number of samples, is not trained again: it has a
+    ``difference``, but neither ``difference_se`` nor ``is_tied``.
 
     Examples
     --------
@@ -181,18 +207,18 @@ def compare(
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
     for keys in distinct(obs_keys_of(combination, inputs_only=True) for combination in combinations):
         check_obs(adata, **keys)
-    labels = labels_to_score_by(adata, labels_key)
+    labels, parts = labels_to_score_by(adata, labels_key), _split(adata.n_obs, train_size, test_size, seed)
     names = adata.var_names if mask is None else adata.var_names[mask]
-    parts = _split(adata.n_obs, train_size, test_size, seed)
     cells = Cells(counts, adata.obs, names, labels, *parts, allow_non_integer)
     check_combinations(cells, combinations, values, defaults)
     _warn_of_kinds({combination["likelihood"] for combination in combinations})
 
     store = Store(adata.uns.get(check_key("key_added", key_added)), directory)
+    n_draws = _n_draws(n_importance_samples, len(cells.test))
     fixed |= {"layer": layer, "mask_var": mask_var if isinstance(mask_var, str) else None, "labels_key": labels_key}
-    fixed |= {"n_importance_samples": n_importance_samples, "allow_non_integer": allow_non_integer}
+    fixed |= {"n_importance_samples": n_draws, "allow_non_integer": allow_non_integer}
     split = {"random_state": seed, "train_size": float(train_size), "test_size": float(test_size)}
-    comparison = Comparison(cells, values, combinations, n_importance_samples, store)
+    comparison = Comparison(cells, values, combinations, n_draws, store)
     try:
         comparison.run(progress=is_shown(progress))
     except BaseException:  # Ctrl-C, the end of the process, a full disk
@@ -204,6 +230,13 @@ def compare(
             )
         raise
     return _write_result(adata, key_added, comparison, fixed, split)
+
+
+def _n_draws(n_importance_samples: int | str | None, n_test: int) -> int | None:
+    """Draws of each test cell, None for none."""
+    if n_importance_samples == "auto":
+        return min(max(ALL_DRAWS // n_test, LEAST_DRAWS), MOST_DRAWS)
+    return n_importance_samples
 
 
 #: What the bound of a likelihood is of, by `Likelihood.measures`.
@@ -256,15 +289,20 @@ def _write_result(
     adata: AnnData, key: str, comparison: Comparison, fixed: dict[str, Any], split: dict[str, Any]
 ) -> pd.DataFrame:
     """Write what is done into ``uns``, and return its table."""
-    cells, table = comparison.cells, comparison.table()
+    cells, (table, settings) = comparison.cells, comparison.table()
+    bound = ranked_by(table)
     indices = {"train_indices": cells.train, "validation_indices": cells.validation, "test_indices": cells.test}
     result = {
         "table": table,
         "grid": {name: np.array(list(map(as_text, given)), dtype=object) for name, given in comparison.values.items()},
         "params": {name: _writable(value) for name, value in fixed.items() if value is not None},
         "split": split | indices,
+        "ranked_by": bound,
+        BOUND_BY_CELL: comparison.bound_by_cell(),
         "hashes": np.array([comparison.hashes[i] for i in sorted(comparison.rows)], dtype=object),
         "version": __version__,
     }
     write_uns(adata, key, result)
+    if len(settings) > 1:
+        inform("%s", verdict(settings, comparison.values, bound))
     return table.copy()

@@ -14,12 +14,20 @@ from scvae_tools import metrics
 from scvae_tools._data.roles import columns_in, obs_keys_of
 from scvae_tools._files import digest
 from scvae_tools._messages import InterruptedTraining, inform, said_before, warn
-from scvae_tools._results.comparison import FINISHED, RESULTS, STATE, WHOLE_NUMBERS
+from scvae_tools._results.comparison import (
+    BOUND_BY_CELL,
+    FINISHED,
+    RESULTS,
+    STATE,
+    WHOLE_NUMBERS,
+    ranked_by,
+)
 from scvae_tools._train.progress import EpochsInBar, progress_bar
 from scvae_tools._version import __version__
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.tl._comparison_cells import Cells, hash_of_columns
 from scvae_tools.tl._comparison_grid import as_json, as_text, describe, options_of
+from scvae_tools.tl._comparison_ranking import Scored, Setting, rank_settings, ranking_columns
 from scvae_tools.tl._results_of_model import ELBO_SAMPLES
 
 if TYPE_CHECKING:
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
 OF_MIXTURES = {"n_components", "covariance", "weights", "y_term"}
 
 
-def _hash(cells: Cells, combination: dict[str, Any], n_importance_samples: int, digest_of_cells: str) -> str:
+def _hash(cells: Cells, combination: dict[str, Any], n_importance_samples: int | None, digest_of_cells: str) -> str:
     """Digest of everything that the results of a combination depend on."""
     plain = combination["mixture"] is False
     params = {name: value for name, value in combination.items() if not (plain and name in OF_MIXTURES)}
@@ -50,7 +58,7 @@ class Comparison:
     cells: Cells
     values: dict[str, list]
     combinations: list[dict[str, Any]]
-    n_importance_samples: int
+    n_importance_samples: int | None
     store: Store
 
     def __post_init__(self) -> None:
@@ -90,8 +98,8 @@ class Comparison:
         self.store.add(name, result, description)
         return result
 
-    def table(self) -> pd.DataFrame:
-        """Combinations that are done, as a table that anndata can write."""
+    def table(self) -> tuple[pd.DataFrame, list[Setting]]:
+        """Combinations that are done, as a table that anndata can write, and the ranked settings of its rows."""
         done = sorted(self.rows)
         rows, index = [self.rows[i] for i in done], [str(i) for i in range(len(done))]
         table = pd.DataFrame(index=index)
@@ -103,11 +111,33 @@ class Comparison:
                 numbers = pd.Series([row.get(name) for row in rows], index=index, dtype=object).astype(float)
                 table[name] = numbers.astype("Int64") if name in WHOLE_NUMBERS else numbers
         table[STATE] = pd.array([row[STATE] for row in rows], dtype=object)
-        return table
+        settings = rank_settings(self._scored(ranked_by(table)))
+        for name, column in ranking_columns(settings, len(table)).items():
+            table.insert(len(table.columns) - 1, name, column)
+        return table, settings
+
+    def _scored(self, bound: str) -> list[Scored]:
+        """Finished models with the bound that they are ranked by."""
+        found = []
+        for place, i in enumerate(sorted(self.rows)):
+            row = self.rows[i]
+            if row[STATE] == FINISHED:
+                by_cell = row.get(BOUND_BY_CELL)
+                by_cell = None if by_cell is None else np.asarray(by_cell)
+                found.append(Scored(place, self.combinations[i], row[bound], by_cell))
+        return found
+
+    def bound_by_cell(self) -> np.ndarray:
+        """Bound of each test cell by the models that are done, in nats, (n_done, n_test_cells); NaN if unknown."""
+        bounds = np.full((len(self.rows), len(self.cells.test)), np.nan, dtype=np.float32)  # as the models compute them
+        for place, i in enumerate(sorted(self.rows)):
+            if self.rows[i].get(BOUND_BY_CELL) is not None:
+                bounds[place] = self.rows[i][BOUND_BY_CELL]
+        return bounds
 
 
 def _train_and_score(
-    cells: Cells, combination: dict[str, Any], n_importance_samples: int, description: str, bar: Any
+    cells: Cells, combination: dict[str, Any], n_importance_samples: int | None, description: str, bar: Any
 ) -> dict[str, Any]:
     if bar is not None:
         bar.set_postfix_str(description)
@@ -136,7 +166,9 @@ def _train(cells: Cells, combination: dict[str, Any], callbacks: list[EpochsInBa
     return model, time.perf_counter() - start
 
 
-def _scores(model: SCVAE, cells: Cells, combination: dict[str, Any], n_importance_samples: int) -> dict[str, Any]:
+def _scores(
+    model: SCVAE, cells: Cells, combination: dict[str, Any], n_importance_samples: int | None
+) -> dict[str, Any]:
     """Scores of a model: bounds in nats per cell, components used, and agreement with the labels."""
     test = cells.part(cells.test, obs_keys_of(combination, inputs_only=True))
     with said_before():
@@ -147,7 +179,11 @@ def _scores(model: SCVAE, cells: Cells, combination: dict[str, Any], n_importanc
         }
         found = {f"elbo_{part}": float(terms["elbo"].mean()) for part, terms in parts.items()}
         found |= {f"{term}_test": float(parts["test"][term].mean()) for term in ("log_likelihood", "kl_z", "kl_y")}
-        found["importance_weighted_test"] = model.get_marginal_ll(test, n_mc_samples=n_importance_samples)
+        by_cell = parts["test"]["elbo"].to_numpy()
+        if n_importance_samples is not None:
+            by_cell = model.get_marginal_ll(test, n_mc_samples=n_importance_samples, return_mean=False)
+            found["importance_weighted_test"] = float(by_cell.mean())
+        found[BOUND_BY_CELL] = by_cell.tolist()
         if not model.is_mixture:
             return found
         component = np.empty(len(cells.obs), dtype=object)
