@@ -4,6 +4,7 @@
 # make bench: speed and memory of training beside scVI (ARGS="--quick": 3 to 5 minutes).
 # make bench-gpu: the same on a GPU, and the main call there (says so where there is none).
 # make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
+# make bench-genes: false discoveries of differential genes on simulated cells (ARGS="--one-population", "--quick").
 # make bench-robustness: odd arguments, kills and Ctrl-C for five minutes (ARGS="--seconds 3600").
 # make structure: rooms, imports between them, long functions and files, as the sources have them.
 # make profile: where the time of a training step goes (ARGS="--help": on what).
@@ -18,7 +19,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # Two test processes of one thread each are faster than one of two.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install docs bench bench-gpu bench-clusters bench-robustness profile structure clean
+.PHONY: demo test lint install docs bench bench-gpu bench-clusters bench-genes bench-robustness profile structure clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +57,9 @@ bench-gpu: install
 
 bench-clusters: install
 	$(BIN)/python benchmarks/clustering.py $(ARGS)
+
+bench-genes: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/differential_genes.py $(ARGS)
 
 bench-robustness: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/robustness.py $(ARGS)
