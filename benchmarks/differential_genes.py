@@ -76,9 +76,10 @@ def calls(adata: AnnData, model: svt.SCVAE) -> dict[str, pd.Series]:
         svt.tl.rank_components(adata, model, delta=delta)
         result = adata.uns["rank_components"]
         table = sc.get.rank_genes_groups_df(adata, component, key="rank_components").set_index("names")
-        if delta == 0:
-            found["rank_components, by the decoder"] = pd.Series(result["s_values"][component] < LEVEL, table.index)
+        by_decoder = pd.Series(result["s_values"][component] < LEVEL, table.index)
+        found["rank_components, by the decoder"] = by_decoder
         found[f"rank_components, delta={delta}"] = table["pvals_adj"] < LEVEL
+        found[f"rank_components, delta={delta}, and by the decoder"] = by_decoder & (table["pvals_adj"] < LEVEL)
     for delta in (0.0, 0.25):
         options = {"groupby": "scvae", "group1": component, "mode": "change", "delta": delta, "silent": True}
         table = model.differential_expression(**options)

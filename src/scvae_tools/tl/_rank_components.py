@@ -143,8 +143,8 @@ def rank_components(
 
     Cells are taken as independent. Those of one donor are not, and p-values for differences between donors are too
     small. The components were found in the same counts as are tested: among components that cut one population in two,
-    genes of differences that the cut itself has made have small p-values too. No p-value says whether a component is
-    real.
+    genes of differences that the cut itself has made have small p-values too, but not small s-values. No p-value says
+    whether a component is real.
 
     References
     ----------
