@@ -1,6 +1,7 @@
 """Markers and tree of the components: numbers known in closed form, by integration, by simulation; scanpy reads them.
 
 The decoder of most tests is set by hand, so that log ρ = G z + c: fold changes of two Gaussian components are Gaussian.
+The counts know nothing of it, and p-values are tested where they are taken, and on a model that was trained.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scipy.cluster import hierarchy
 import scvae_tools as svt
 from scvae_tools._module import memory
 from scvae_tools._module.gaussian_mixture import COVARIANCES, GaussianMixture
+from scvae_tools.model._fold_changes import FoldChanges
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.tl import _rank_components as _rank
 from scvae_tools.tl._dendrogram import bhattacharyya, dendrogram
@@ -37,6 +39,7 @@ WEIGHTS = np.array([0.5, 0.3, 0.2])
 MEANS = np.array([[0.0, 1.0], [1.5, -0.5], [-1.0, 0.3]])
 COVARIANCES_SET = np.array([[[0.5, 0.2], [0.2, 0.4]], [[0.3, 0.0], [0.0, 1.0]], [[0.8, -0.3], [-0.3, 0.6]]])
 FIELDS = ["names", "scores", "logfoldchanges", "pvals", "pvals_adj"]
+OF_DECODER = ["scores", "logfoldchanges", "false_sign_rates", "s_values"]
 
 
 def make_adata() -> AnnData:
@@ -74,12 +77,15 @@ def make_model(adata: AnnData, *, n_hidden: int = N_LATENT, covariance: str = "f
 
 
 def ranked(adata: AnnData, model: SCVAE, **options: object) -> pd.DataFrame:
-    """All results, by group and gene in the order of the data."""
+    """All results of the decoder, by group and gene in the order of the data."""
     rank_components(adata, model, **options)
     key = options.get("key_added", "rank_components")
-    groups = adata.uns[key]["names"].dtype.names
-    tables = {group: sc.get.rank_genes_groups_df(adata, group=group, key=key).set_index("names") for group in groups}
-    return pd.concat({group: table.reindex(adata.var_names).dropna(how="all") for group, table in tables.items()})
+    result, tables = adata.uns[key], {}
+    for group in result["names"].dtype.names:
+        columns = {name: result[name][group].astype(float) for name in OF_DECODER}
+        table = pd.DataFrame(columns, index=result["names"][group])
+        tables[group] = table.reindex(adata.var_names).dropna(how="all")
+    return pd.concat(tables)
 
 
 def pair(y: int, other: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +138,7 @@ def test_fold_changes_against_one_component_are_those_of_two_gaussians(adata, mo
         score = mean / deviation
         assert (np.abs(table["scores"] - score) < N_ERRORS * np.sqrt((1 + score**2 / 2) / n)).all()
         rate = stats.norm.cdf(-np.abs(score))
-        assert (np.abs(table["pvals"] - rate) < N_ERRORS * np.sqrt(rate * (1 - rate) / n)).all()
+        assert (np.abs(table["false_sign_rates"] - rate) < N_ERRORS * np.sqrt(rate * (1 - rate) / n)).all()
 
 
 def test_the_rest_is_the_mixture_of_the_other_components_by_their_weights(adata, model):
@@ -148,7 +154,7 @@ def test_the_rest_is_the_mixture_of_the_other_components_by_their_weights(adata,
         table = found.loc[str(y)]
         np.testing.assert_allclose(table["logfoldchanges"] * np.log(2), total, atol=N_ERRORS * spread.max() / n**0.5)
         np.testing.assert_allclose(table["scores"], total / spread, atol=N_ERRORS * 1.5 / n**0.5)
-        np.testing.assert_allclose(table["pvals"], rate, atol=N_ERRORS * 0.5 / n**0.5)
+        np.testing.assert_allclose(table["false_sign_rates"], rate, atol=N_ERRORS * 0.5 / n**0.5)
 
 
 def test_a_component_without_cells_is_neither_ranked_nor_part_of_the_rest(adata, model):
@@ -166,7 +172,10 @@ def test_genes_are_ranked_by_score_and_n_genes_keeps_the_first(adata, model):
         order = whole.loc[group].sort_values("scores", ascending=False)
         short = sc.get.rank_genes_groups_df(adata, group=group, key="short").set_index("names")
         assert short.index.tolist() == order.index[:4].tolist()
-        np.testing.assert_array_equal(short, order[:4])  # s-values of all genes, whatever is kept
+        # s-values and adjusted p-values of all genes, whatever is kept
+        np.testing.assert_array_equal(adata.uns["short"]["s_values"][group], order["s_values"][:4])
+        full = sc.get.rank_genes_groups_df(adata, group=group, key="rank_components").set_index("names")
+        pd.testing.assert_frame_equal(short, full[:4])
 
 
 def test_a_gene_that_nothing_changes_has_score_0_and_no_certain_sign(adata, model):
@@ -175,7 +184,7 @@ def test_a_gene_that_nothing_changes_has_score_0_and_no_certain_sign(adata, mode
     found = ranked(adata, model).xs("gene5", level=1)
     assert (found["scores"] == 0).all()
     assert (found["logfoldchanges"] == 0).all()
-    assert (found["pvals"] == 1).all()
+    assert (found["false_sign_rates"] == 1).all()
 
 
 def test_s_values_are_the_mean_rate_of_all_genes_that_are_no_worse():
@@ -190,7 +199,7 @@ def test_the_result_does_not_depend_on_how_many_genes_are_decoded_at_a_time(adat
     pd.testing.assert_frame_equal(ranked(adata, model), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_each_component_is_decoded_once(adata, model, monkeypatch):
+def test_each_component_and_each_cell_is_decoded_once(adata, model, monkeypatch):
     shapes, decode = [], type(model.module).decode
 
     def noted(self, *args, **kwargs):
@@ -200,7 +209,7 @@ def test_each_component_is_decoded_once(adata, model, monkeypatch):
 
     monkeypatch.setattr(type(model.module), "decode", noted)
     rank_components(adata, model, n_samples=50)
-    assert shapes == [(K, 50, N_GENES)]
+    assert shapes == [(N_CELLS, N_GENES), (K, 50, N_GENES)]
 
 
 def test_a_trained_model_finds_the_genes_that_the_simulation_changed(trained):
@@ -221,6 +230,65 @@ def test_a_trained_model_finds_the_genes_that_the_simulation_changed(trained):
         sure = found[found["pvals_adj"] < 0.05]
         assert len(sure) > 3
         assert (np.sign(sure["logfoldchanges"]) == np.sign(expected[sure.index])).mean() > 0.9
+
+
+# -- p-values ----------------------------------------------------------------------------------------------------------
+
+
+def p_values(adata, model, **options):
+    rank_components(adata, model, key_added="tested", **options)
+    tables = {g: sc.get.rank_genes_groups_df(adata, group=g, key="tested").set_index("names") for g in ("0", "1", "2")}
+    return pd.concat(tables).sort_index()
+
+
+def test_genes_without_a_difference_are_hardly_ever_called(trained):
+    adata, model = trained
+    log_mean = adata.varm["component_log_mean"]
+    label = pd.crosstab(adata.obs["scvae"], adata.obs["component"]).idxmax(axis=1)
+    found = p_values(adata, model, delta=0.5)
+    share = adata.obs["component"].value_counts(normalize=True)
+    n_called = n_wrong = 0
+    for component, own in label.items():
+        others = share.drop(own) / share.drop(own).sum()
+        truth = log_mean[:, int(own)] - log_mean[:, [int(each) for each in others.index]] @ others.to_numpy()
+        table = found.loc[component]
+        called = table.index[table["pvals_adj"] < 0.05]
+        change = pd.Series(truth / np.log(2), adata.var_names)[called]
+        n_called += len(called)
+        n_wrong += int(((change.abs() < 0.5) | (np.sign(change) != np.sign(table["logfoldchanges"][called]))).sum())
+    assert n_called > 15
+    assert n_wrong <= 0.1 * n_called
+
+
+def test_a_larger_delta_calls_fewer_genes(trained):
+    numbers = [p_values(*trained, delta=delta)["pvals"] for delta in (0.0, 0.25, 1.0)]
+    assert (numbers[0] <= numbers[1] + 1e-12).all()
+    assert (numbers[1] <= numbers[2] + 1e-12).all()
+    assert (numbers[1] < numbers[2]).mean() > 0.5
+    assert trained[0].uns["tested"]["params"]["delta"] == 1.0
+
+
+def test_a_gene_whose_counts_say_the_opposite_is_not_called():
+    counts = FoldChanges(mean=np.array([[2.0, -2.0, 0.5]]), standard_error=np.array([[0.5, 0.5, 0.5]]))
+    found = _rank._p_values(counts, np.array([[1.0, 1.0, 3.0]]), delta=0.0)["pvals"]
+    np.testing.assert_allclose(found, [[2 * stats.norm.sf(4), 1.0, 2 * stats.norm.sf(1)]])
+
+
+def test_p_values_are_nan_with_a_warning_where_there_are_no_counts(trained):
+    adata, model = trained
+    expected = p_values(adata, model)
+    private = adata.copy()
+    sc.pp.log1p(private)
+    pd.testing.assert_frame_equal(p_values(private, model), expected)  # the model has the counts
+    private.obs_names = [f"other{i}" for i in range(private.n_obs)]
+    with pytest.warns(UserWarning, match="p-values need the counts of the cells, and are NaN"):
+        found = p_values(private, model)
+    assert found[["pvals", "pvals_adj"]].isna().all().all()
+    pd.testing.assert_frame_equal(found[["scores", "logfoldchanges"]], expected[["scores", "logfoldchanges"]])
+    private.layers["counts"] = adata.X
+    pd.testing.assert_frame_equal(p_values(private, model, layer="counts"), expected)
+    with pytest.raises(ValueError, match="layers"):
+        p_values(private, model, layer="cuonts")
 
 
 # -- batches and covariates --------------------------------------------------------------------------------------------
@@ -249,7 +317,7 @@ def test_a_fold_change_in_one_batch_counts_by_the_share_of_its_cells():
     each = 2 * (MEANS[:2, 0] - MEANS[2, 0])
     np.testing.assert_allclose(found["logfoldchanges"] * np.log(2), each / 4, rtol=1e-3)
     np.testing.assert_allclose(found["scores"], 0.25 / np.sqrt(0.25 * 0.75), rtol=1e-3)  # of a Bernoulli variable
-    np.testing.assert_allclose(found["pvals"], 0.75, atol=0.01)
+    np.testing.assert_allclose(found["false_sign_rates"], 0.75, atol=0.01)
 
 
 def test_a_model_without_data_or_with_minified_data_ranks_as_before(tmp_path):
@@ -261,7 +329,8 @@ def test_a_model_without_data_or_with_minified_data_ranks_as_before(tmp_path):
     assert loaded.adata is None
     pd.testing.assert_frame_equal(ranked(adata, loaded), before, rtol=1e-3, atol=1e-4)
     model.minify_adata()
-    pd.testing.assert_frame_equal(ranked(adata, model), before, rtol=1e-3, atol=1e-4)
+    with pytest.warns(UserWarning, match=r"p-values need the counts .* are minified"):
+        pd.testing.assert_frame_equal(ranked(adata, model), before, rtol=1e-3, atol=1e-4)
 
 
 # -- randomness --------------------------------------------------------------------------------------------------------
@@ -487,6 +556,7 @@ def test_only_an_anndata_is_taken(model, function):
         ({"reference": "7"}, r"'rest' or a component that has cells \(0, 1, 2\); found '7'"),
         ({"n_samples": 1}, "`n_samples` must be a whole number of at least 2; found 1"),
         ({"n_samples": 20.0}, "`n_samples` must be a whole number of at least 2; found 20.0"),
+        ({"delta": -0.1}, "`delta` must be a finite number of at least 0; found -0.1"),
         ({"n_genes": 0}, "`n_genes` must be a whole number of at least 1, or None; found 0"),
         ({"random_state": -1}, "`random_state` must be a whole number of at least 0"),
     ],
@@ -513,3 +583,4 @@ def test_unused_categories_alone_are_no_components_to_rank(adata, model):
 
 def test_the_module_lists_its_fields_as_scanpy_orders_them():
     assert list(_rank.FIELDS) == FIELDS
+    assert [*FIELDS[1:3], *_rank.OWN_FIELDS] == OF_DECODER

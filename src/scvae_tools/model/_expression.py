@@ -22,6 +22,7 @@ from scvae_tools._train.run import REMEDY
 from scvae_tools._upstream import quiet
 from scvae_tools.model._chunks import FilledRows, check_overall, put
 from scvae_tools.model._decoding import Codes, DecodingMixin
+from scvae_tools.model._differential import with_p_values
 from scvae_tools.model._groups import compared_cells
 
 if TYPE_CHECKING:
@@ -409,11 +410,12 @@ class ExpressionMixin(DecodingMixin):
     ) -> pd.DataFrame:
         """Genes whose expression differs between groups of cells: a row per gene and comparison.
 
-        The calculation, its arguments and the columns of the table are those of scvi-tools
+        The probabilities, the arguments and the columns of the table are those of scvi-tools
         (`guide <https://docs.scvi-tools.org/en/stable/user_guide/background/differential_expression.html>`__). What is
         compared is ours: λ over the size factor at draws of z from q(z|x), that before zero inflation, as
-        `get_normalized_expression` gives it. For genes that tell a component from the others, without labels,
-        :func:`scvae_tools.tl.rank_components` is faster.
+        `get_normalized_expression` gives it. Beside them are p-values, which take into account that the decoder's
+        weights have errors too: the difference between the groups is tested on the counts, as in
+        :func:`scvae_tools.tl.rank_components`. The calls of genes are by these p-values.
 
         Parameters
         ----------
@@ -429,7 +431,10 @@ class ExpressionMixin(DecodingMixin):
             ``"change"`` for the probability that the log2 fold change is beyond ``delta`` in either direction,
             ``"vanilla"`` for that of more expression in the first group.
         batch_correction
-            Whether to decode the cells of both groups as of the same batches, instead of each as of its own.
+            Whether to decode the cells of both groups as of the same batches, instead of each as of its own, and to
+            test for differences within batches.
+        fdr_target
+            False discovery rate of the calls.
         **kwargs
             The others are those of scvi-tools.
         random_state
@@ -439,7 +444,21 @@ class ExpressionMixin(DecodingMixin):
         -------
         Table indexed by the genes. Among its columns: with ``mode="change"`` ``"proba_de"`` and ``"lfc_mean"`` (of
         log2), with ``"vanilla"`` ``"proba_m1"``; ``"bayes_factor"``; ``"scale1"`` and ``"scale2"``, the mean expression
-        in each group; and the means of the counts themselves. The AnnData stays as it was.
+        in each group; and the means of the counts themselves. Columns that scvi-tools has not:
+
+        ``lfc_counts``, ``lfc_se``
+            Difference between the groups of the mean over the cells of log2 expression, corrected by the counts, and
+            its standard error.
+        ``pval``
+            p-value, two-sided, of the hypothesis that this difference is within ±``delta`` (``mode="change"``) or 0.
+        ``pval_adj``
+            The same, adjusted for all genes (Benjamini and Hochberg). With ``mode="change"``, ``"is_de_fdr_0.05"``
+            (named by ``fdr_target``) says where it is at most that rate. Only where a ``change_fn`` or
+            ``m1_domain_fn`` of your own says what a difference is, this is by the probabilities, as in scvi-tools.
+
+        They are left out, and the calls as in scvi-tools, where minified data hold no counts. Cells are taken as
+        independent, and groups as given beforehand: groups found in the same counts differ by the way they were found.
+        The AnnData stays as it was.
 
         Raises
         ------
@@ -451,7 +470,8 @@ class ExpressionMixin(DecodingMixin):
             given = inspect.signature(method).bind(data, *args, **kwargs)
             given.arguments |= compared_cells(data, given.arguments)
             with seeded(random_state), quiet():
-                return method(*given.args, **given.kwargs)
+                table = method(*given.args, **given.kwargs)
+            return with_p_values(self, table, data, given.arguments, random_state)
 
     # For completion and the reference: the arguments of the scvi-tools that is installed.
     differential_expression.__signature__ = inspect.signature(with_random_state(RNASeqMixin.differential_expression))

@@ -1,4 +1,4 @@
-"""Rank the genes that mark each component, by what the decoder makes of the components."""
+"""Rank the genes that mark each component, by what the decoder makes of the components, and test them on the counts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_key, check_random_source, checked, whole
+from scvae_tools._messages import warn
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.writing import write_uns
+from scvae_tools.model._count_evidence import count_evidence
+from scvae_tools.model._fold_changes import FoldChanges, adjusted_p_values, fold_changes
 from scvae_tools.tl._models import components_of, find_model, positions_of, require_two
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ COMPARED_NUMBERS = 4
 
 #: The fields that scanpy reads, in its types.
 FIELDS = {"names": "O", "scores": "float32", "logfoldchanges": "float32", "pvals": "float64", "pvals_adj": "float64"}
+#: Fields of ours beside them.
+OWN_FIELDS = {"false_sign_rates": "float64", "s_values": "float64"}
 
 
 @answers_other_names
@@ -38,16 +43,21 @@ def rank_components(
     reference: str = "rest",
     n_genes: int | None = None,
     n_samples: int = 200,
+    delta: float = 0.25,
+    layer: str | None = None,
     key: str = "scvae",
     key_added: str = "rank_components",
     random_state: int | np.random.RandomState | np.random.Generator | None = 0,
 ) -> None:
-    """Rank the genes that tell each component from the others, by what the decoder makes of the components.
+    """Rank the genes that tell each component from the others, by the decoder, and test them on the counts.
 
     Cells of each component are imagined: z is drawn from p(z|y) and decoded to normalized expression, λ over the size
     factor. Fold changes are those between two such cells, one of the component and one of the reference, so that their
     spread is that of the component and of the reference, as the model sees them, and not the error of a mean, which
-    vanishes with the number of cells.
+    vanishes with the number of cells. By them genes are ranked.
+
+    The decoder's weights have errors too, which make genes of few counts look different. So the difference of each gene
+    is tested on the counts of the cells, and its p-value is what calls of genes are to be based on.
 
     The result has the layout of :func:`scanpy.tl.rank_genes_groups`, for :func:`scanpy.get.rank_genes_groups_df` and
     the plots ``scanpy.pl.rank_genes_groups*`` with ``key=key_added``.
@@ -66,6 +76,11 @@ def rank_components(
         Number of genes to store for each component; None for all genes of the model.
     n_samples
         Draws of z from each component, at least 2.
+    delta
+        Largest mean log fold change, base 2 and in either direction, that does not count as a difference. 0 tests for
+        any difference; with many cells that is nearly every gene.
+    layer
+        Layer of the counts; None for that of the model.
     key
         Key of the clustering, the ``key_added`` of `scvae`.
     key_added
@@ -86,15 +101,21 @@ def rank_components(
     ``logfoldchanges``
         Mean of the log fold changes, base 2.
     ``pvals``
-        Local false sign rate: probability, under the model, of a fold change that is 1 or has the other sign than
-        ``logfoldchanges``. Not a p-value, but scanpy reads it in this place. Estimated from ``n_samples`` draws: 0
-        means less than about 1 / ``n_samples``.
+        p-value of the hypothesis that the mean log fold change between the cells is within ±``delta``, two-sided; 1 if
+        the counts differ in the other direction than ``logfoldchanges``. NaN, with a warning, if neither ``adata`` nor
+        the model has the counts.
     ``pvals_adj``
-        s-value [Stephens17]_: mean of the local false sign rates over all genes of the model whose own is not larger;
-        the share of wrong signs to be expected among these genes.
+        The same, adjusted for all genes of the model (Benjamini and Hochberg): of the genes with at most 0.05, 5 % are
+        expected to have no difference beyond ``delta``, or fewer.
+    ``false_sign_rates``
+        Share of the pairs of imagined cells whose fold change is 1 or has the other sign than ``logfoldchanges``; 0
+        means less than about 1 / ``n_samples``. What the decoder says, as if its weights were known.
+    ``s_values``
+        s-value [Stephens17]_: mean of these rates over all genes of the model whose own is not larger; the share of
+        wrong signs to be expected among these genes, as if the weights were known.
     ``params``
-        ``groupby`` (``key``), ``reference``, ``method``, ``use_raw``, ``layer``, ``corr_method``, ``n_samples`` and
-        ``random_state``.
+        ``groupby`` (``key``), ``reference``, ``method``, ``use_raw``, ``layer``, ``corr_method``, ``n_samples``,
+        ``delta`` and ``random_state``.
 
     Raises
     ------
@@ -102,7 +123,7 @@ def rank_components(
         If ``adata`` is not an AnnData or ``model`` not an `SCVAE`.
     ValueError
         If the model has no trained mixture; ``adata`` has no such column, other categories than the components, fewer
-        than two of them, or not the genes of the model; or an argument is out of range.
+        than two of them, or not the genes of the model; an argument is out of range, or ``layer`` holds no counts.
 
     Notes
     -----
@@ -114,8 +135,16 @@ def rank_components(
     They are those of cells of the model's data, each batch as often as its share of the cells. (A model that was
     loaded without data takes those of the cells that it keeps, as `SCVAE.sample` does.)
 
-    The weights of the networks and the components are taken as known: what another training would change is not in the
-    standard deviation, and no rate says whether a component is real.
+    The test is of the cells as `scvae` assigned them, in ``adata.obs[key]``. The difference is that of the means over
+    the cells of log ρ, at the same covariates for all, corrected by the factor by which the counts of each component
+    are above the decoder's λ. Its standard error is from the information of the counts about log λ under the
+    likelihood, more where they vary more than it says. Batches are terms of their own, so that components are compared
+    within batches. What the other covariates do is taken as the decoder says.
+
+    Cells are taken as independent. Those of one donor are not, and p-values for differences between donors are too
+    small. The components were found in the same counts as are tested: among components that cut one population in two,
+    genes of differences that the cut itself has made have small p-values too, but not small s-values. No p-value says
+    whether a component is real.
 
     References
     ----------
@@ -139,21 +168,20 @@ def rank_components(
     seed = as_seed(random_state, None)
 
     weights = _reference_weights(model, groups, references)
+    tested = _changes_in_counts(adata, model, key, layer, _contrasts(groups, references, weights), seed)
     mean, deviation, wrong_sign = _log_fold_changes(model, groups, references, weights, n_samples, seed)
     score = np.divide(mean, deviation, out=np.copysign(np.inf, mean), where=deviation > 0)
     score[(deviation == 0) & (mean == 0)] = 0.0
-    values = {
-        "scores": score,
-        "logfoldchanges": mean / np.log(2),
-        "pvals": wrong_sign,
-        "pvals_adj": s_values(wrong_sign),
-    }
+    values = {"scores": score, "logfoldchanges": mean / np.log(2)} | _p_values(tested, mean, delta)
+    values |= {"false_sign_rates": wrong_sign, "s_values": s_values(wrong_sign)}
     order = np.argsort(-score, axis=1, kind="stable")[:, :n_genes]
     ranked = {"names": model.var_names.astype(object)[order]}
     ranked |= {name: np.take_along_axis(value, order, axis=1) for name, value in values.items()}
     params: dict[str, Any] = {"groupby": key, "reference": str(reference), "method": "scvae", "use_raw": False}
-    params |= {"layer": None, "corr_method": "s-value", "n_samples": n_samples, "random_state": seed}
-    write_uns(adata, key_added, {"params": params} | {n: _records(ranked[n], groups, t) for n, t in FIELDS.items()})
+    params |= {"layer": None, "corr_method": "benjamini-hochberg", "n_samples": n_samples}
+    params |= {"delta": delta, "random_state": seed}
+    records = {n: _records(ranked[n], groups, kind) for n, kind in (FIELDS | OWN_FIELDS).items()}
+    write_uns(adata, key_added, {"params": params} | records)
 
 
 def s_values(false_sign_rate: np.ndarray) -> np.ndarray:
@@ -187,6 +215,45 @@ def _reference_weights(model: SCVAE, groups: list[str], references: list[str]) -
     is_itself = np.array(groups)[:, None] == np.array(references)
     log_weights = np.where(is_itself, -np.inf, log_weights)
     return np.exp(log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True))
+
+
+def _contrasts(groups: list[str], references: list[str], weights: np.ndarray) -> pd.DataFrame:
+    """Weight of the mean of each component in the comparison of each group, (n_groups, n_components)."""
+    names = [*dict.fromkeys([*groups, *references])]
+    contrasts = pd.DataFrame(0.0, index=groups, columns=names)
+    contrasts[references] -= weights
+    contrasts[groups] += np.eye(len(groups))
+    return contrasts
+
+
+def _changes_in_counts(
+    adata: AnnData, model: SCVAE, key: str, layer: str | None, contrasts: pd.DataFrame, seed: int
+) -> FoldChanges | None:
+    """Differences between the cells of components, (n_groups, n_genes); None, with a warning, without counts."""
+    code = pd.Categorical(adata.obs[key].astype(object), categories=contrasts.columns).codes
+    has_cells = model.adata is not None and model.minified_data_type is None and model.has_cells(adata.obs_names)
+    try:
+        if model.minified_data_type is not None:
+            raise ValueError("The data of `model` are minified. Pass the model as it was saved before.")
+        if has_cells and layer is None:
+            evidence = count_evidence(model, model.adata, code, contrasts.shape[1], adjusts=True, random_state=seed)
+        else:
+            with model.shown(model.other_cells(adata, layer=layer, any_labels=True)) as shown:
+                evidence = count_evidence(model, shown, code, contrasts.shape[1], adjusts=True, random_state=seed)
+    except ValueError as error:
+        if layer is not None:
+            raise
+        warn(f"p-values need the counts of the cells, and are NaN. {error}")
+        return None
+    return fold_changes(evidence, contrasts.to_numpy())
+
+
+def _p_values(tested: FoldChanges | None, mean: np.ndarray, delta: float) -> dict[str, np.ndarray]:
+    """p-values of differences beyond ``delta`` (log2) with the sign of ``mean``, and adjusted for all genes."""
+    if tested is None:
+        return dict.fromkeys(("pvals", "pvals_adj"), np.full(mean.shape, np.nan))
+    p_values = np.where(tested.mean * mean > 0, tested.p_values(delta * np.log(2)), 1.0)
+    return {"pvals": p_values, "pvals_adj": adjusted_p_values(p_values)}
 
 
 def _log_fold_changes(
