@@ -7,7 +7,6 @@ held-out cells. Where it is not positive, the latent codes hold nothing but nois
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,10 +25,12 @@ if TYPE_CHECKING:
     from scvae_tools._module.vae import VAE
 
 NAME = "model without latent variables"
-#: Steps in which the null model is fitted, the cells of each, and the learning rates at its start, of parameters that
-#: all cells share and of the weights of covariates. The problem is nearly convex and starts close to its optimum.
+#: Steps in which the null model is fitted, and the cells of each. The problem is nearly convex and starts close to its
+#: optimum.
 N_STEPS, N_CELLS = 120, 512
-LR, LR_OF_WEIGHTS = 0.1, 0.02
+#: Learning rates at its start: of biases; of dispersions, whose log may have far to go, since a Poisson distribution is
+#: a negative binomial of infinite r; and of the weights of covariates.
+LR, LR_OF_DISPERSIONS, LR_OF_WEIGHTS = 0.1, 1.0, 0.02
 
 
 def null_log_likelihoods(
@@ -53,18 +54,15 @@ def null_log_likelihoods(
     """
     null = _start(module, dataset, subsets["train"])
     order = _batches_of(subsets["train"], np.random.default_rng(random_state))
-    values = [value for value in null.decoder.parameters() if value.requires_grad]
-    groups = [{"params": [value for value in values if (value.ndim > 1) == is_weight]} for is_weight in (False, True)]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=LR, fused=True)
-    for step in range(N_STEPS):
-        share = 0.5 * (1 + math.cos(math.pi * step / N_STEPS))
-        for group in optimizer.param_groups:
-            group["lr"] = share * (LR_OF_WEIGHTS if group["params"][0].ndim > 1 else LR)
+    optimizer = torch.optim.Adam(_groups(null), fused=True)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, N_STEPS)
+    for _ in range(N_STEPS):
         with torch.enable_grad():
             log_likelihood = _log_likelihood(null, dataset[next(order)], is_averaged=True)
             optimizer.zero_grad()
             (-log_likelihood.mean()).backward()
         optimizer.step()
+        falling.step()
     return {name: _mean(null, dataset, cells) for name, cells in subsets.items() if len(cells) > 0}
 
 
@@ -102,6 +100,18 @@ def _start(module: VAE, dataset: CountDataset, train: np.ndarray) -> VAE:
         initial = {head.name: torch.full_like(share, head.initial) for head in module.likelihood.heads}
         null.decoder.start(initial | module.likelihood.start(mean) | {"log_rate": share.log()})
     return null
+
+
+def _groups(null: VAE) -> list[dict]:
+    """Parameters of the decoder by their learning rates."""
+    shared = list(null.decoder.shared.parameters())
+    others = [value for value in null.decoder.parameters() if all(value is not each for each in shared)]
+    groups = [
+        {"params": [value for value in others if value.ndim == 1], "lr": LR},
+        {"params": shared, "lr": LR_OF_DISPERSIONS},
+        {"params": [value for value in others if value.ndim > 1], "lr": LR_OF_WEIGHTS},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _chunks(cells: np.ndarray) -> Iterator[np.ndarray]:
