@@ -510,6 +510,7 @@ AS_IF_OF_ONE_SIZE = {
     "differential_expression": lambda model: model.differential_expression(groupby="batch", silent=True),
     "get_feature_correlation_matrix": lambda model: model.get_feature_correlation_matrix(n_samples=2, silent=True),
 }
+AS_IF_BESIDE_COUNTS = [AS_IF_OF_ONE_SIZE[name] for name in ("rank_components", "differential_expression")]
 
 
 @pytest.mark.parametrize("evaluate", AS_IF_OF_ONE_SIZE.values(), ids=AS_IF_OF_ONE_SIZE)
@@ -523,7 +524,9 @@ def test_expression_as_if_all_cells_had_one_size_is_that_at_the_typical_size(
     )
     evaluate(model)
     assert seen
-    assert all((covariates.relative_size == 0).all() for covariates in seen)
+    is_typical = [bool((covariates.relative_size == 0).all()) for covariates in seen]
+    # Genes are called beside the counts, for which a cell has the size that it has.
+    assert any(is_typical) if evaluate in AS_IF_BESIDE_COUNTS else all(is_typical)
 
 
 def test_a_query_and_minified_data_see_the_size_as_the_reference_does(tmp_path) -> None:
@@ -566,6 +569,7 @@ def test_a_query_of_a_new_batch_trains_its_columns_alone(options: dict, n_batche
     np.testing.assert_allclose(mapped.get_lambda(old), reference.get_lambda(), **ROUNDED)
     n_new = 1 if n_batches > 1 else 2
     changed = {name for name, value in mapped.module.state_dict().items() if not torch.equal(value, start[name])}
+    changed -= {"log_temperature"}  # of the probabilities, by the query's own held-out cells
     heads = [f"decoder.heads.{name}.weight" for name in mapped.module.decoder.heads]
     firsts = heads if options.get("linear_decoder") else ["decoder.px_decoder.fc_layers.Layer 0.0.weight"]
     firsts = firsts + ["encoder.layers.fc_layers.Layer 0.0.weight"] * bool(options.get("encode_covariates"))

@@ -98,7 +98,7 @@ def test_the_bar_is_there_before_the_first_epoch_and_names_what_is_between_and_a
     training, results = bars
     assert training.seen[:2] == ["scvae", (0, "stage=warm-up")]
     assert (4, "start of the mixture") in training.seen
-    assert training.seen[-2:] == [(6, "order of the components"), "closed"]
+    assert training.seen[-3:] == [(6, "order of the components"), (6, "calibration"), "closed"]
     assert results.seen == ["results", (0, "bounds"), (1, "latent codes"), (2, "λ"), "closed"]
     assert (results.n, results.total) == (3, 3)
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
-from scvae_tools._train.stages import Stage, default_max_epochs, noise_edge, plan_stages
+from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 
 
 @pytest.mark.parametrize(("n_cells", "epochs"), [(10, 400), (700, 400), (4_271, 120), (20_000, 26), (1_000_000, 20)])
@@ -76,3 +76,8 @@ def test_a_training_starts_at_the_noise_edge_unless_told_otherwise():
     assert weights[None][0] == pytest.approx(4.0)  # (1 + sqrt(90 / 90))^2: 90 training cells
     assert weights[0.0][0] == 0.0
     assert all(each[-1] == 1.0 for each in weights.values())
+
+
+@pytest.mark.parametrize(("n_steps", "epochs"), [(1, 640), (8, 80), (30, 22), (32, 20), (5_000, 20)])
+def test_the_default_patience_is_twenty_epochs_or_640_steps(n_steps, epochs):
+    assert default_patience(n_steps) == epochs

@@ -445,8 +445,9 @@ def test_history_has_a_row_an_epoch_and_names_the_stages():
     assert list(dict.fromkeys(history["stage"])) == ["warm-up", "vae", "mixture"]
     assert (history.loc[history["stage"] != "warm-up", "kl_weight"] == 1).all()
     weights = history.loc[history["stage"] == "warm-up", "kl_weight"]
-    assert weights.iloc[0] == 0
-    assert weights.is_monotonic_increasing
+    n_train = len(model.train_indices)
+    assert weights.iloc[0] == pytest.approx((1 + np.sqrt(model.adata.n_vars / n_train)) ** 2)
+    assert weights.is_monotonic_decreasing
     for subset in ("train", "validation"):
         terms = [history[f"{name}_{subset}"] for name in ("elbo", "log_likelihood", "kl_z", "kl_y")]
         np.testing.assert_allclose(terms[0], terms[1] - terms[2] - terms[3], rtol=1e-6)
@@ -593,8 +594,8 @@ def test_unknown_options_are_refused_with_the_choices(options, match):
         ({"gradient_clip": 0}, "`gradient_clip` must be a finite number above 0, or None; found 0"),
         ({"gradient_clip": float("nan")}, "`gradient_clip` must be a finite number above 0, or None; found nan"),
         ({"gradient_clip": "a"}, "`gradient_clip` must be a finite number above 0, or None; found 'a'"),
-        ({"patience": -3}, "`patience` must be a whole number of at least 0; found -3"),
-        ({"patience": 2.5}, "`patience` must be a whole number of at least 0; found 2.5"),
+        ({"patience": -3}, "`patience` must be a whole number of at least 0, or None; found -3"),
+        ({"patience": 2.5}, "`patience` must be a whole number of at least 0, or None; found 2.5"),
         ({"weight_decay": -1.0}, "`weight_decay` must be a finite number of at least 0; found -1.0"),
         ({"precision": "bf16-mixed"}, "`precision` must be '32-true'.*found 'bf16-mixed'.*matmul_precision='medium'"),
         (

@@ -36,7 +36,7 @@ def make_model(adata, *, likelihood="nb", mixture=False, epochs=6, **keys) -> SC
     SCVAE.setup_anndata(adata, **keys)
     options = {"n_components": 3} if mixture else {}
     model = SCVAE(adata, likelihood=likelihood, mixture=mixture, n_latent=3, n_hidden=16, **options)
-    model.train(epochs, train_size=0.75, progress=False, lr=5e-3, batch_size=32)
+    model.train(epochs, train_size=0.75, progress=False, lr=5e-3, batch_size=32, kl_weight_start=0)
     return model
 
 

@@ -78,9 +78,9 @@ class Settings:
     objective: Objective = field(default_factory=Objective)
     gradient_clip: float = 100.0
     early_stopping: bool = True
-    patience: int = 20
     accelerator: str = "auto"
     devices: object = "auto"
+    patience: int = 20
     matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Steps for which a stage waits for a better validation ELBO, as many as twenty epochs of 4,000 cells have.
+PATIENCE_STEPS = 640
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -57,6 +60,15 @@ def noise_edge(n_cells: int, n_genes: int) -> float:
 def default_max_epochs(n_cells: int) -> int:
     """Epochs for about 4,000 steps of 128 cells, at least 20 and at most 400."""
     return int(np.clip(round(4_000 * 128 / n_cells), 20, 400))
+
+
+def default_patience(n_steps: int) -> int:
+    """Epochs without a better validation ELBO after which a stage ends, at ``n_steps`` an epoch.
+
+    Twenty, or as many as have `PATIENCE_STEPS` steps. Dimensions that hold a small difference grow slowly at first, and
+    the twenty epochs of 1,000 cells have 160 steps: a stage ended before such a dimension had begun to pay.
+    """
+    return max(20, math.ceil(PATIENCE_STEPS / max(1, n_steps)))
 
 
 def plan_stages(

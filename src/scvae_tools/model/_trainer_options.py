@@ -7,10 +7,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as lightning
+import numpy as np
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from scvae_tools._checks import check_choice
-from scvae_tools._messages import warn
+from scvae_tools._messages import listed, warn
 from scvae_tools._other_names import unknown_argument
 from scvae_tools._upstream import parse_device_args
 
@@ -105,3 +106,26 @@ def one_device(accelerator: str, devices: object) -> tuple[str, Any, torch.devic
             "--ntasks=1, and for more threads by --cpus-per-task."
         )
     return parse_device_args(accelerator, devices, return_device="torch")
+
+
+#: Options of Lightning's trainer that leave the steps as they are.
+OPTIONS_BESIDE_STEPS = {
+    *("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
+    *("precision", "enable_progress_bar", "log_every_n_steps", "benchmark", "deterministic", "inference_mode"),
+}
+
+
+def whether_to_hold(
+    hold_on_device: bool | None,  # noqa: FBT001
+    trainer_options: dict[str, Any],
+) -> bool | None:
+    """Return whether to hold the counts on the device, None for where there is room; see `TrainingMixin.train`."""
+    hold_on_device = bool(hold_on_device) if isinstance(hold_on_device, np.bool_) else hold_on_device
+    check_choice("hold_on_device", hold_on_device, (None, True, False))
+    others = [name for name in trainer_options if name not in OPTIONS_BESIDE_STEPS]
+    if others and hold_on_device:
+        raise ValueError(
+            "`hold_on_device=True` takes the steps of the training by itself, so that options of Lightning's trainer "
+            f"cannot change them; found {listed(others)}. Leave them out, or leave out `hold_on_device`."
+        )
+    return False if others else hold_on_device

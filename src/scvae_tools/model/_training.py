@@ -27,12 +27,12 @@ from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
 from scvae_tools._train.split import split_cells
-from scvae_tools._train.stages import Stage, default_max_epochs, noise_edge, plan_stages
+from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
-from scvae_tools.model._trainer_options import check_trainer_options, one_device
+from scvae_tools.model._trainer_options import check_trainer_options, one_device, whether_to_hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,7 +89,7 @@ class TrainingMixin(InferenceMixin):
         train_size: float = 0.9,
         validation_indices: Sequence[int] | None = None,
         early_stopping: bool = True,
-        patience: int = 20,
+        patience: int | None = None,
         gradient_clip: float | None = 100.0,
         accelerator: str = "auto",
         devices: int | str = "auto",
@@ -139,7 +139,8 @@ class TrainingMixin(InferenceMixin):
             Positions of the cells to hold out, or one boolean per cell, in place of a random draw. Where labels train
             the components, some cells of each label must be left to train on; a random draw sees to that itself.
         early_stopping, patience
-            Whether, and after how many epochs without a better validation ELBO, a stage ends.
+            Whether, and after how many epochs without a better validation ELBO, a stage ends. None for 20 epochs, or
+            for as many as have 640 steps: of few cells, an epoch has few.
         gradient_clip
             Largest norm of the gradient; None for any.
         accelerator, devices
@@ -206,14 +207,15 @@ class TrainingMixin(InferenceMixin):
         accelerator, devices, device = one_device(accelerator, devices)
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs, kl_weight_start, train_size)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
-        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, patience, accelerator, devices)
+        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
-        hold = _whether_to_hold(hold_on_device, trainer_options)
+        hold = whether_to_hold(hold_on_device, trainer_options)
         with self._context_of_training(random_state, device, hold) as dataset:
             self._split(train_size, validation_indices)
             self._standardize_covariates()
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
+            settings.patience = default_patience(len(loaders[0])) if patience is None else patience
             settings.probe = RateRecorder(dataset, self.train_indices, random_state)
             settings.recorder = settings.probe if record_rates else None
             self.to_device(device)
@@ -549,29 +551,6 @@ class TrainingMixin(InferenceMixin):
 
         self._state.versions = changed(self.module, self._state.versions, set_temperature)
         self.module.load_state_dict(self._state.versions[self._state.version].state)
-
-
-#: Options of Lightning's trainer that leave the steps as they are.
-OPTIONS_BESIDE_STEPS = {
-    *("callbacks", "logger", "default_root_dir", "enable_checkpointing", "enable_model_summary"),
-    *("precision", "enable_progress_bar", "log_every_n_steps", "benchmark", "deterministic", "inference_mode"),
-}
-
-
-def _whether_to_hold(
-    hold_on_device: bool | None,  # noqa: FBT001
-    trainer_options: dict[str, Any],
-) -> bool | None:
-    """Return whether to hold the counts on the device, None for where there is room; see `TrainingMixin.train`."""
-    hold_on_device = bool(hold_on_device) if isinstance(hold_on_device, np.bool_) else hold_on_device
-    check_choice("hold_on_device", hold_on_device, (None, True, False))
-    others = [name for name in trainer_options if name not in OPTIONS_BESIDE_STEPS]
-    if others and hold_on_device:
-        raise ValueError(
-            "`hold_on_device=True` takes the steps of the training by itself, so that options of Lightning's trainer "
-            f"cannot change them; found {listed(others)}. Leave them out, or leave out `hold_on_device`."
-        )
-    return False if others else hold_on_device
 
 
 def _no_memory(device: torch.device, cells: ResidentCells | CellWindows | None) -> str:
