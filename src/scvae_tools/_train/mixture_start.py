@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._threads import considerate_threads
-from scvae_tools._train.modes import merge_without_valley
+from scvae_tools._train.modes import FEWEST_POINTS, merge_without_valley
 from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, n_fits_at_once, one_hot
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def start_mixture(
     partitions = [level.label for levels in runs for level in levels if level.n_components == k]
     # It can be that no run has k components: where k is nearly the number of cells, or where cells are equal.
     partitions = partitions or [_k_means(sample, k, random_state)]
+    if low < k:  # a part of too few cells to be tested would be merged, and the others with it be lost
+        partitions = [each for each in partitions if _is_testable(each, k)] or partitions
     label = max(partitions, key=lambda each: _quality(sample, each, k))
     if low < k:
         merged = merge_without_valley(sample.cpu().numpy(), label.cpu().numpy(), fewest=low, alpha=ALPHA, rng=rng)
@@ -399,6 +401,11 @@ def _overlap_with(
 def _count(levels: list[_Level], largest_overlap: float = LARGEST_OVERLAP) -> int:
     """Largest number of components of which no two overlap by ``largest_overlap`` or more."""
     return next(level.n_components for level in levels if level.overlap < largest_overlap)
+
+
+def _is_testable(label: Tensor, n_components: int) -> bool:
+    """Whether all parts have the cells that the test of valleys needs."""
+    return int(torch.bincount(label.long(), minlength=n_components).min()) >= FEWEST_POINTS
 
 
 def _quality(latent: Tensor, label: Tensor, n_components: int) -> float:
