@@ -86,8 +86,8 @@ def test_positions_may_count_from_the_end(indices):
 
 #: Arguments that are checked where they are read: cells, and what Lightning and scvi-tools know.
 CHECKED_ELSEWHERE = {"indices", "validation_indices", "idx1", "idx2", "device", "devices"}
-#: Methods of scvi-tools that a model inherits, and that mean nothing for it.
-NOT_OF_SCVAE = {"get_importance_weights", "get_latent_library_size"}
+#: Methods of scvi-tools that a model inherits, and that mean nothing for it, or need a package that we do not.
+NOT_OF_SCVAE = {"get_importance_weights", "get_latent_library_size", "setup_annbatch"}
 
 
 def public_functions():

@@ -184,7 +184,7 @@ def test_a_full_disk_does_not_end_a_training_and_is_said_once(tmp_path, monkeypa
         UserWarning, match=r"not up to date: .* takes 1 MB or more; found .* it starts again after"
     ) as said:
         model = train(make_model(), checkpoint=tmp_path)
-    assert len(said) == 1
+    assert sum("not up to date" in str(each.message) for each in said) == 1
     assert len(written) > 5
     assert_same(model, unbroken())
     monkeypatch.setattr(checkpoint, "write_torch", write)
