@@ -81,3 +81,11 @@ def test_a_training_starts_at_the_noise_edge_unless_told_otherwise():
 @pytest.mark.parametrize(("n_steps", "epochs"), [(1, 640), (8, 80), (30, 22), (32, 20), (5_000, 20)])
 def test_the_default_patience_is_twenty_epochs_or_640_steps(n_steps, epochs):
     assert default_patience(n_steps) == epochs
+
+
+def test_the_noise_edge_is_that_of_the_cells_that_are_trained_on():
+    adata = svt.datasets.simulate(100, 90, 2, random_state=0)
+    svt.SCVAE.setup_anndata(adata)
+    model = svt.SCVAE(adata, mixture=False, n_hidden=8, n_latent=2)
+    model.train(8, progress=False, validation_indices=range(60))
+    assert model.history["kl_weight"][0] == pytest.approx(6.25)  # (1 + sqrt(90 / 40))^2

@@ -348,6 +348,13 @@ def test_a_training_that_version_0_1_0_began_goes_on_or_is_refused_by_a_later_on
     adata = earlier_cells()
     svt.SCVAE.setup_anndata(adata, batch_key="batch")
     model = svt.SCVAE(adata, n_components=(2, 4), n_latent=2, n_hidden=4)
-    # It began with a KL weight that rises, and that is an argument now.
-    with pytest.raises(ValueError, match=r"train\(kl_weight_start\)|version of scvae-tools"):
-        model.train(6, checkpoint=tmp_path / "checkpoint", progress=False)
+    options = {"checkpoint": tmp_path / "checkpoint", "progress": False}
+    if svt.__version__ == "0.1.0":
+        # What were the defaults.
+        with pytest.raises(ValueError, match=r"kl_weight_start\) \(0.0 there, .*patience\) \(20 there"):
+            model.train(6, **options)
+        model.train(6, patience=20, kl_weight_start=0, **options)
+        assert_as_expected(model, EXPECTED["checkpoint"])
+    else:
+        with pytest.raises(ValueError, match="version of scvae-tools"):
+            model.train(6, **options)

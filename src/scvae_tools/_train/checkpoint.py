@@ -53,6 +53,8 @@ CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = 1
 
 
+#: What a training did before there was an argument for it.
+WITHOUT_ARGUMENT = {"train(kl_weight_start)": 0.0}
 #: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"
 
@@ -284,7 +286,7 @@ class Checkpointer(Checkpoint):
             ours = found[KEY]
             require_format(ours, FORMAT)
             require_types(ours, IN_ALL | (IN_FINISHED if ours.get("is_finished") else IN_UNFINISHED))
-            saved = json.loads(ours["identity"])
+            saved = WITHOUT_ARGUMENT | json.loads(ours["identity"])
             require_types(saved, {"epochs before this training": int}, "identity")
         differences = _differences(saved, self.identity)
         if differences:

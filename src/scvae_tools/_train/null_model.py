@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scvi import REGISTRY_KEYS
 
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches
 from scvae_tools._messages import inform, warn
 
 if TYPE_CHECKING:
@@ -87,13 +88,12 @@ def _start(module: VAE, dataset: CountDataset, train: np.ndarray) -> VAE:
     """Copy of a module whose decoder depends on no weight, and starts at the shares of the genes."""
     null = copy.deepcopy(module).eval().requires_grad_(False)  # noqa: FBT003
     null.decoder.requires_grad_(True)  # noqa: FBT003
-    total, sizes = np.zeros(module.sizes.n_genes), []
-    for part in _chunks(train):
-        total += np.asarray(dataset.counts[part].sum(0)).ravel()
-        sizes.append(module.data(dataset[part])[1][:, 0])
-    mean_size = torch.cat(sizes).double().mean() if module.use_size_factor else 1.0
+    total = sum(np.asarray(dataset.counts[part].sum(0)).ravel() for part in _in_parts(train))
+    keys = (REGISTRY_KEYS.SIZE_FACTOR_KEY, REGISTRY_KEYS.OBSERVED_LIB_SIZE)
+    size = next(dataset.columns[key] for key in keys if key in dataset.columns)
+    mean_size = size[train].mean(dtype=np.float64) if module.use_size_factor else 1.0
     mean = torch.as_tensor((total + 0.5) / len(train), dtype=torch.float32, device=module.device)  # positive, (g,)
-    share = mean / float(mean_size)
+    share = mean / mean_size
     with torch.no_grad():
         for head in null.decoder.heads.values():
             head.weight.zero_()
@@ -114,9 +114,8 @@ def _groups(null: VAE) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def _chunks(cells: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(cells), EVALUATION_BATCH_SIZE):
-        yield cells[start : start + EVALUATION_BATCH_SIZE]
+def _in_parts(cells: np.ndarray) -> Batches:
+    return Batches(cells, EVALUATION_BATCH_SIZE, shuffle=False, drop_last=False)
 
 
 def _batches_of(cells: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -138,5 +137,5 @@ def _log_likelihood(null: VAE, batch: dict[str, Counts | Tensor], *, is_averaged
 
 @torch.no_grad()
 def _mean(null: VAE, dataset: CountDataset, cells: np.ndarray) -> float:
-    total = sum(_log_likelihood(null, dataset[part]).double().sum() for part in _chunks(cells))
+    total = sum(_log_likelihood(null, dataset[part]).double().sum() for part in _in_parts(cells))
     return float(total) / len(cells)

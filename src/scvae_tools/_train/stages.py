@@ -78,7 +78,6 @@ def plan_stages(
     resumes_vae: bool = False,
     resumes_mixture: bool = False,
     n_warm_up_epochs: int | None = None,
-    kl_weight_start: float = 0.0,
 ) -> list[Stage]:
     """Divide the epochs into stages: KL warm-up (a quarter of the VAE's, unless given), VAE, mixture.
 
@@ -110,9 +109,6 @@ def plan_stages(
                 f"`max_epochs`{' before those of the mixture' if mixture else ''}; found {n_warm_up}. Pass fewer, or "
                 "more `max_epochs`."
             )
-    stages = [
-        Stage("warm-up", n_warm_up, warms_up=True, kl_weight_start=kl_weight_start),
-        Stage("vae", n_vae - n_warm_up, drops_out=not mixture),
-    ]
+    stages = [Stage("warm-up", n_warm_up, warms_up=True), Stage("vae", n_vae - n_warm_up, drops_out=not mixture)]
     stages.append(Stage("mixture", n_mixture, is_mixture=True, drops_out=True))
     return [stage for stage in stages if stage.max_epochs > 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -205,13 +206,14 @@ class TrainingMixin(InferenceMixin):
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = one_device(accelerator, devices)
-        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs, kl_weight_start, train_size)
+        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
         hold = whether_to_hold(hold_on_device, trainer_options)
         with self._context_of_training(random_state, device, hold) as dataset:
             self._split(train_size, validation_indices)
+            stages = self._starting_at(kl_weight_start, stages)
             self._standardize_covariates()
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
@@ -236,19 +238,20 @@ class TrainingMixin(InferenceMixin):
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
         self._validate_anndata()
 
-    def _stages(
-        self, max_epochs: int, n_warm_up_epochs: int | None, kl_weight_start: float | None, train_size: float
-    ) -> list[Stage]:
-        if kl_weight_start is None:
-            kl_weight_start = noise_edge(max(1, round(train_size * self.adata.n_obs)), self.adata.n_vars)
+    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
         return plan_stages(
             max_epochs,
             mixture=isinstance(self.module, MixtureVAE),
             resumes_vae=self._state.is_trained,
             resumes_mixture=self.is_mixture,
             n_warm_up_epochs=n_warm_up_epochs,
-            kl_weight_start=kl_weight_start,
         )
+
+    def _starting_at(self, kl_weight_start: float | None, stages: list[Stage]) -> list[Stage]:
+        """Stages with the weight of the KL terms at the beginning, which None derives from the training cells."""
+        if kl_weight_start is None:
+            kl_weight_start = noise_edge(len(self.train_indices), self.adata.n_vars)
+        return [dataclasses.replace(stage, kl_weight_start=kl_weight_start) for stage in stages]
 
     def _checkpointer(self, directory: str | Path, dataset: CountDataset, arguments: dict[str, Any]) -> Checkpointer:
         """Keep a file of this training in a directory, and take up that which is there."""
