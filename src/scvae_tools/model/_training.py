@@ -210,8 +210,9 @@ class TrainingMixin(InferenceMixin):
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
-        hold = whether_to_hold(hold_on_device, trainer_options)
-        with self._context_of_training(random_state, device, hold) as dataset:
+        with self._context_of_training(
+            random_state, device, whether_to_hold(hold_on_device, trainer_options)
+        ) as dataset:
             self._split(train_size, validation_indices)
             stages = self._starting_at(kl_weight_start, stages)
             self._standardize_covariates()
