@@ -210,9 +210,8 @@ class TrainingMixin(InferenceMixin):
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
-        with self._context_of_training(
-            random_state, device, whether_to_hold(hold_on_device, trainer_options)
-        ) as dataset:
+        hold = whether_to_hold(hold_on_device, trainer_options)
+        with self._context_of_training(random_state, device, hold) as dataset:
             self._split(train_size, validation_indices)
             stages = self._starting_at(kl_weight_start, stages)
             self._standardize_covariates()
@@ -222,8 +221,7 @@ class TrainingMixin(InferenceMixin):
             settings.probe = RateRecorder(dataset, self.train_indices, random_state)
             settings.recorder = settings.probe if record_rates else None
             self.to_device(device)
-            if checkpoint is not None:
-                settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
+            settings.checkpoint = self._checkpointer(checkpoint, dataset, arguments)
             try:
                 self._run(stages, loaders, settings, random_state)
                 self._compare_with_null(dataset, len(loaders[0]), settings, random_state)
@@ -254,8 +252,12 @@ class TrainingMixin(InferenceMixin):
             kl_weight_start = noise_edge(len(self.train_indices), self.adata.n_vars)
         return [dataclasses.replace(stage, kl_weight_start=kl_weight_start) for stage in stages]
 
-    def _checkpointer(self, directory: str | Path, dataset: CountDataset, arguments: dict[str, Any]) -> Checkpointer:
-        """Keep a file of this training in a directory, and take up that which is there."""
+    def _checkpointer(
+        self, directory: str | Path | None, dataset: CountDataset, arguments: dict[str, Any]
+    ) -> Checkpointer | None:
+        """Keep a file of this training in a directory, if one is given, and take up that which is there."""
+        if directory is None:
+            return None
         identity = fingerprint(
             dataset,
             self.module,
