@@ -2,11 +2,12 @@
 
     python benchmarks/robustness.py [--seconds 300] [--seed 0]
 
-Three parts, a third of the time each, on small simulated data, in forked processes (Linux, macOS):
+Four parts, on small simulated data, in forked processes (Linux, macOS); the last three have a third of the time each:
 
-* calls: public functions and methods with one or two arguments that are odd. Each call must return finite numbers, or
-  end in an error of this package (raised in its own files, of the kinds that its documentation names) that leaves the
-  AnnData as it was.
+* arguments: public functions and methods, each argument with each odd value once, about 20,000 calls in ten minutes;
+  only with ``--part arguments``. Each call must return finite numbers, or end in an error of this package (raised in
+  its own files, of the kinds that its documentation names) that leaves the AnnData as it was.
+* calls: the same with one or two arguments drawn at random.
 * kills: every writer of files, killed (SIGKILL) at a random moment while it replaces its own file. The file must be
   readable afterwards, and the next writer must leave nothing else behind.
 * interrupts: `svt.tl.scvae`, sent Ctrl-C (SIGINT) once at a random moment. It must write all its results but λ, or
@@ -49,6 +50,7 @@ ODD = [
     *("", "a", "a/b", "λ", "label", "batch", "nb", "zinb", "vade", "cpu", "auto", "learned", b"bytes", 1j),
     *([], [1], [0, 1], ["label"], ["gene0", "gene1"], ("a", 1), (1, 2), {}, {"encoder": 0.1}, {1}, object(), int, len),
     *([True] * 60, range(3), slice(3), pd.Series([1.0, 2.0]), pd.NA, Path("nowhere")),
+    *(pd.NaT, [pd.NA], pd.Series([True] * 60), pd.Series(["gene0"]), pd.Index(["label"])),
 ]
 #: Arguments that no call is given: they would print, wait, or write where the user says.
 LEFT_ALONE = {"self", "cls", "adata", "data", "model", "save", "show", "progress", "args", "kwargs", "checkpoint"}
@@ -213,24 +215,56 @@ def called(name: str, options: dict, adata: AnnData, function: Callable, given: 
     return None if not checks or is_finite(result) else "returned numbers that are not finite"
 
 
-def fuzz(seconds: float, rng: random.Random, most: int | None = None) -> tuple[int, list[str]]:
-    """Number of calls, and failures."""
-    import inspect
-
+def prepared() -> tuple[AnnData, dict[str, tuple[Callable, dict]]]:
+    """Data with results, and what is called on them; see `targets`."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     adata = make_adata()
     model = svt.tl.scvae(adata, **SMALL | {"max_epochs": 3}, return_model=True)
     svt.tl.tree(adata, min_cells=5)
-    known, failures, n_calls, end = targets(adata, model), [], 0, time.monotonic() + seconds
+    return adata, targets(adata, model)
+
+
+def arguments_of(name: str, function: Callable) -> list[str]:
+    """Names of the arguments that odd values are given for."""
+    import inspect
+
+    names = [each for each in inspect.signature(function).parameters if each not in LEFT_ALONE]
+    if name == "svt.tl.scvae":
+        of_model, of_train = (inspect.signature(each).parameters for each in (svt.SCVAE.__init__, svt.SCVAE.train))
+        names += [each for each in {**of_model, **of_train} if each not in LEFT_ALONE | set(names) | {"registry"}]
+    return names
+
+
+def every_argument(_: float, __: random.Random) -> tuple[int, list[str]]:
+    """Number of calls with each argument and each odd value, and failures."""
+    adata, known = prepared()
+    failures, n_calls = [], 0
+    for name, (function, given) in sorted(known.items()):
+        for argument in arguments_of(name, function):
+
+            def outcomes(name: str = name, argument: str = argument, called_with: tuple = (function, given)) -> list:
+                return [called(name, {argument: value}, adata, *called_with) for value in ODD]
+
+            found = in_a_fork(outcomes, seconds=600)
+            found = found if isinstance(found, list) else [f"the process {found or 'ended'}"]
+            n_calls += len(ODD)
+            wrong = [(value, each) for value, each in zip(ODD, found, strict=False) if each is not None]
+            failures += [f"{name}({argument}={value!r}): {each}" for value, each in wrong]
+            for each in failures[len(failures) - len(wrong) :]:
+                print(each[:600], flush=True)
+    return n_calls, failures
+
+
+def fuzz(seconds: float, rng: random.Random, most: int | None = None) -> tuple[int, list[str]]:
+    """Number of calls, and failures."""
+    adata, known = prepared()
+    failures, n_calls, end = [], 0, time.monotonic() + seconds
     while time.monotonic() < end and n_calls != most:
         name = rng.choice(sorted(known))
         function, given = known[name]
-        names = [each for each in inspect.signature(function).parameters if each not in LEFT_ALONE]
-        if name == "svt.tl.scvae":
-            of_model, of_train = (inspect.signature(each).parameters for each in (svt.SCVAE.__init__, svt.SCVAE.train))
-            names += [each for each in {**of_model, **of_train} if each not in LEFT_ALONE | set(names) | {"registry"}]
+        names = arguments_of(name, function)
         options = {each: rng.choice(ODD) for each in rng.sample(names, min(len(names), rng.choice((1, 1, 2))))}
         wrong = in_a_fork(called, name, options, adata, function, given, seconds=120)
         n_calls += 1
@@ -369,11 +403,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300.0, help="of all parts together")
     parser.add_argument("--seed", type=int, default=0, help="of arguments and moments")
-    parser.add_argument("--part", choices=("calls", "kills", "interrupts"), help="only this part")
+    parser.add_argument("--part", choices=("arguments", "calls", "kills", "interrupts"), help="only this part")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rng, parts = random.Random(options.seed), {"calls": fuzz, "kills": kill, "interrupts": interrupt}
     chosen = [options.part] if options.part else list(parts)
+    parts |= {"arguments": every_argument}
     found = {name: parts[name](options.seconds / len(chosen), rng) for name in chosen}
     for name, (n, failures) in found.items():
         print(f"{name}: {n}, failures: {len(failures)}")

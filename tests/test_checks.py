@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
 
 import anndata
 import numpy as np
@@ -13,6 +14,9 @@ import pytest
 
 import scvae_tools as svt
 from scvae_tools._checks import cell_positions, check_choice, check_key, check_number, check_share, check_whole, checked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 WHOLE = [3, np.int64(3), np.uint8(3), np.int32(3)]
 NOT_WHOLE = [0, -1, 2.0, np.float32(2), True, np.True_, "3", None, float("nan"), [3]]
@@ -280,7 +284,7 @@ OF_KIND = [
     for name, parameter in inspect.signature(function).parameters.items()
     if str(parameter.annotation) in ("str", "str | None", "bool", "bool | None")
 ]
-NEITHER = [pd.Series([1.0, 2.0]), np.array(["a", "b"]), {"a": 1}, [True]]
+NEITHER = [pd.Series([1.0, 2.0]), np.array(["a", "b"]), {"a": 1}, [True], pd.NA]
 
 
 @pytest.mark.parametrize("value", NEITHER, ids=lambda value: type(value).__name__)
@@ -289,7 +293,7 @@ def test_texts_and_truth_values_that_are_neither_are_refused_first(function, nam
     assert len(OF_KIND) > 50
     required = [each.name for each in inspect.signature(function).parameters.values() if each.default is each.empty]
     given = dict.fromkeys((each for each in required if each not in ("args", "kwargs", "trainer_options")), None)
-    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` must be "):
+    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` must (not )?be "):
         function(**given | {name: value})
 
 
@@ -315,3 +319,56 @@ def test_genes_are_a_list_of_names(genes):
         model.get_lambda(gene_list=genes)
     with pytest.raises((TypeError, ValueError), match="`gene_list` must "):
         model.get_normalized_expression(gene_list=genes)
+
+
+#: Public functions and methods, with their arguments of any kind that no table or missing value can be.
+ALL_METHODS = [
+    getattr(svt.SCVAE, name)
+    for name in ("get_elbo", "get_normalized_expression", "differential_expression", "get_feature_correlation_matrix")
+]
+OF_ANY_KIND = [
+    (function, name)
+    for function in [getattr(module, name) for module in (svt.tl, svt.pl) for name in module.__all__] + ALL_METHODS
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name not in ("self", "adata")
+]
+
+
+@pytest.mark.parametrize(("function", "name"), OF_ANY_KIND, ids=lambda each: getattr(each, "__name__", str(each)))
+def test_a_missing_value_of_pandas_is_refused_first_for_any_argument(function, name):
+    assert len(OF_ANY_KIND) > 100
+    required = [each.name for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    given = dict.fromkeys((each for each in required if each not in ("args", "kwargs", "trainer_options")), None)
+    with pytest.raises((TypeError, ValueError), match=rf"^`{name}` must .*(NA|NAType)"):
+        function(**given | {name: pd.NA})
+
+
+def test_tables_are_refused_where_none_is_taken():
+    taken = []
+
+    @checked()
+    def function(kind: Literal["a", "b"] | None = None, options: dict[str, Any] | None = None, values: Any = None):
+        taken.append(values)
+
+    with pytest.raises(TypeError, match=r"^`kind` must be 'a', 'b' or None; found a Series"):
+        function(pd.Series(["a"]))
+    with pytest.raises(TypeError, match=r"^`options` must be .*; found a Index"):
+        function(options=pd.Index(["a"]))
+    with pytest.raises(ValueError, match=r"^`options` must not be missing; found <NA>"):
+        function(options=pd.NA)
+    function(values=pd.Series(["a"]))
+    assert isinstance(taken[0], pd.Series)
+
+
+@pytest.mark.parametrize("values", [pd.Series(["a", "b"]), pd.Index(["a", "b"]), np.array(["a", "b"])], ids=repr)
+def test_names_may_come_in_a_column_or_an_array(values):
+    taken = []
+
+    @checked()
+    def function(names: str | Sequence[str] | None = None):
+        taken.append(names)
+
+    function(values)
+    assert taken == [["a", "b"]]
+    with pytest.raises(ValueError, match=r"^`names` must not be missing; found <NA>"):
+        function(["a", pd.NA])

@@ -178,7 +178,7 @@ def die(*_):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("then", ["it is looked for", "it is written"])
+@pytest.mark.parametrize("then", ["it is looked for", "it is looked for later", "it is written"])
 def test_a_folder_whose_replacement_was_killed_between_two_renames_is_put_back(then, tmp_path):
     path = tmp_path / "x.zarr"
     write_folder(path, "old")
@@ -190,8 +190,12 @@ with _files.replacing(Path({str(path)!r})) as temporary:
     temporary.mkdir()
 """)
     assert not path.exists()
+    if then == "it is looked for later":
+        make_old(tmp_path)
     put_back(path)
     assert [each.name for each in path.iterdir()] == ["old"]
+    if then == "it is looked for later":
+        assert [each.name for each in tmp_path.iterdir()] == ["x.zarr"]
     if then == "it is written":
         make_old(tmp_path)
         write_folder(path, "new")

@@ -60,6 +60,11 @@ def test_of_equally_frequent_labels_the_first_by_name_is_taken():
     assert metrics.majority_labels([0, 0, 0, 0], ["T", "B", "T", "B"]) == {0: "B"}
 
 
+def test_labels_may_be_truth_values():
+    assert metrics.majority_labels([0, 0, 0, 1, 1], [True, True, False, False, False]) == {0: True, 1: False}
+    assert metrics.accuracy([0, 0, 0, 1, 1], [True, True, False, False, False]) == pytest.approx(0.8)
+
+
 def test_excluded_labels_have_no_majority():
     assert metrics.majority_labels(CLUSTERS, LABELS, ["T", "NK"]) == {"0": "B", "1": "B"}
 

@@ -16,10 +16,13 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+#: Annotations of arguments that tables and arrays may be given for.
+_TAKES_ARRAYS = re.compile(r"^Any|^object|_empty|Array|array|Axes|Collection|Iterable|Sequence|Series|DataFrame|list")
 #: Check of an argument: takes its name and value, and whether None passes; returns the value to go on with.
 Check = Callable[..., Any]
 
@@ -154,6 +157,8 @@ def as_plain(value: Any) -> Any:
     """Numbers, truth values and texts of NumPy, and arrays of them, as Python's own; also within containers."""
     if isinstance(value, np.bool_ | np.number | np.str_):
         return value.item()
+    if isinstance(value, pd.Series | pd.Index):
+        return list(value)
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -161,6 +166,20 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: as_plain(each) for key, each in value.items()}
     return value
+
+
+def check_numbers(name: str, values: Sequence[float]) -> np.ndarray:
+    """Check that all values are numbers, and return them as an array of float64, of any shape.
+
+    Raises
+    ------
+    TypeError
+        If one is not.
+    """
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be numbers; found {values!r}.") from error
 
 
 def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
@@ -254,7 +273,8 @@ def number(**limits: float) -> Check:
 
 def made_plain(name: str, value: Any, *, or_none: bool = False) -> Any:
     """Argument of several kinds, which is checked where its kinds are told apart; see `as_plain`."""
-    del name, or_none
+    del or_none
+    _refuse_missing(name, value)
     return as_plain(value)
 
 
@@ -320,7 +340,39 @@ def _check_text(name: str, value: object, **_: object) -> object:
         check_is_one(value, name)
     elif not isinstance(value, Hashable):
         raise TypeError(f"`{name}` must be text; found an object of the type {type(value).__name__}.")
+    _refuse_missing(name, value)
     return as_plain(value)
+
+
+def _check_texts(name: str, value: Any, **_: object) -> Any:
+    """Check a text or several, none of which is missing; columns and arrays become lists."""
+    value = as_plain(value)
+    for each in value if isinstance(value, list | tuple | set | frozenset) else [value]:
+        _refuse_missing(name, each)
+    return value
+
+
+def _refuse_missing(name: str, value: object) -> None:
+    """Refuse pandas' missing values, with which comparisons fail, and NaN."""
+    if value is not None and pd.api.types.is_scalar(value) and pd.isna(value):
+        raise ValueError(f"`{name}` must not be missing; found {value!r}.")
+
+
+def check_is_usable(name: str, value: object, kinds: str) -> None:
+    """Refuse what no argument of these ``kinds``, the annotation, can be, and whose truth value is an error.
+
+    Raises
+    ------
+    ValueError
+        If the value is a missing one of pandas.
+    TypeError
+        If it is a table or array, and none is taken.
+    """
+    if value is pd.NA or value is pd.NaT:
+        _refuse_missing(name, value)
+    if isinstance(value, pd.DataFrame | pd.Series | pd.Index | np.ndarray) and not _TAKES_ARRAYS.search(kinds):
+        kinds = re.sub(r"Literal\[(.*?)\]", r"\1", kinds).replace(" | ", " or ")
+        raise TypeError(f"`{name}` must be {kinds}; found a {type(value).__name__}.")
 
 
 def _check_truth(name: str, value: object, *, or_none: bool) -> bool | None:
@@ -332,9 +384,11 @@ def _check_truth(name: str, value: object, *, or_none: bool) -> bool | None:
     raise ValueError(f"`{name}` must be True or False{', or None' if or_none else ''}; found {value!r}.")
 
 
-#: Checks of other arguments by their annotation.
+#: Checks of other arguments by their annotation. Those of the rest have `check_is_usable`.
 BY_KIND: dict[str, Check] = {
     **dict.fromkeys(("str", "str | None"), _check_text),
+    **dict.fromkeys(("Sequence[str]", "Sequence[str] | None", "list[str] | None"), _check_texts),
+    **dict.fromkeys(("str | Sequence[str]", "str | Sequence[str] | None"), _check_texts),
     **dict.fromkeys(("bool", "bool | None"), _check_truth),
 }
 
@@ -367,6 +421,8 @@ def checked(**own: Check) -> Callable[[Callable], Callable]:
                     given.arguments[name] = check(name, value)
                 elif isinstance(value, np.bool_ | np.number):
                     given.arguments[name] = value.item()
+                else:
+                    check_is_usable(name, value, str(signature.parameters[name].annotation))
             return function(*given.args, **given.kwargs)
 
         wrapped.checks = checks

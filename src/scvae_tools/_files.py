@@ -84,8 +84,16 @@ def put_back(path: Path) -> None:
         return
     for folder in temporary_paths(path):
         if (folder / FORMER).exists():
-            (folder / FORMER).rename(path)
+            take_out(folder / FORMER, path)
             return
+
+
+def take_out(found: Path, path: Path) -> None:
+    """Move what a temporary folder holds to ``path``; the folder goes with it if the process that made it is gone."""
+    is_left = is_abandoned(found.parent)  # before the move, after which the folder is as new
+    found.replace(path)
+    if is_left:
+        shutil.rmtree(found.parent, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

@@ -5,6 +5,7 @@ Cells whose label is missing (NaN or None) or one of ``excluded`` are left out b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from scvae_tools._checks import check_random_source, checked
 from scvae_tools._lazy import loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Mapping, Sequence
+    from collections.abc import Collection, Hashable, Sequence
 
 __all__ = ["accuracy", "ami", "ari", "is_scored", "majority_labels", "silhouette"]
 
@@ -24,6 +25,7 @@ LARGEST_SILHOUETTE = 20_000
 SILHOUETTE_MIB = 32
 
 
+@checked()
 def is_scored(labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> np.ndarray:
     """Whether a cell has a label that is not one of the excluded ones.
 
@@ -42,6 +44,7 @@ def is_scored(labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> np.
     return (column.notna() & ~column.isin(list(excluded))).to_numpy()
 
 
+@checked()
 def majority_labels(
     clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Hashable] = ()
 ) -> dict[Any, Any]:
@@ -62,10 +65,11 @@ def majority_labels(
     if len(labels) == 0:
         return {}
     n_cells = pd.crosstab(pd.Series(clusters, name="cluster"), pd.Series(labels, name="label"))
-    n_cells = n_cells[sorted(n_cells.columns, key=str)]  # the first of the largest is taken
+    n_cells = n_cells.reindex(columns=sorted(n_cells.columns, key=str))  # the first of the largest is taken
     return n_cells.idxmax(axis=1).to_dict()
 
 
+@checked()
 def accuracy(
     clusters: Sequence[Any],
     labels: Sequence[Any],
@@ -93,6 +97,8 @@ def accuracy(
     if len(labels) == 0:
         return float("nan")
     mapping = majority_labels(clusters, labels) if mapping is None else mapping
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"`mapping` must give the label of each cluster; found a {type(mapping).__name__}.")
     return float(
         np.mean(
             [cluster in mapping and mapping[cluster] == label for cluster, label in zip(clusters, labels, strict=True)]
@@ -100,6 +106,7 @@ def accuracy(
     )
 
 
+@checked()
 def ari(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> float:
     """Adjusted Rand index of clusters and labels [HubertArabie85]_.
 
@@ -121,6 +128,7 @@ def ari(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Has
     return _agreement("adjusted_rand_score", clusters, labels, excluded)
 
 
+@checked()
 def ami(clusters: Sequence[Any], labels: Sequence[Any], excluded: Collection[Hashable] = ()) -> float:
     """Adjusted mutual information of clusters and labels, relative to the mean of their entropies [Vinh10]_.
 

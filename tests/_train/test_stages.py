@@ -81,6 +81,16 @@ def test_a_training_starts_at_the_noise_edge_unless_told_otherwise():
 @pytest.mark.parametrize(("n_steps", "epochs"), [(1, 640), (8, 80), (30, 22), (32, 20), (5_000, 20)])
 def test_the_default_patience_is_twenty_epochs_or_640_steps(n_steps, epochs):
     assert default_patience(n_steps) == epochs
+    assert default_patience(n_steps, is_mixture=True) == 20  # whose dimensions are there
+
+
+def test_a_given_patience_is_that_of_all_stages():
+    adata = svt.datasets.simulate(100, 20, 2, random_state=0)
+    svt.SCVAE.setup_anndata(adata)
+    model = svt.SCVAE(adata, n_components=2, n_hidden=8, n_latent=2)
+    for patience, epochs in ((None, [640, 640, 20]), (3, [3, 3, 3])):
+        stages = model._with_defaults(plan_stages(20, mixture=True), 0.0, patience, n_steps=1)
+        assert [stage.patience for stage in stages] == epochs
 
 
 def test_the_noise_edge_is_that_of_the_cells_that_are_trained_on():

@@ -147,6 +147,7 @@ def test_a_save_that_is_killed_between_its_two_files_leaves_the_new_model_with_t
     assert svt.SCVAE.load(tmp_path, cells_with("own")).adata.obs["note"].iloc[0] == "own"
     time.sleep(1.1)  # so long a temporary folder may still be without its lock
     kill_save(tmp_path, n_renamed=0)  # the one before is settled first
+    assert len(list(tmp_path.glob("adata.h5ad.*"))) == 1  # and leaves nothing behind
     found = svt.SCVAE.load(tmp_path)
     assert set(found.adata.obs["note"]) == {"new"}
     assert set(anndata.read_h5ad(tmp_path / "adata.h5ad").obs["note"]) == {"new"}

@@ -160,6 +160,21 @@ def test_one_device_can_be_said_in_any_way(one):
     new_model(mixture=False, n_components=None).train(1, accelerator="cpu", progress=False, **one)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"accelerator": None}, "`accelerator` must be one of 'auto', 'gpu', .*; found None"),
+        ({"accelerator": 1}, "`accelerator` must be one of .*; found 1"),
+        ({"accelerator": "cpu", "devices": [1]}, r"must be a device of this machine; found 'cpu' and \[1\]"),
+        ({"accelerator": "cpu", "devices": ["x"]}, r"must be a device of this machine; found 'cpu' and \['x'\]"),
+    ],
+    ids=str,
+)
+def test_what_is_no_device_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        new_model().train(1, progress=False, **wrong)
+
+
 @pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "4"}, {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}])
 def test_tasks_of_a_job_of_slurm_do_no_harm_and_are_named(tasks, monkeypatch, tmp_path):
     for name, value in (tasks | {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "2"}).items():

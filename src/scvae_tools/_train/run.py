@@ -80,7 +80,6 @@ class Settings:
     early_stopping: bool = True
     accelerator: str = "auto"
     devices: object = "auto"
-    patience: int = 20
     matmul_precision: str | None = None
     progress: Progress | None = None
     trainer_options: dict = field(default_factory=dict)
@@ -163,7 +162,7 @@ def _fit(
         clips = {}  # Lightning clips only where it optimises
     plan = plan_of(module, stage, first_epoch=first_epoch, **options)
     has_validation = loaders[1] is not None and len(loaders[1]) > 0
-    best = KeepBest(settings.patience) if has_validation and not stage.warms_up else None
+    best = KeepBest(stage.patience) if has_validation and not stage.warms_up else None
     trainer = _trainer(settings, stage.max_epochs, _callbacks(settings, best), clips)
     device = module.device
     with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
@@ -259,7 +258,7 @@ def _callbacks(settings: Settings, best: KeepBest | None) -> list[Callback]:
     if best is not None:
         callbacks.append(best)
         if settings.early_stopping:
-            callbacks.append(EarlyStopping(KeepBest.monitor, mode="max", patience=settings.patience))
+            callbacks.append(EarlyStopping(KeepBest.monitor, mode="max", patience=best.patience))
     return callbacks if settings.checkpoint is None else [*callbacks, settings.checkpoint]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Steps for which a stage waits for a better validation ELBO, as many as twenty epochs of 4,000 cells have.
+#: Steps for which the VAE waits for a better validation ELBO, as many as twenty epochs of 4,000 cells have.
 PATIENCE_STEPS = 640
 
 
@@ -30,6 +30,8 @@ class Stage:
         Whether dropout acts.
     kl_weight_start
         Weight of the KL terms at the beginning of a stage that warms up, relative to that in the other stages.
+    patience
+        Epochs without a better validation ELBO after which the stage ends.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Stage:
     is_mixture: bool = False
     drops_out: bool = False
     kl_weight_start: float = 0.0
+    patience: int = 20
 
     def kl_weight(self, share: float) -> float:
         """Weight of the KL terms, relative to that in the other stages, when a share of the steps is done."""
@@ -62,13 +65,14 @@ def default_max_epochs(n_cells: int) -> int:
     return int(np.clip(round(4_000 * 128 / n_cells), 20, 400))
 
 
-def default_patience(n_steps: int) -> int:
+def default_patience(n_steps: int, *, is_mixture: bool = False) -> int:
     """Epochs without a better validation ELBO after which a stage ends, at ``n_steps`` an epoch.
 
-    Twenty, or as many as have `PATIENCE_STEPS` steps. Dimensions that hold a small difference grow slowly at first, and
-    the twenty epochs of 1,000 cells have 160 steps: a stage ended before such a dimension had begun to pay.
+    Twenty; for the VAE, as many as have `PATIENCE_STEPS` steps, if that is more. Dimensions that hold a small
+    difference grow slowly at first, and the twenty epochs of 1,000 cells have 160 steps: the VAE ended before such a
+    dimension had begun to pay. A mixture starts with the dimensions that are there.
     """
-    return max(20, math.ceil(PATIENCE_STEPS / max(1, n_steps)))
+    return 20 if is_mixture else max(20, math.ceil(PATIENCE_STEPS / max(1, n_steps)))
 
 
 def plan_stages(

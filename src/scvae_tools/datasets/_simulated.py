@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import log_softmax, logit
 
-from scvae_tools._checks import checked, whole
+from scvae_tools._checks import check_numbers, checked, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -257,7 +257,7 @@ def _check_proportions(proportions: Sequence[float] | None, n_components: int) -
     """Proportions as an array (n_components,), equal ones for None."""
     if proportions is None:
         return np.full(n_components, 1 / n_components)
-    shares = np.asarray(proportions, dtype=np.float64)
+    shares = check_numbers("proportions", proportions)
     if shares.shape != (n_components,):
         raise ValueError(
             f"`proportions` must have `n_components={n_components}` entries; found an array of shape {shares.shape}. "

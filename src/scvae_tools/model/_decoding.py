@@ -184,6 +184,8 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
     def _batch_codes(self, batches: str | Sequence[str] | None) -> list[int | None]:
         """Codes of the batches to transform to; None, alone or in the list, for each cell's own."""
         batches = [batches] if batches is None or np.isscalar(batches) else list(batches)
+        if not batches:
+            raise ValueError("`transform_batch` must name a batch; found none. Pass None for each cell's own.")
         return [None if batch is None else self._batch_code(batch, "transform_batch") for batch in batches]
 
 

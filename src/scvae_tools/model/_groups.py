@@ -69,6 +69,8 @@ def used_groups(column: pd.Series) -> list:
 def _groups(column: pd.Series, given: Mapping[str, Any]) -> dict[str, Any]:
     used, group1, group2 = used_groups(column), given.get("group1"), given.get("group2")
     group1 = used if group1 is None else [group1] if np.isscalar(group1) else list(group1)
+    if not group1:
+        raise ValueError(f"`group1` must name at least one group of adata.obs[{column.name!r}]; found none.")
     require_groups(column, group1, "group1")
     if group2 is not None:
         require_groups(column, [group2], "group2")

@@ -66,6 +66,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
                 rows.append(torch.stack([getattr(bound, name) for name in names], dim=1).cpu())
         return pd.DataFrame(torch.cat(rows).double().numpy(), columns=list(names))
 
+    @checked()
     def get_elbo(self, *args: Any, return_mean: bool = True, **kwargs: Any) -> float | np.ndarray:
         """Evidence lower bound in nats per cell; higher is better.
 
@@ -79,6 +80,7 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         values = self.get_elbo_terms(*args, **kwargs)["elbo"].to_numpy()
         return float(values.mean()) if return_mean else values
 
+    @checked()
     def get_reconstruction_error(
         self, *args: Any, return_mean: bool = True, **kwargs: Any
     ) -> dict[str, float | np.ndarray]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from scvae_tools._checks import check_whole, is_whole
+from scvae_tools._checks import check_numbers, check_whole, is_whole
 from scvae_tools._messages import listed
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ def _check_n_components(n_components: object) -> bool:
 
 def _check_weights(weights: Sequence[float], n_components: int | None) -> list[float]:
     """Weights of the components as a list that can be saved."""
-    found = np.asarray(weights, dtype=float)
+    found = check_numbers("weights", weights)
     if n_components is None or found.shape != (n_components,) or not (found > 0).all() or abs(found.sum() - 1) > 1e-3:
         number = "as many as `n_components`, which then must be given" if n_components is None else n_components
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anndata
 
 from scvae_tools._adata_files import mark_of, write_h5ad
-from scvae_tools._files import flush, is_abandoned, replacing, temporary_paths
+from scvae_tools._files import flush, is_abandoned, replacing, take_out, temporary_paths
 from scvae_tools.model._saved_file import read_saved
 
 if TYPE_CHECKING:
@@ -88,4 +88,4 @@ def _settle(data: Path, model: Path) -> None:
         mark = read_saved(model).attributes.get("data_")
         pending = None if mark is None else _pending(data, mark)
         if pending is not None and is_abandoned(pending.parent):
-            pending.replace(data)
+            take_out(pending, data)

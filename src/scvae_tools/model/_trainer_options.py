@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as lightning
 import numpy as np
-from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from scvae_tools._checks import check_choice
 from scvae_tools._messages import listed, warn
@@ -92,12 +93,29 @@ def check_one_device(devices: object) -> None:
         )
 
 
-def one_device(accelerator: str, devices: object) -> tuple[str, Any, torch.device]:
-    """Accelerator and devices as Lightning takes them, and the device; warn of further tasks of a job of SLURM."""
-    if isinstance(accelerator, str):
+def device_of(accelerator: str, devices: object) -> tuple[str, Any, torch.device]:
+    """Accelerator and devices as Lightning takes them, and the device.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device, or there are several.
+    """
+    if not isinstance(accelerator, Accelerator):
         known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
         check_choice("accelerator", accelerator, known)
     check_one_device(devices)
+    try:
+        return parse_device_args(accelerator, devices, return_device="torch")
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ValueError(
+            f"`accelerator` and `devices` must be a device of this machine; found {accelerator!r} and {devices!r} "
+            f"({error}). Leave both out for the best that there is."
+        ) from error
+
+
+def warn_of_tasks() -> None:
+    """Warn of further tasks of a job of SLURM."""
     n_tasks = os.environ.get("SLURM_NTASKS", "1")
     if n_tasks != "1":
         warn(
@@ -105,7 +123,6 @@ def one_device(accelerator: str, devices: object) -> tuple[str, Any, torch.devic
             "device: the other tasks are idle or, where srun has started them, train models of their own. Ask for "
             "--ntasks=1, and for more threads by --cpus-per-task."
         )
-    return parse_device_args(accelerator, devices, return_device="torch")
 
 
 #: Options of Lightning's trainer that leave the steps as they are.

@@ -33,7 +33,7 @@ from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
-from scvae_tools.model._trainer_options import check_trainer_options, one_device, whether_to_hold
+from scvae_tools.model._trainer_options import check_trainer_options, device_of, warn_of_tasks, whether_to_hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -140,8 +140,8 @@ class TrainingMixin(InferenceMixin):
             Positions of the cells to hold out, or one boolean per cell, in place of a random draw. Where labels train
             the components, some cells of each label must be left to train on; a random draw sees to that itself.
         early_stopping, patience
-            Whether, and after how many epochs without a better validation ELBO, a stage ends. None for 20 epochs, or
-            for as many as have 640 steps: of few cells, an epoch has few.
+            Whether, and after how many epochs without a better validation ELBO, a stage ends. None for 20
+            epochs; the VAE waits for 640 steps if that is more epochs, since those of few cells have few steps.
         gradient_clip
             Largest norm of the gradient; None for any.
         accelerator, devices
@@ -205,7 +205,7 @@ class TrainingMixin(InferenceMixin):
         _check_objective(objective, self.module)
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
-        accelerator, devices, device = one_device(accelerator, devices)
+        accelerator, devices, device = device_of(accelerator, devices)
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
@@ -213,11 +213,10 @@ class TrainingMixin(InferenceMixin):
         hold = whether_to_hold(hold_on_device, trainer_options)
         with self._context_of_training(random_state, device, hold) as dataset:
             self._split(train_size, validation_indices)
-            stages = self._starting_at(kl_weight_start, stages)
             self._standardize_covariates()
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
-            settings.patience = default_patience(len(loaders[0])) if patience is None else patience
+            stages = self._with_defaults(stages, kl_weight_start, patience, len(loaders[0]))
             settings.probe = RateRecorder(dataset, self.train_indices, random_state)
             settings.recorder = settings.probe if record_rates else None
             self.to_device(device)
@@ -246,11 +245,18 @@ class TrainingMixin(InferenceMixin):
             n_warm_up_epochs=n_warm_up_epochs,
         )
 
-    def _starting_at(self, kl_weight_start: float | None, stages: list[Stage]) -> list[Stage]:
-        """Stages with the weight of the KL terms at the beginning, which None derives from the training cells."""
+    def _with_defaults(
+        self, stages: list[Stage], kl_weight_start: float | None, patience: int | None, n_steps: int
+    ) -> list[Stage]:
+        """Stages with what None derives from the training cells and the number of steps of an epoch."""
         if kl_weight_start is None:
             kl_weight_start = noise_edge(len(self.train_indices), self.adata.n_vars)
-        return [dataclasses.replace(stage, kl_weight_start=kl_weight_start) for stage in stages]
+
+        def with_defaults(stage: Stage) -> Stage:
+            waits = default_patience(n_steps, is_mixture=stage.is_mixture) if patience is None else patience
+            return dataclasses.replace(stage, kl_weight_start=kl_weight_start, patience=waits)
+
+        return list(map(with_defaults, stages))
 
     def _checkpointer(
         self, directory: str | Path | None, dataset: CountDataset, arguments: dict[str, Any]
@@ -278,6 +284,7 @@ class TrainingMixin(InferenceMixin):
         hold: bool | None,  # noqa: FBT001
     ) -> Iterator[CountDataset]:
         """Context in which what is global is that of a training, and the cells are where it reads them."""
+        warn_of_tasks()
         with (
             interrupts_held(),
             seeded(random_state),

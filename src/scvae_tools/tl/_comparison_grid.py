@@ -14,9 +14,9 @@ import pandas as pd
 from scvae_tools._checks import check_arguments, check_choice, is_number
 from scvae_tools._data.roles import ROLES, obs_keys_of
 from scvae_tools._other_names import unknown_argument
-from scvae_tools._upstream import parse_device_args, quiet
+from scvae_tools._upstream import quiet
 from scvae_tools.model._scvae import SCVAE
-from scvae_tools.model._trainer_options import check_one_device
+from scvae_tools.model._trainer_options import device_of
 from scvae_tools.model._training import TrainingMixin
 
 if TYPE_CHECKING:
@@ -171,9 +171,8 @@ def _check_training(combination: dict[str, Any]) -> None:
     check_arguments(TrainingMixin.train, combination)
     check_choice("matmul_precision", combination["matmul_precision"], (None, "highest", "high", "medium"))
     check_choice("hold_on_device", combination["hold_on_device"], (None, True, False))
-    check_one_device(combination["devices"])
     with quiet():
-        parse_device_args(combination["accelerator"], combination["devices"], return_device="torch")
+        device_of(combination["accelerator"], combination["devices"])
 
 
 def _check_model(registry: dict, combination: dict[str, Any], n_train: int) -> None:
