@@ -26,6 +26,7 @@ class Bound:
 
     ``cross_entropy`` is −log q(y|x) of cells whose label is known and 0 of others; None where labels are not used.
     ``importance_weighted`` is the importance-weighted bound of the same draws; None where it was not asked for.
+    ``distance`` is the squared distance of the mean of q(z|x) from a code that was given; None where none was.
     """
 
     log_likelihood: Tensor
@@ -33,6 +34,7 @@ class Bound:
     kl_y: Tensor
     cross_entropy: Tensor | None = None
     importance_weighted: Tensor | None = None
+    distance: Tensor | None = None
 
     @property
     def elbo(self) -> Tensor:
@@ -46,8 +48,9 @@ class Bound:
         y_term: str = "kl",
         free_nats_z: float | Tensor = 0.0,
         free_nats_y: float | Tensor = 0.0,
+        pull: float | Tensor = 0.0,
     ) -> Tensor:
-        """Mean negative bound with both KL terms weighted, plus the cross-entropy of the labels.
+        """Mean negative bound with both KL terms weighted, plus the cross-entropy of the labels and the distance.
 
         Parameters
         ----------
@@ -57,13 +60,16 @@ class Bound:
             ``"none"`` leaves KL(q(y|x) ‖ p(y)) out.
         free_nats_z, free_nats_y
             Nats up to which the mean of either KL costs nothing (after Kingma et al. 2016, arXiv:1606.04934).
+        pull
+            Weight of the distance, where there is one, in nats.
         """
+        pulled = 0.0 if self.distance is None else pull * self.distance.mean()
         if self.importance_weighted is not None:
-            return -self.importance_weighted.mean()
+            return pulled - self.importance_weighted.mean()
         kl = torch.clamp(self.kl_z.mean(), min=free_nats_z)
         if y_term != "none":
             kl = kl + torch.clamp(self.kl_y.mean(), min=free_nats_y)
-        loss = kl_weight * kl - self.log_likelihood.mean()
+        loss = kl_weight * kl - self.log_likelihood.mean() + pulled
         return loss if self.cross_entropy is None else loss + LABEL_WEIGHT * self.cross_entropy.mean()
 
 

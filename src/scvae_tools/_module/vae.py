@@ -427,6 +427,7 @@ class VAE(ScviModule):
         is_averaged: bool = False,
         label: Tensor | None = None,
         importance_kl_weight: float | Tensor | None = None,
+        code: Tensor | None = None,
     ) -> Bound:
         """ELBO = Σ_y q(y|x) [E log p(x|z) − KL(q(z|x,y) ‖ p(z|y))] − KL(q(y|x) ‖ p(y)), the sum over y exact.
 
@@ -446,6 +447,8 @@ class VAE(ScviModule):
             to use no labels.
         importance_kl_weight
             Weight of the KL terms in `importance_weighted`; None to leave that bound out. That bound uses no labels.
+        code
+            Point (n, d) whose distance from the mean of q(z|x) is computed; None for none. Not for a mixture.
         """
         x, covariates = Counts.of(x), self.with_size(covariates, size)
         posterior = self.posterior(self.encode(x, size, covariates))
@@ -456,7 +459,8 @@ class VAE(ScviModule):
         tight = None
         if importance_kl_weight is not None:
             tight = self.importance_weighted(decoded, posterior, importance_kl_weight)
-        return Bound(decoded.expected(len(x)), *self.kl_terms(posterior, z, label), tight)
+        distance = None if code is None else (posterior.mean[0] - code).square().sum(1)
+        return Bound(decoded.expected(len(x)), *self.kl_terms(posterior, z, label), tight, distance)
 
     def importance_weighted(self, decoded: Decoded, posterior: Posterior, kl_weight: float | Tensor = 1.0) -> Tensor:
         """Log 1/S Σ_s Σ_y q(y|x) p(x|z) [p(z) / q(z|x)]^w with z ~ q(z|x,y), s draws each, (n,).

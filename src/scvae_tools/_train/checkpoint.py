@@ -26,6 +26,7 @@ from scvae_tools._files import (
 )
 from scvae_tools._messages import inform, warn
 from scvae_tools._random import random_states, set_random_states
+from scvae_tools._train.principal_codes import PRINCIPAL_CODES
 from scvae_tools._train.torch_file import (
     damaged_otherwise,
     read_torch,
@@ -54,7 +55,7 @@ FORMAT = 1
 
 
 #: What a training did before there was an argument for it.
-WITHOUT_ARGUMENT = {"train(kl_weight_start)": 0.0}
+WITHOUT_ARGUMENT = {"train(kl_weight_start)": 0.0, "train(pca_start)": False}
 #: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"
 
@@ -144,6 +145,7 @@ def fingerprint(
         name: registry["field_registries"][key]["state_registry"]["categorical_mapping"] for name, key in fields.items()
     }
     options = of_training.get("trainer_options", {})
+    columns = set(dataset.columns) - {PRINCIPAL_CODES}  # which follow from the rest, but for the last bits
     described = {
         "version of scvae-tools": __version__,
         "epochs before this training": state.n_epochs,
@@ -153,7 +155,7 @@ def fingerprint(
         **{f"names of the {name}": digest_of_names(names) for name, names in categories.items()},
         "held-out cells": short_digest(held_out.astype(np.int64)),
         "counts": _digest_of_counts(dataset),
-        **{f"data in {name!r}": short_digest(values) for name, values in sorted(dataset.columns.items())},
+        **{f"data in {name!r}": short_digest(dataset.columns[name]) for name in sorted(columns)},
         **{f"setup_anndata({name})": _described(value) for name, value in registry["setup_args"].items()},
         **{name: _described(value) for name, value in of_model.items()},
         **{f"train({name})": _described(v) for name, v in of_training.items() if name not in WITHOUT_EFFECT},

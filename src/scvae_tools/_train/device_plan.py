@@ -56,17 +56,19 @@ class DevicePlan(TrainingPlan):
         self.cells, self.steps, self.gradient_clip = cells, steps, gradient_clip
         self.n_steps_of_epoch = 0
         self._share: Tensor | None = None  #: of the KL weight, on the device
+        self._pull: Tensor | None = None  #: weight of the distance from the principal codes, on the device
         self._recorded: dict[DeviceCells, RecordedStep] = {}  #: a step for each place of a window
 
-    def warm_up_share(self) -> float:
+    def share_done(self) -> float:
         done = self.epoch_of_stage * self.steps.n_steps + self.n_steps_of_epoch
-        return self.stage.kl_weight(done / max(self.steps.n_steps * self.stage.max_epochs, 1))
+        return done / max(self.steps.n_steps * self.stage.max_epochs, 1)
 
     def on_train_epoch_start(self) -> None:
         self.n_steps_of_epoch = 0
         super().on_train_epoch_start()
         if self._share is None:
             self._share = torch.ones((), device=self.device)
+            self._pull = None if self.stage.pull(0.0) is None else torch.zeros((), device=self.device)
 
     def teardown(self, stage: str) -> None:
         # Lightning's trainer and this plan refer to each other: without this, memory of the device would be free late.
@@ -95,6 +97,8 @@ class DevicePlan(TrainingPlan):
         for own in positions:
             if self.stage.warms_up:
                 self._share.fill_(self.warm_up_share())
+                if self._pull is not None:
+                    self._pull.fill_(self.stage.pull(self.share_done()))
             self._recorded[cells](own)
             self._n_cells += len(own)
             self.n_steps_of_epoch += 1
@@ -102,7 +106,7 @@ class DevicePlan(TrainingPlan):
     def _step(self, cells: DeviceCells, positions: Tensor) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         optimizer.zero_grad()
-        bound, loss = self.objective.loss(self.module, cells[positions], self._share)
+        bound, loss = self.objective.loss(self.module, cells[positions], self._share, self._pull)
         loss.backward()
         self.configure_gradient_clipping(optimizer, self.gradient_clip, None)
         optimizer.step()

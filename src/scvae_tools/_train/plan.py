@@ -9,6 +9,8 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 
+from scvae_tools._train.principal_codes import PRINCIPAL_CODES
+
 if TYPE_CHECKING:
     from scvae_tools._module.bounds import Bound
     from scvae_tools._module.vae import VAE
@@ -56,18 +58,27 @@ class Objective:
     n_samples: int = 1
     n_importance_samples: int = 1
 
-    def loss(self, module: VAE, batch: dict[str, Tensor], warm_up_share: float) -> tuple[Bound, Tensor]:
-        """Bound of the cells of a batch, and the loss, with ``warm_up_share`` of the weight of the KL terms."""
+    def loss(
+        self, module: VAE, batch: dict[str, Tensor], warm_up_share: float, pull: float | Tensor | None = None
+    ) -> tuple[Bound, Tensor]:
+        """Bound of the cells of a batch, and the loss, with ``warm_up_share`` of the weight of the KL terms.
+
+        With ``pull``, the loss has this weight on the distance of the latent means from the principal codes in the
+        batch.
+        """
         weight, tightens = warm_up_share * self.kl_weight, self.n_importance_samples > 1
+        batch = module.moved(batch)
         bound = module.bound(
             *module.data(batch),
             n_samples=self.n_importance_samples if tightens else self.n_samples,
             is_averaged=True,
             label=module.label(batch),
             importance_kl_weight=weight if tightens else None,
+            code=None if pull is None else batch[PRINCIPAL_CODES],
         )
         free_nats_y = self.free_nats_y * module.prior.entropy_of_y() if self.free_nats_y else 0.0
-        loss = bound.loss(weight, y_term=module.y_term, free_nats_z=self.free_nats_z, free_nats_y=free_nats_y)
+        free_nats = {"free_nats_z": self.free_nats_z, "free_nats_y": free_nats_y}
+        loss = bound.loss(weight, y_term=module.y_term, **free_nats, pull=0.0 if pull is None else pull)
         return bound, loss
 
 
@@ -141,10 +152,14 @@ class TrainingPlan(lightning.LightningModule):
         """Number of epochs of this stage that have ended."""
         return len(self.history)
 
+    def share_done(self) -> float:
+        """Share of the steps of this stage that is done."""
+        steps = self.trainer.num_training_batches * self.stage.max_epochs
+        return self.trainer.global_step / max(steps, 1)
+
     def warm_up_share(self) -> float:
         """Share of the KL weight in use, which may be above 1 in the warm-up."""
-        steps = self.trainer.num_training_batches * self.stage.max_epochs
-        return self.stage.kl_weight(self.trainer.global_step / max(steps, 1))
+        return self.stage.kl_weight(self.share_done())
 
     def on_train_epoch_start(self) -> None:
         self.module.train()
@@ -154,7 +169,8 @@ class TrainingPlan(lightning.LightningModule):
         self.row["kl_weight"] = self.warm_up_share() * self.objective.kl_weight
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        bound, loss = self.objective.loss(self.module, batch, self.warm_up_share())
+        pull = self.stage.pull(self.share_done())
+        bound, loss = self.objective.loss(self.module, batch, self.warm_up_share(), pull)
         self._add(bound)
         return loss
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Nats that a squared distance of 1 of the latent means from the principal codes costs at the start. It falls to 0, and
+#: ten times as much gave the same (docs/model.md).
+PULL = 10.0
 #: Steps for which the VAE waits for a better validation ELBO, as many as twenty epochs of 4,000 cells have.
 PATIENCE_STEPS = 640
 
@@ -32,6 +35,8 @@ class Stage:
         Weight of the KL terms at the beginning of a stage that warms up, relative to that in the other stages.
     patience
         Epochs without a better validation ELBO after which the stage ends.
+    has_codes
+        Whether the latent means are drawn to principal codes while the stage warms up.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Stage:
     drops_out: bool = False
     kl_weight_start: float = 0.0
     patience: int = 20
+    has_codes: bool = False
 
     def kl_weight(self, share: float) -> float:
         """Weight of the KL terms, relative to that in the other stages, when a share of the steps is done."""
@@ -48,6 +54,10 @@ class Stage:
             return 1.0
         done = min(1.0, share)
         return (1 - done) * self.kl_weight_start + done
+
+    def pull(self, share: float) -> float | None:
+        """Weight of the distance from the principal codes when a share of the steps is done; None where it is none."""
+        return PULL * (1 - min(1.0, share)) if self.has_codes else None
 
 
 def noise_edge(n_cells: int, n_genes: int) -> float:

@@ -24,6 +24,7 @@ from scvae_tools._train import null_model
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import NonFiniteError, Objective
+from scvae_tools._train.principal_codes import PRINCIPAL_CODES, principal_codes
 from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
@@ -81,6 +82,7 @@ class TrainingMixin(InferenceMixin):
         weight_decay: float = 0.0,
         n_warm_up_epochs: int | None = None,
         kl_weight_start: float | None = None,
+        pca_start: bool = True,
         kl_weight: float = 1.0,
         free_nats_y: float = 0.0,
         free_nats_z: float = 0.0,
@@ -119,6 +121,11 @@ class TrainingMixin(InferenceMixin):
             with the number of training cells, above which no direction of pure noise is worth its KL: so dimensions
             that hold what cells differ in are learnt first, and noise is not (docs/model.md). 0 for the usual warm-up
             from below.
+        pca_start
+            Whether the latent means are drawn to the principal components of the counts in the warm-up, with a weight
+            that falls to 0 over it: those of Pearson residuals, without what covariates explain, that are above the
+            noise. The encoder then begins with the directions in which cells differ most, and small differences are
+            not lost (docs/model.md).
         kl_weight
             Weight of both KL terms after that. The bounds in `history` are never weighted.
         free_nats_y
@@ -206,14 +213,15 @@ class TrainingMixin(InferenceMixin):
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = device_of(accelerator, devices)
-        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
+        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs, pca_start=pca_start)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
         hold = whether_to_hold(hold_on_device, trainer_options)
-        with self._context_of_training(random_state, device, hold) as dataset:
-            self._split(train_size, validation_indices)
-            self._standardize_covariates()
+        with (
+            self._context_of_training(random_state, (train_size, validation_indices)) as dataset,
+            self._holding_cells(self._with_codes(dataset, stages, random_state), device, hold),
+        ):
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
             stages = self._with_defaults(stages, kl_weight_start, patience, len(loaders[0]))
@@ -236,14 +244,25 @@ class TrainingMixin(InferenceMixin):
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
         self._validate_anndata()
 
-    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
-        return plan_stages(
+    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None, *, pca_start: bool) -> list[Stage]:
+        stages = plan_stages(
             max_epochs,
             mixture=isinstance(self.module, MixtureVAE),
             resumes_vae=self._state.is_trained,
             resumes_mixture=self.is_mixture,
             n_warm_up_epochs=n_warm_up_epochs,
         )
+        return [dataclasses.replace(stage, has_codes=pca_start and stage.warms_up) for stage in stages]
+
+    def _with_codes(self, dataset: CountDataset, stages: list[Stage], random_state: int) -> CountDataset:
+        """Give the data set the principal codes of the training cells, if a stage needs them."""
+        if any(stage.has_codes for stage in stages):
+            module, cells = self.module, self.train_indices
+            options = {"use_size_factor": module.use_size_factor, "random_state": random_state}
+            with considerate_threads():
+                found = principal_codes(dataset, cells, module.n_latent, **options)
+            dataset.columns[PRINCIPAL_CODES] = found.codes
+        return dataset
 
     def _with_defaults(
         self, stages: list[Stage], kl_weight_start: float | None, patience: int | None, n_steps: int
@@ -280,31 +299,31 @@ class TrainingMixin(InferenceMixin):
     def _context_of_training(
         self,
         random_state: int,
-        device: torch.device,
-        hold: bool | None,  # noqa: FBT001
+        split: tuple[float, Sequence[int] | None],
     ) -> Iterator[CountDataset]:
-        """Context in which what is global is that of a training, and the cells are where it reads them."""
+        """Context in which what is global is that of a training, and the cells are split."""
         warn_of_tasks()
-        with (
-            interrupts_held(),
-            seeded(random_state),
-            quiet(),
-            self._former_split_on_error(),
-            self._holding_cells(device, hold) as dataset,
-        ):
+        with interrupts_held(), seeded(random_state), quiet(), self._former_split_on_error():
+            dataset = CountDataset(self.adata_manager, self.module.likelihood)
+            self._split(*split)
+            self._standardize_covariates()
             yield dataset
 
     @contextlib.contextmanager
-    def _holding_cells(self, device: torch.device, hold: bool | None) -> Iterator[CountDataset]:  # noqa: FBT001
+    def _holding_cells(
+        self,
+        dataset: CountDataset,
+        device: torch.device,
+        hold: bool | None,  # noqa: FBT001
+    ) -> Iterator[None]:
         """Context in which the cells are held on the device that trains, if they are; say which, unless the CPU."""
-        dataset = CountDataset(self.adata_manager, self.module.likelihood)
         self._held = held_on_device(dataset, device, hold=hold)
         if device.type != "cpu":
             in_windows = " in windows" if isinstance(self._held, CellWindows) else ""
             where = "stay in the memory of the host" if self._held is None else f"are held there{in_windows}"
             inform("Training on the device %s; the counts %s.", device, where)
         try:
-            yield dataset
+            yield
         except torch.cuda.OutOfMemoryError as error:
             raise torch.cuda.OutOfMemoryError(_no_memory(device, self._held)) from error
         finally:
