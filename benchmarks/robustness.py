@@ -127,6 +127,7 @@ def targets(adata: AnnData, model: Any) -> dict[str, tuple[Callable, dict]]:
         "ppc": {"n_samples": 2},
         "rank_components": {"n_samples": 4},
         "cut": {"n_clusters": 2},
+        "cluster_stability": {"n_seeds": 1, "n_halves": 0},
         "confusion": {"labels_key": "label"},
         "genes": {"genes": ["gene0"]},
         "differential_expression": {"groupby": "label", "silent": True},
@@ -223,6 +224,7 @@ def prepared() -> tuple[AnnData, dict[str, tuple[Callable, dict]]]:
     adata = make_adata()
     model = svt.tl.scvae(adata, **SMALL | {"max_epochs": 3}, return_model=True)
     svt.tl.tree(adata, min_cells=5)
+    svt.tl.cluster_stability(adata, n_seeds=1, n_halves=2, progress=False)
     return adata, targets(adata, model)
 
 

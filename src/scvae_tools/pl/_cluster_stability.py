@@ -135,12 +135,11 @@ def _finish_axes(ax: Axes, stability: Stability, names: list[str], size: float |
     else:
         ax.set_yticks(places, names, fontsize=size)
     is_dissolved = (table["verdict"] == DISSOLVED).to_numpy()
-    for place, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True):
-        if is_dissolved[round(place)]:
+    for place, label in zip(map(round, ax.get_yticks()), ax.get_yticklabels(), strict=True):
+        if is_dissolved[place]:
             label.set(color=ACCENT, fontweight="bold")
-    for place in places[is_dissolved]:
-        style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
-        ax.annotate("dissolved", (1, place), (4, 0), fontsize=SIZE - 1, color=ACCENT, annotation_clip=False, **style)
+            style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+            ax.annotate("dissolved", (1, place), (4, 0), fontsize=SIZE - 1, color=ACCENT, annotation_clip=False, **style)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
