@@ -139,7 +139,9 @@ def _finish_axes(ax: Axes, stability: Stability, names: list[str], size: float |
         if is_dissolved[place]:
             label.set(color=ACCENT, fontweight="bold")
             style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
-            ax.annotate("dissolved", (1, place), (4, 0), fontsize=SIZE - 1, color=ACCENT, annotation_clip=False, **style)
+            ax.annotate(
+                "dissolved", (1, place), (4, 0), fontsize=SIZE - 1, color=ACCENT, annotation_clip=False, **style
+            )
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
