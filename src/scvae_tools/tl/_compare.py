@@ -207,10 +207,9 @@ def compare(
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
     for keys in distinct(obs_keys_of(combination, inputs_only=True) for combination in combinations):
         check_obs(adata, **keys)
-    labels, parts = labels_to_score_by(adata, labels_key), _split(adata.n_obs, train_size, test_size, seed)
+    known = {"labels": labels_to_score_by(adata, labels_key)} | _split(adata.n_obs, train_size, test_size, seed)
     names = adata.var_names if mask is None else adata.var_names[mask]
-    of_cells = {"counts": counts, "obs": adata.obs, "names": names, "allow_non_integer": allow_non_integer}
-    cells = Cells(**of_cells, labels=labels, **parts)
+    cells = Cells(counts=counts, obs=adata.obs, names=names, allow_non_integer=allow_non_integer, **known)
     check_combinations(cells, combinations, values, defaults)
     _warn_of_kinds({combination["likelihood"] for combination in combinations})
 
