@@ -353,6 +353,7 @@ REFUSED = {
     "rare batch": (_one_cell_batch, {}, r"half \d is not: .*at least two cells in every batch.*n_halves=0"),
     "column gone": (lambda adata: adata.obs.pop("batch"), {}, r"`batch_key` must name a column.*found 'batch'"),
     "fewer genes": (lambda adata: adata._inplace_subset_var(np.arange(9)), {}, "the 12 genes .*; found 9"),
+    "no device": (lambda adata: None, {"accelerator": "abacus"}, "`accelerator` must be one of .*; found 'abacus'"),
     "no counts": (lambda adata: adata.X.__iadd__(0.5), {}, "must hold integer counts"),
 }
 

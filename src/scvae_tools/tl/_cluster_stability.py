@@ -29,7 +29,9 @@ from scvae_tools._results.cluster_stability import (
 )
 from scvae_tools._results.writing import require_writable, write_uns
 from scvae_tools._train.progress import is_shown, progress_bar
+from scvae_tools._upstream import quiet
 from scvae_tools._version import __version__
+from scvae_tools.model._trainer_options import device_of
 from scvae_tools.tl._stability_runs import Run, check_halves, planned_runs
 from scvae_tools.tl._trainable_cells import TrainableCells, train_to_the_end
 from scvae_tools.tl._training_of_result import TrainingOfResult
@@ -147,6 +149,8 @@ def cluster_stability(
     training = TrainingOfResult.read(adata, key)
     clusters, names = _clusters(adata, key, training)
     cells = training.cells(adata, key, mask_var)
+    with quiet():
+        device_of(accelerator, training.of_training.get("devices", "auto"))
     seed = as_seed(random_state, None)
     runs = planned_runs(adata.n_obs, n_seeds, n_halves, seed, training.random_state)
     check_halves(cells, training, runs, len(names))
