@@ -127,6 +127,7 @@ def targets(adata: AnnData, model: Any) -> dict[str, tuple[Callable, dict]]:
         "ppc": {"n_samples": 2},
         "rank_components": {"n_samples": 4},
         "cut": {"n_clusters": 2},
+        "cluster_stability": {"n_seeds": 1, "n_halves": 0, "progress": False},
         "confusion": {"labels_key": "label"},
         "genes": {"genes": ["gene0"]},
         "differential_expression": {"groupby": "label", "silent": True},
@@ -211,7 +212,8 @@ def called(name: str, options: dict, adata: AnnData, function: Callable, given: 
         return f"foreign error: {type(error).__name__}: {error}"
     if name.startswith("svt.tl.scvae") and "X_scvae" in adata.obsm:
         result = [adata.obsm["X_scvae"], adata.uns["scvae"]["elbo"]]
-    checks = not name.startswith(("svt.pl", "svt.metrics", "model.differential", "svt.tl.scvae")) or "tl.scvae" in name
+    may_be_missing = ("svt.pl", "svt.metrics", "model.differential", "svt.tl.scvae", "svt.tl.cluster_stability")
+    checks = not name.startswith(may_be_missing) or "tl.scvae" in name
     return None if not checks or is_finite(result) else "returned numbers that are not finite"
 
 
@@ -223,6 +225,7 @@ def prepared() -> tuple[AnnData, dict[str, tuple[Callable, dict]]]:
     adata = make_adata()
     model = svt.tl.scvae(adata, **SMALL | {"max_epochs": 3}, return_model=True)
     svt.tl.tree(adata, min_cells=5)
+    svt.tl.cluster_stability(adata, n_seeds=1, n_halves=2, progress=False)
     return adata, targets(adata, model)
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.colors import to_hex
 
 from scvae_tools import pl
+from scvae_tools._results.cluster_stability import Stability, means_of_runs, verdicts
 from scvae_tools._results.comparison import RESULTS
 
 STAGES = {"warm-up": 5, "vae": 10, "mixture": 25}
@@ -139,6 +140,20 @@ def with_tree(adata, key="scvae", seed=0):
     return adata
 
 
+def with_stability(adata, jaccard=None, kinds=("seed", "seed", "half", "half"), key="scvae"):
+    """Add the Jaccard index of each cluster and run, (n_clusters, n_runs), as svt.tl.cluster_stability stores it."""
+    names, n_cells = np.unique(adata.obs[key].astype(str), return_counts=True)
+    if jaccard is None:
+        lowest = np.linspace(0.95, 0.4, len(names))[:, None]
+        jaccard = lowest + np.linspace(0, 0.05, len(kinds))
+    runs = pd.DataFrame({"kind": kinds}, index=[str(i) for i in range(len(kinds))])
+    means = [means_of_runs(jaccard[:, (runs["kind"] == kind).to_numpy()]) for kind in ("seed", "half")]
+    columns = {"n_cells": n_cells, "jaccard_seeds": means[0], "jaccard_halves": means[1], "verdict": verdicts(*means)}
+    stability = Stability(pd.DataFrame(columns, index=names), jaccard, runs, {"random_state": 0})
+    adata.uns[key] = adata.uns[key] | {"stability": stability.stored()}
+    return adata
+
+
 def with_probabilities(adata, probs, names=None):
     """Replace the probabilities, and the components by the most probable ones."""
     probs = np.asarray(probs, dtype=np.float32)
@@ -228,6 +243,7 @@ def texts_that_overlap(figure):
 #: Fake results beside those of `make_adata`, and arguments, that some plots need.
 WITH_MORE = {
     "calibration": lambda adata, **options: pl.calibration(adata, "cell_type", **options),
+    "cluster_stability": lambda adata, **options: pl.cluster_stability(with_stability(adata), **options),
     "compare": lambda adata, **options: pl.compare(with_comparison(adata), **options),
     "components": lambda adata, **options: pl.components(with_curve(adata), **options),
     "confusion": lambda adata, **options: pl.confusion(adata, "cell_type", **options),

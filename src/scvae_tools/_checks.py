@@ -320,6 +320,8 @@ NUMBERS: dict[str, Check] = {
     "fdr_target": number(above=0, below=1),
     "threshold": check_share,
     "random_state": check_seed,
+    # runs of a stability of clusters
+    **dict.fromkeys(("n_seeds", "n_halves"), whole(least=0, most=1000, remedy="Pass 0 for none.")),
     # trees of clusters
     "n_clusters": whole(),
     "max_overlap": number(above=0),

@@ -9,6 +9,7 @@ One module per picture.
 
 from scvae_tools.pl._ambiguous import ambiguous as ambiguous
 from scvae_tools.pl._calibration import calibration as calibration
+from scvae_tools.pl._cluster_stability import cluster_stability as cluster_stability
 from scvae_tools.pl._clusters import clusters as clusters
 from scvae_tools.pl._compare import compare as compare
 from scvae_tools.pl._components import components as components

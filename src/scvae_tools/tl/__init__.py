@@ -8,6 +8,7 @@ from scvae_tools._lazy import loaded
 
 if TYPE_CHECKING:
     from scvae_tools.tl._ambiguous_cells import ambiguous_cells
+    from scvae_tools.tl._cluster_stability import cluster_stability
     from scvae_tools.tl._compare import compare
     from scvae_tools.tl._cut import cut
     from scvae_tools.tl._dendrogram import dendrogram
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ambiguous_cells",
+    "cluster_stability",
     "compare",
     "cut",
     "dendrogram",

@@ -207,9 +207,9 @@ def compare(
     counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
     for keys in distinct(obs_keys_of(combination, inputs_only=True) for combination in combinations):
         check_obs(adata, **keys)
-    labels, parts = labels_to_score_by(adata, labels_key), _split(adata.n_obs, train_size, test_size, seed)
+    known = {"labels": labels_to_score_by(adata, labels_key)} | _split(adata.n_obs, train_size, test_size, seed)
     names = adata.var_names if mask is None else adata.var_names[mask]
-    cells = Cells(counts, adata.obs, names, labels, *parts, allow_non_integer)
+    cells = Cells(counts=counts, obs=adata.obs, names=names, allow_non_integer=allow_non_integer, **known)
     check_combinations(cells, combinations, values, defaults)
     _warn_of_kinds({combination["likelihood"] for combination in combinations})
 
@@ -265,8 +265,8 @@ def _check_sizes(train_size: float, test_size: float) -> None:
         )
 
 
-def _split(n_cells: int, train_size: float, test_size: float, seed: int) -> tuple[np.ndarray, ...]:
-    """Positions of the cells of training, validation and test, ascending."""
+def _split(n_cells: int, train_size: float, test_size: float, seed: int) -> dict[str, np.ndarray]:
+    """Positions of the cells of ``train``, ``validation`` and ``test``, ascending."""
     n_train, n_test = round(train_size * n_cells), round(test_size * n_cells)
     n_validation = n_cells - n_train - n_test
     if min(n_train, n_validation, n_test) < 1:
@@ -276,7 +276,8 @@ def _split(n_cells: int, train_size: float, test_size: float, seed: int) -> tupl
             "cells."
         )
     order = np.random.default_rng(seed).permutation(n_cells)
-    return tuple(np.sort(part) for part in np.split(order, [n_train, n_train + n_validation]))
+    parts = map(np.sort, np.split(order, [n_train, n_train + n_validation]))
+    return dict(zip(("train", "validation", "test"), parts, strict=True))
 
 
 def _writable(value: object) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import pandas as pd
 from scvae_tools import metrics
 from scvae_tools._data.roles import columns_in, obs_keys_of
 from scvae_tools._files import digest
-from scvae_tools._messages import InterruptedTraining, inform, said_before, warn
+from scvae_tools._messages import inform, said_before, warn
 from scvae_tools._results.comparison import (
     BOUND_BY_CELL,
     FINISHED,
@@ -22,13 +21,14 @@ from scvae_tools._results.comparison import (
     WHOLE_NUMBERS,
     ranked_by,
 )
-from scvae_tools._train.progress import EpochsInBar, progress_bar
+from scvae_tools._train.progress import progress_bar
 from scvae_tools._version import __version__
 from scvae_tools.model._scvae import SCVAE
 from scvae_tools.tl._comparison_cells import Cells, hash_of_columns
 from scvae_tools.tl._comparison_grid import as_json, as_text, describe, options_of
 from scvae_tools.tl._comparison_ranking import Scored, Setting, rank_settings, ranking_columns
 from scvae_tools.tl._results_of_model import ELBO_SAMPLES
+from scvae_tools.tl._trainable_cells import train_to_the_end
 
 if TYPE_CHECKING:
     from scvae_tools.tl._comparison_store import Store
@@ -141,28 +141,21 @@ def _train_and_score(
 ) -> dict[str, Any]:
     if bar is not None:
         bar.set_postfix_str(description)
-    model, seconds = _train(cells, combination, [] if bar is None else [EpochsInBar(bar, description)])
+    model, seconds = _train(cells, combination, description, bar)
     if bar is not None:
         bar.set_postfix_str(f"{description}, scores")
     scores = _scores(model, cells, combination, n_importance_samples)
     return {"epochs": len(model.history), "seconds": seconds, **scores, STATE: FINISHED}
 
 
-def _train(cells: Cells, combination: dict[str, Any], callbacks: list[EpochsInBar]) -> tuple[SCVAE, float]:
+def _train(cells: Cells, combination: dict[str, Any], description: str, bar: Any) -> tuple[SCVAE, float]:
     """Model of a combination, and the seconds that its training took."""
-    model = cells.build(obs_keys_of(combination, inputs_only=True), options_of(SCVAE.__init__, combination))
+    obs_keys = obs_keys_of(combination, inputs_only=True)
+    model = cells.build(cells.seen, obs_keys, options_of(SCVAE.__init__, combination))
+    options = options_of(SCVAE.train, combination)
     start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InterruptedTraining)
-        model.train(
-            validation_indices=np.searchsorted(cells.seen, cells.validation),
-            progress=False,
-            callbacks=callbacks,
-            **options_of(SCVAE.train, combination),
-        )
-    # The training itself goes on from Ctrl-C to a usable model; here it must not count as finished.
-    if model.was_interrupted:
-        raise KeyboardInterrupt
+    held_out = np.searchsorted(cells.seen, cells.validation)
+    train_to_the_end(model, bar, description, validation_indices=held_out, **options)
     return model, time.perf_counter() - start
 
 

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 
-from scvae_tools._data.roles import columns_in
 from scvae_tools._files import digest
-from scvae_tools.model._build import build_model
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
-    from scvae_tools.model._scvae import SCVAE
+from scvae_tools.tl._trainable_cells import TrainableCells
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Counts of all cells, what is known of them, and which part each is in."""
+@dataclass(frozen=True, kw_only=True)
+class Cells(TrainableCells):
+    """Cells of a comparison, and which part each is in."""
 
-    counts: csr_matrix  # (n_cells, n_genes)
-    obs: pd.DataFrame
-    names: pd.Index  # of the genes
     labels: pd.Series | None
     train: np.ndarray  # positions
     validation: np.ndarray
     test: np.ndarray
-    allow_non_integer: bool
 
     @property
     def seen(self) -> np.ndarray:
         """Positions of the cells that a model is made from; all but those of the test."""
         return np.sort(np.concatenate([self.train, self.validation]))
-
-    def part(self, positions: np.ndarray, obs_keys: dict[str, Any]) -> AnnData:
-        """AnnData of some cells, with what a model is given."""
-        obs = self.obs.iloc[positions][columns_in(obs_keys)].copy()
-        return AnnData(self.counts[positions], obs=obs, var=pd.DataFrame(index=self.names))
-
-    def build(self, obs_keys: dict[str, Any], options: dict[str, Any]) -> SCVAE:
-        """Model of the cells of training and validation."""
-        seen = self.part(self.seen, obs_keys)
-        keys = {"labels_key": None, "unlabeled_category": None, **obs_keys}
-        return build_model(seen, seen.X, None, keys, options, allow_non_integer=self.allow_non_integer)
 
     def check_categories(self, obs_keys: dict[str, Any]) -> None:
         """Refuse categories that too few training cells have: the model knows nothing of them."""

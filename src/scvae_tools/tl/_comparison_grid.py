@@ -143,7 +143,7 @@ def check_combinations(
         if as_json(keys) not in registries:
             cells.check_categories(keys)
             smallest = {"mixture": False, "n_latent": 1, "n_hidden": 1}
-            registries[as_json(keys)] = cells.build(keys, smallest).registry
+            registries[as_json(keys)] = cells.build(cells.seen, keys, smallest).registry
         try:
             _check_types(combination, defaults)
             _check_training(combination)

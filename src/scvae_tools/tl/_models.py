@@ -49,7 +49,8 @@ def keep_model(history: pd.DataFrame, model: SCVAE) -> None:
     history.attrs[KEPT] = KeptModel(without_data(model))
 
 
-def _kept_model(adata: AnnData, key: str) -> SCVAE | None:
+def kept_model(adata: AnnData, key: str) -> SCVAE | None:
+    """Model of the results under a key, as long as they are in memory; None if there is none."""
     result = adata.uns.get(Keys(key).uns)
     history = result.get("history") if isinstance(result, Mapping) else None
     return getattr(getattr(history, "attrs", {}).get(KEPT), "model", None)
@@ -73,10 +74,10 @@ def find_model(adata: AnnData, model: SCVAE | str | Path | None, key: str) -> SC
     if model is not None:
         require_model(model)
         return model
-    kept = _kept_model(adata, key)
+    kept = kept_model(adata, key)
     if kept is not None:
         return kept
-    others = [name for name in adata.uns if _kept_model(adata, name) is not None]
+    others = [name for name in adata.uns if kept_model(adata, name) is not None]
     remedy = f"Pass key={others[0]!r}, whose model is in memory, or" if others else "Pass"
     is_there = isinstance(adata.uns.get(Keys(key).uns), Mapping)
     found = "results whose model is not in memory, as after reading a file" if is_there else "no results"

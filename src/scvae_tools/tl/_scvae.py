@@ -22,6 +22,7 @@ from scvae_tools.model._scvae import SCVAE
 from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
 from scvae_tools.tl._results_of_model import elbo_of, loadings_of, params_of, results_of
+from scvae_tools.tl._training_of_result import noted_beside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -225,6 +226,7 @@ def scvae(
     progress = is_shown(progress, of_trainer.pop("enable_progress_bar", None))
     of_call = training | obs_keys | {"layer": layer, "max_epochs": max_epochs, "random_state": seed}
     of_call["mask_var"] = mask_var if isinstance(mask_var, str) else None
+    of_call |= noted_beside(n_components, training, n_genes=counts.shape[1], allow_non_integer=allow_non_integer)
     with interrupts_held():  # else what was trained would be lost with the model
         model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
         target = copy_in_memory(adata) if copy else adata
