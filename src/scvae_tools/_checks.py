@@ -372,7 +372,8 @@ def check_is_usable(name: str, value: object, kinds: str) -> None:
     """
     if value is pd.NA or value is pd.NaT:
         _refuse_missing(name, value)
-    if isinstance(value, pd.DataFrame | pd.Series | pd.Index | np.ndarray) and not _TAKES_ARRAYS.search(kinds):
+    is_table = isinstance(value, pd.DataFrame | pd.Series | pd.Index | np.ndarray)
+    if is_table and not _TAKES_ARRAYS.search(kinds) and "AnnData" not in kinds:  # of which `require_anndata` says more
         kinds = re.sub(r"Literal\[(.*?)\]", r"\1", kinds).replace(" | ", " or ")
         raise TypeError(f"`{name}` must be {kinds}; found a {type(value).__name__}.")
 

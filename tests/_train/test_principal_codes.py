@@ -10,7 +10,7 @@ from scipy import sparse
 import scvae_tools as svt
 from scvae_tools._data.loader import CountDataset
 from scvae_tools._train import principal_codes as module
-from scvae_tools._train.principal_codes import PRINCIPAL_CODES, principal_codes
+from scvae_tools._train.principal_codes import principal_codes
 from scvae_tools._train.stages import noise_edge
 
 
@@ -157,16 +157,30 @@ def test_the_latent_means_begin_at_the_codes():
 
 
 def test_only_a_warm_up_draws_to_them():
-    x, _ = two_populations(np.random.default_rng(10), 60, 20, 10)
+    pulls = {stage.name: stage.pull(0.25) for stage in stages_of(pca_start=True)}
+    assert pulls == {"warm-up": 7.5, "vae": None, "mixture": None}
+    stage = stages_of(pca_start=True)[0]
+    assert (stage.pull(0.0), stage.pull(1.0)) == (10.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("n_latent", "pca_start", "expected"), [(1, None, False), (1, True, True), (8, None, True), (8, False, False)]
+)
+def test_by_default_they_are_used_where_there_are_fewer_than_dimensions(n_latent, pca_start, expected):
+    assert stages_of(pca_start=pca_start, n_latent=n_latent)[0].has_codes == expected
+
+
+def stages_of(*, pca_start, n_latent=2, n_warm_up_epochs=None):
+    """Stages of a training on two populations, of which the first component tells."""
+    x, _ = two_populations(np.random.default_rng(10))
     adata = AnnData(sparse.csr_matrix(x.astype(np.float32)))
     svt.SCVAE.setup_anndata(adata)
-    model = svt.SCVAE(adata, n_components=2, n_hidden=8, n_latent=2)
-    by_name = {stage.name: stage for stage in model._stages(20, None, pca_start=True)}
-    assert [name for name, stage in by_name.items() if stage.has_codes] == ["warm-up"]
-    assert by_name["warm-up"].pull(0.0) == 10.0
-    assert by_name["warm-up"].pull(0.25) == 7.5
-    assert by_name["warm-up"].pull(1.0) == 0.0
-    assert by_name["vae"].pull(0.0) is None
-    assert not any(stage.has_codes for stage in model._stages(20, 0, pca_start=True))
-    assert not any(stage.has_codes for stage in model._stages(20, None, pca_start=False))
-    assert PRINCIPAL_CODES not in CountDataset(model.adata_manager, model.module.likelihood).columns
+    model = svt.SCVAE(adata, n_components=2, n_hidden=8, n_latent=n_latent)
+    with model._context_of_training(0, (0.9, None)) as dataset:
+        stages = model._stages(20, n_warm_up_epochs)
+        dataset = model._with_codes(dataset, stages, pca_start, 0)
+        return model._with_defaults(stages, dataset, None, None, n_steps=5)
+
+
+def test_without_a_warm_up_there_is_nothing_to_draw():
+    assert not any(stage.has_codes for stage in stages_of(pca_start=True, n_warm_up_epochs=0))

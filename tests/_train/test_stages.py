@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import scvae_tools as svt
+from scvae_tools._data.loader import CountDataset
 from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 
 
@@ -89,7 +90,8 @@ def test_a_given_patience_is_that_of_all_stages():
     svt.SCVAE.setup_anndata(adata)
     model = svt.SCVAE(adata, n_components=2, n_hidden=8, n_latent=2)
     for patience, epochs in ((None, [640, 640, 20]), (3, [3, 3, 3])):
-        stages = model._with_defaults(plan_stages(20, mixture=True), 0.0, patience, n_steps=1)
+        dataset = CountDataset(model.adata_manager, model.module.likelihood)
+        stages = model._with_defaults(plan_stages(20, mixture=True), dataset, 0.0, patience, n_steps=1)
         assert [stage.patience for stage in stages] == epochs
 
 

@@ -27,8 +27,8 @@ LARGEST_SAMPLE = 10_000
 LARGEST_RESIDUAL = 10.0
 #: Sizes of cells between which the mean residual of a count of 0 is interpolated.
 N_SIZES = 32
-#: Quantile 0.99 of the distribution of Tracy and Widom for real matrices.
-TRACY_WIDOM = 2.0234
+#: Quantile 0.95 of the distribution of Tracy and Widom for real matrices.
+TRACY_WIDOM = 0.9793
 #: Accuracy of the components, relative to the largest. They are a start, and need not be exact.
 TOLERANCE = 1e-3
 
@@ -49,7 +49,7 @@ def principal_codes(
     The residual of a count is its distance from the mean of the gene at the size of the cell, in standard deviations of
     a negative binomial (Lause et al. 2021, doi:10.1186/s13059-021-02451-7); without size factors, from the mean of the
     gene. What covariates explain linearly is taken out. A component is used where its variance is above that of noise
-    (`largest_of_noise`), and its codes have the variance that the means of q(z|x) have in a linear VAE, 1 − noise / variance.
+    (`largest_of_noise`). Its codes have the variance of the means of q(z|x) in a linear VAE: 1 − noise / variance.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def principal_codes(
 
 
 def largest_of_noise(n_cells: int, n_genes: int) -> float:
-    """Variance that the first principal component of pure noise exceeds once in a hundred times.
+    """Variance that the first principal component of pure noise exceeds once in twenty times.
 
     The largest eigenvalue is about the noise edge, and varies by the distribution of Tracy and Widom (Johnstone 2001,
     doi:10.1214/aos/1009210544).

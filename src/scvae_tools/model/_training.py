@@ -82,7 +82,7 @@ class TrainingMixin(InferenceMixin):
         weight_decay: float = 0.0,
         n_warm_up_epochs: int | None = None,
         kl_weight_start: float | None = None,
-        pca_start: bool = True,
+        pca_start: bool | None = None,
         kl_weight: float = 1.0,
         free_nats_y: float = 0.0,
         free_nats_z: float = 0.0,
@@ -122,10 +122,10 @@ class TrainingMixin(InferenceMixin):
             that hold what cells differ in are learnt first, and noise is not (docs/model.md). 0 for the usual warm-up
             from below.
         pca_start
-            Whether the latent means are drawn to the principal components of the counts in the warm-up, with a weight
-            that falls to 0 over it: those of Pearson residuals, without what covariates explain, that are above the
-            noise. The encoder then begins with the directions in which cells differ most, and small differences are
-            not lost (docs/model.md).
+            Whether the latent means are drawn to principal components of the counts in the warm-up, with a weight that
+            falls to 0: to those of Pearson residuals, without what covariates explain, that are above the noise. So
+            small differences are not lost, and noise is not learnt (docs/model.md). None to do so where there are
+            fewer of these than latent dimensions, each of which finds something to hold otherwise.
         kl_weight
             Weight of both KL terms after that. The bounds in `history` are never weighted.
         free_nats_y
@@ -213,18 +213,18 @@ class TrainingMixin(InferenceMixin):
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = device_of(accelerator, devices)
-        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs, pca_start=pca_start)
+        stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
         settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
         hold = whether_to_hold(hold_on_device, trainer_options)
         with (
             self._context_of_training(random_state, (train_size, validation_indices)) as dataset,
-            self._holding_cells(self._with_codes(dataset, stages, random_state), device, hold),
+            self._holding_cells(self._with_codes(dataset, stages, pca_start, random_state), device, hold),
         ):
             settings.cells = self._held
             loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
-            stages = self._with_defaults(stages, kl_weight_start, patience, len(loaders[0]))
+            stages = self._with_defaults(stages, dataset, kl_weight_start, patience, len(loaders[0]))
             settings.probe = RateRecorder(dataset, self.train_indices, random_state)
             settings.recorder = settings.probe if record_rates else None
             self.to_device(device)
@@ -244,36 +244,48 @@ class TrainingMixin(InferenceMixin):
             raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
         self._validate_anndata()
 
-    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None, *, pca_start: bool) -> list[Stage]:
-        stages = plan_stages(
+    def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
+        return plan_stages(
             max_epochs,
             mixture=isinstance(self.module, MixtureVAE),
             resumes_vae=self._state.is_trained,
             resumes_mixture=self.is_mixture,
             n_warm_up_epochs=n_warm_up_epochs,
         )
-        return [dataclasses.replace(stage, has_codes=pca_start and stage.warms_up) for stage in stages]
 
-    def _with_codes(self, dataset: CountDataset, stages: list[Stage], random_state: int) -> CountDataset:
-        """Give the data set the principal codes of the training cells, if a stage needs them."""
-        if any(stage.has_codes for stage in stages):
-            module, cells = self.module, self.train_indices
-            options = {"use_size_factor": module.use_size_factor, "random_state": random_state}
+    def _with_codes(
+        self,
+        dataset: CountDataset,
+        stages: list[Stage],
+        pca_start: bool | None,  # noqa: FBT001
+        random_state: int,
+    ) -> CountDataset:
+        """Give the data set the principal codes of the training cells, if a stage is to be drawn to them."""
+        if pca_start is not False and any(stage.warms_up for stage in stages):
+            options = {"use_size_factor": self.module.use_size_factor, "random_state": random_state}
             with considerate_threads():
-                found = principal_codes(dataset, cells, module.n_latent, **options)
-            dataset.columns[PRINCIPAL_CODES] = found.codes
+                found = principal_codes(dataset, self.train_indices, self.module.n_latent, **options)
+            if pca_start or found.n_used < self.module.n_latent:
+                dataset.columns[PRINCIPAL_CODES] = found.codes
         return dataset
 
     def _with_defaults(
-        self, stages: list[Stage], kl_weight_start: float | None, patience: int | None, n_steps: int
+        self,
+        stages: list[Stage],
+        dataset: CountDataset,
+        kl_weight_start: float | None,
+        patience: int | None,
+        n_steps: int,
     ) -> list[Stage]:
         """Stages with what None derives from the training cells and the number of steps of an epoch."""
+        has_codes = PRINCIPAL_CODES in dataset.columns
         if kl_weight_start is None:
             kl_weight_start = noise_edge(len(self.train_indices), self.adata.n_vars)
 
         def with_defaults(stage: Stage) -> Stage:
             waits = default_patience(n_steps, is_mixture=stage.is_mixture) if patience is None else patience
-            return dataclasses.replace(stage, kl_weight_start=kl_weight_start, patience=waits)
+            codes = {"has_codes": has_codes and stage.warms_up}
+            return dataclasses.replace(stage, kl_weight_start=kl_weight_start, patience=waits, **codes)
 
         return list(map(with_defaults, stages))
 
