@@ -110,7 +110,11 @@ class DevicePlan(TrainingPlan):
         loss.backward()
         self.configure_gradient_clipping(optimizer, self.gradient_clip, None)
         optimizer.step()
+        self._average()
         self._add_terms(bound)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        pass  # a batch is of many steps, each of which has been averaged
 
 
 class RecordedStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as lightning
 import torch
@@ -24,6 +24,11 @@ TERMS = ("log_likelihood", "kl_z", "kl_y")
 #: about the learning rate a step: at the same rate log r would hardly leave its start, and where r should be large a
 #: negative binomial would end below the Poisson that it contains (docs/report.md).
 DISPERSION_RATE = 10.0
+
+
+#: Share of the newest weights in the average of the weights: 9 / (9 + t) in step t, so that it is over the last ninth
+#: of the steps, and at least this much, of about a hundred steps.
+LEAST_SHARE = 0.01
 
 
 class NonFiniteError(ArithmeticError):
@@ -85,7 +90,9 @@ class Objective:
 class TrainingPlan(lightning.LightningModule):
     """Lightning module that trains a `VAE` or a mixture in one stage.
 
-    The terms of the bound are added up on the device, and logged once an epoch.
+    The terms of the bound are added up on the device, and logged once an epoch. After the warm-up, the weights that are
+    validated and kept are means over the last steps (Polyak and Juditsky 1992, doi:10.1137/0330046): Adam moves each
+    weight by about the learning rate in every step, to and fro at the end, and the mean is without that noise.
 
     Parameters
     ----------
@@ -119,6 +126,11 @@ class TrainingPlan(lightning.LightningModule):
         self.row: dict = {}
         self._sums: Tensor | None = None  #: of the terms over the cells so far
         self._first_bad: Tensor | None = None  #: which terms were not finite in the first batch with any
+        self._trained = [] if stage.warms_up else [each for each in module.parameters() if each.requires_grad]
+        for number, weight in enumerate(self._trained):  # buffers, so that checkpoints hold them
+            self.register_buffer(f"average_{number}", weight.detach().clone())
+        self.register_buffer("n_averaged", torch.zeros(()))
+        self._has_average = False  #: whether the average is in the module, and the newest weights in the buffers
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         shared = {id(parameter) for parameter in self.module.decoder.shared.parameters()}
@@ -146,6 +158,34 @@ class TrainingPlan(lightning.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if norm.device.type != "cpu" or norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint without averages, of an earlier version, begin them."""
+        for name, value in self.state_dict().items():
+            checkpoint["state_dict"].setdefault(name, value)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Take the newest weights into the average."""
+        self.n_averaged += 1
+        share = (9 / (9 + self.n_averaged)).clamp(min=LEAST_SHARE)
+        for number, weight in enumerate(self._trained):
+            getattr(self, f"average_{number}").lerp_(weight, share)
+
+    @torch.no_grad()
+    def exchange(self, *, average: bool) -> None:
+        """Put the average of the weights into the module, or the newest weights, in place of the others."""
+        if self._has_average == average:
+            return
+        for number, weight in enumerate(self._trained):
+            other = getattr(self, f"average_{number}")
+            before = weight.clone()
+            weight.copy_(other)
+            other.copy_(before)
+        self._has_average = average
 
     @property
     def epoch_of_stage(self) -> int:
@@ -187,6 +227,10 @@ class TrainingPlan(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.close_training()
         self._reset()
+        self.exchange(average=True)
+
+    def on_validation_end(self) -> None:
+        self.exchange(average=False)  # after the callbacks, of which one keeps the best weights
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._add(self.module.bound(*self.module.data(batch)))

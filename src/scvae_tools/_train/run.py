@@ -172,6 +172,7 @@ def _fit(
         finally:
             plan.teardown("fit")  # which Lightning leaves out after an error or Ctrl-C
             module.to(device)  # Lightning leaves it on the CPU, where all that follows would be computed
+    plan.exchange(average=True)
     versions = _versions(module, plan, best, interrupted=interrupted)
     if best is not None:
         best.restore(module)
