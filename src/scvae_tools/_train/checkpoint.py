@@ -314,10 +314,11 @@ class Checkpointer(Checkpoint):
         Raises
         ------
         DiskFullError
-            If there is no room for another file: weights, twice as much of Adam, and the weights before the stage.
+            If there is no room for another file: weights, their average, twice as much of Adam, and the weights before
+            the stage.
         """
         n_bytes = sum(value.nbytes for value in module.state_dict().values())
-        require_room(self.path, 4 * n_bytes + self.dataset.log_base_measure.nbytes)
+        require_room(self.path, 5 * n_bytes + self.dataset.log_base_measure.nbytes)
         if self.found is None:
             return 0
         ours = self.found[KEY]

@@ -203,7 +203,7 @@ class TrainingMixin(InferenceMixin):
         ``train`` and the same directory, continues after the last epoch that had ended, and comes out as it would have
         without a break, to the last bit where CPU, number of threads and versions of the packages are the same.
         After the last epoch the file holds the result: the same call then loads it and trains nothing. The file is
-        about five times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
+        about six times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
         """
         trainer_options = check_trainer_options(trainer_options, self.train)
         arguments = dict(locals())
