@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Overlap of two components, in nats per cell of the smaller one, that is too large: the number of components is found
 #: so that no two overlap by as much (see ``_train/mixture_start.py``). Plots of the search show it.
-LARGEST_OVERLAP = 0.15
+LARGEST_OVERLAP = 0.1
 #: Largest error of the sum over the components. Probabilities in float16 or rounded for a file still pass;
 #: log-probabilities and counts do not.
 LARGEST_ERROR_OF_SUM = 0.01
