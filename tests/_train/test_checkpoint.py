@@ -43,12 +43,12 @@ class Break(Callback):
 
 
 class KeepAll(Callback):
-    """Weights by epoch."""
+    """Weights by epoch, as they are validated."""
 
     def __init__(self):
         self.weights = {}
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_validation_end(self, trainer, pl_module):
         copy = {name: value.clone() for name, value in pl_module.module.state_dict().items()}
         self.weights[pl_module.row["epoch"]] = copy
 

@@ -46,7 +46,7 @@ def cut(
     n_clusters
         Number of clusters. That of the components gives these.
     max_overlap
-        The largest number of clusters of which no two overlap by as much, in nats per cell of the smaller one; 0.15 is
+        The largest number of clusters of which no two overlap by as much, in nats per cell of the smaller one; 0.1 is
         the limit by which the components are found. Below the components, only the parts of one cluster are compared.
     alpha
         Probability of a split that is none, from 0 to 1: a cluster is split as long as the p value of its split is at
