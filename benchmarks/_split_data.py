@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 N_CELLS, N_GENES = 1_000, 500
-MEDIAN_COUNTS, GENE_SD, INVERSE_DISPERSION = 2_000.0, 1.5, 2.0
+MEDIAN_COUNTS, GENE_SD, INVERSE_DISPERSION = 2_000.0, 1.5, 5.0
 
 
 class Draw(NamedTuple):

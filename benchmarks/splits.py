@@ -2,7 +2,7 @@
 
     python benchmarks/splits.py [--seeds 0 1 2] [--quick] [--only NAME ...] [--files FOLDER] [--json FILE]
 
-Nulls: 1,000 simulated cells of one population (500 genes, negative binomial with r = 2 unless said, median 2,000
+Nulls: 1,000 simulated cells of one population (500 genes, negative binomial with r = 5 unless said, median 2,000
 counts), which must stay one cluster. Differences: 1,000 cells of two populations that differ by a fold in some genes,
 which must be found: two clusters, and an adjusted Rand index (ARI) of at least half that of an oracle that knows the
 genes, the fold and the shares. ``--files`` adds each label of at least 150 cells in ``obs["cell_type"]`` of the .h5ad

@@ -23,6 +23,7 @@ from scipy.special import comb
 
 import scvae_tools as svt
 from scvae_tools._results.comparison import RANKING, RESULTS
+from scvae_tools._train import null_model
 from scvae_tools._train import plan as _training
 from scvae_tools.model._scvae import SCVAE
 
@@ -126,6 +127,18 @@ def test_a_row_is_the_model_trained_by_hand_on_the_same_cells(mixture):
     assert row["components_used"] == len(set(component))
     expected = rand_index(component, adata.obs["component"].to_numpy()) if len(set(component)) > 1 else 0
     assert row["ari"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_row_has_what_the_latent_space_explains(monkeypatch):
+    monkeypatch.setattr(null_model, "N_STEPS", 4)
+    adata = make_adata()
+    table = svt.tl.compare(adata, {"random_state": [0, 3]}, **SMALL, likelihood="nb", n_components=2)
+    model, _ = by_hand(adata, 3, {}, likelihood="nb", n_components=2)
+    row = table.set_index("random_state").loc[3]
+    found = row["elbo_validation"] - row["elbo_above_null"]
+    assert found == pytest.approx(model.null_log_likelihood["validation"], rel=1e-6)
+    monkeypatch.setattr(null_model, "N_STEPS", 10**6)
+    assert svt.tl.compare(adata, {"random_state": [1]}, **SMALL)["elbo_above_null"].isna().all()
 
 
 def test_rows_are_all_combinations_in_the_order_of_the_grid():

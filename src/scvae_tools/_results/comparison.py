@@ -17,6 +17,7 @@ RESULTS = (
     "elbo_train",
     "elbo_validation",
     "elbo_test",
+    "elbo_above_null",
     "log_likelihood_test",
     "kl_z_test",
     "kl_y_test",

@@ -129,6 +129,9 @@ def compare(
         Length of the training.
     ``elbo_train``, ``elbo_validation``, ``elbo_test``
         Evidence lower bound, nats per cell.
+    ``elbo_above_null``
+        ``elbo_validation`` less the log-likelihood of the same cells under the same model without latent variables,
+        nats per cell: what the latent space explains. Missing after less than 120 steps.
     ``log_likelihood_test``, ``kl_z_test``, ``kl_y_test``
         Its terms, on the test cells.
     ``importance_weighted_test``

@@ -171,6 +171,8 @@ def _scores(
             "test": model.get_elbo_terms(test, n_samples=ELBO_SAMPLES["validation"]),
         }
         found = {f"elbo_{part}": float(terms["elbo"].mean()) for part, terms in parts.items()}
+        if model.null_log_likelihood is not None:
+            found["elbo_above_null"] = found["elbo_validation"] - model.null_log_likelihood["validation"]
         found |= {f"{term}_test": float(parts["test"][term].mean()) for term in ("log_likelihood", "kl_z", "kl_y")}
         by_cell = parts["test"]["elbo"].to_numpy()
         if n_importance_samples is not None:
