@@ -274,7 +274,8 @@ def number(**limits: float) -> Check:
 def made_plain(name: str, value: Any, *, or_none: bool = False) -> Any:
     """Argument of several kinds, which is checked where its kinds are told apart; see `as_plain`."""
     del or_none
-    _refuse_missing(name, value)
+    if value is pd.NA or value is pd.NaT:
+        _refuse_missing(name, value)
     return as_plain(value)
 
 

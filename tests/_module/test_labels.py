@@ -202,7 +202,7 @@ def test_weights_from_labels_are_their_shares_in_the_training_cells(hidden):
 
 def test_components_beyond_the_labels_keep_their_share():
     adata = make_adata(hidden=0.5, without=["type 3"])
-    model = fit(adata, weights="labels", n_components=4, max_epochs=4, kl_weight_start=0)
+    model = fit(adata, weights="labels", n_components=4, max_epochs=16, kl_weight_start=0)
     *of_labels, new = weights_of(model)
     assert 0.05 < new < 0.5
     np.testing.assert_allclose(of_labels, (1 - new) * shares_of_labels(adata, model), atol=1e-6)

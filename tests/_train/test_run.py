@@ -123,6 +123,7 @@ class Breaks(Callback):
     def on_train_end(self, trainer, pl_module):
         if self.n_left > 0:
             self.n_left -= 1
+            pl_module.exchange(average=True)  # which is kept
             break_rate(pl_module.module)
 
 

@@ -462,6 +462,7 @@ def test_the_kl_weight_rises_evenly_to_one_for_any_number_of_cells(n_cells, batc
     n_batches = -(-n_cells // batch_size)
     steps = np.arange(warm_up.max_epochs * n_batches + 1)
     plan = SimpleNamespace(stage=warm_up, trainer=SimpleNamespace(num_training_batches=n_batches, global_step=0))
+    plan.share_done = lambda: TrainingPlan.share_done(plan)
     weights = []
     for plan.trainer.global_step in steps.tolist():
         weights.append(TrainingPlan.warm_up_share(plan))

@@ -46,15 +46,15 @@ def test_the_number_that_was_chosen_is_marked_and_named(chosen, name):
 
 def test_the_threshold_is_dashed_and_named():
     ax = pl.components(with_curve(make_adata()))
-    np.testing.assert_array_equal(line(ax, "threshold").get_ydata(), [0.15, 0.15])
+    np.testing.assert_array_equal(line(ax, "threshold").get_ydata(), [0.1, 0.1])
     assert line(ax, "threshold").is_dashed()
-    assert "threshold 0.15" in texts(ax)
+    assert "threshold 0.1" in texts(ax)
 
 
 @pytest.mark.parametrize(("chosen", "side"), [(2, "right"), (13, "left")])
 def test_the_name_of_the_threshold_is_where_the_line_is_not(chosen, side):
     ax = pl.components(with_curve(make_adata(), make_curve(chosen)))
-    name = next(text for text in ax.texts if text.get_text() == "threshold 0.15")
+    name = next(text for text in ax.texts if text.get_text() == "threshold 0.1")
     assert name.get_horizontalalignment() == side
 
 
@@ -95,7 +95,7 @@ def test_axes_of_components_are_named_with_units():
 def test_the_threshold_is_inside_where_no_overlap_comes_near():
     curve = make_curve().assign(overlap=0.001)
     low, high = pl.components(with_curve(make_adata(), curve)).get_ylim()
-    assert low < 0.001 < 0.15 < high
+    assert low < 0.001 < 0.1 < high
 
 
 def test_one_number_of_components_is_drawn():

@@ -9,6 +9,8 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 
+from scvae_tools._messages import listed
+from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._train.principal_codes import PRINCIPAL_CODES
 
 if TYPE_CHECKING:
@@ -62,6 +64,30 @@ class Objective:
     free_nats_z: float = 0.0
     n_samples: int = 1
     n_importance_samples: int = 1
+
+    def check(self, module: VAE) -> None:
+        """Check that the parts fit each other and a model.
+
+        Raises
+        ------
+        ValueError
+            If they do not.
+        """
+        is_mixture = isinstance(module, MixtureVAE)
+        if self.free_nats_y and (module.y_term == "none" or not is_mixture):
+            found = "y_term='none'" if is_mixture else "mixture=False"
+            raise ValueError(f"`free_nats_y` is of the KL of y, which a model with {found} has not. Leave it out.")
+        if self.n_importance_samples == 1:
+            return
+        others = {"n_samples": self.n_samples > 1, "y_term": module.y_term != "kl"}
+        others |= {name: getattr(self, name) > 0 for name in ("free_nats_y", "free_nats_z")}
+        clashing = [name for name, is_set in others.items() if is_set]
+        if clashing:
+            raise ValueError(
+                f"`n_importance_samples` above 1 trains one bound that has no KL terms of its own; found also "
+                f"{listed(clashing)}. Leave one or the other at its default"
+                + (", that is y_term='kl'." if "y_term" in clashing else ".")
+            )
 
     def loss(
         self, module: VAE, batch: dict[str, Tensor], warm_up_share: float, pull: float | Tensor | None = None

@@ -77,7 +77,8 @@ def principal_codes(
     variances = singular**2 / n
     n_used = int((variances > largest_of_noise(n, g)).sum())
     if n_used:
-        scale = np.sqrt((1 - 1 / variances) / variances)[:n_used]
+        used = variances[:n_used]
+        scale = np.sqrt((1 - 1 / used) / used)
         coefficient = np.linalg.pinv(design) @ residuals.dot(directions[:, :n_used])
         for start in range(0, len(cells), LARGEST_SAMPLE):
             part = cells[start : start + LARGEST_SAMPLE]

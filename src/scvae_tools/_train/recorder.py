@@ -54,7 +54,9 @@ class RateRecorder(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
         pl_module.close_training()  # so that the columns always have the same order
+        pl_module.exchange(average=True)  # the weights that are kept
         pl_module.row.update(self.record(pl_module.module))
+        pl_module.exchange(average=False)
 
     def record(self, module: VAE) -> dict[str, float]:
         """New columns of the history, for the present weights.

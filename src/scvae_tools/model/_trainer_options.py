@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as lightning
 import numpy as np
+import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -19,7 +20,8 @@ from scvae_tools._upstream import parse_device_args
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import torch
+    from scvae_tools._data.resident import ResidentCells
+    from scvae_tools._data.windows import CellWindows
 
 _ONE_DEVICE = (
     "A model is trained by one process on one device; several do not work yet. Leave it out. To train several models "
@@ -146,3 +148,13 @@ def whether_to_hold(
             f"cannot change them; found {listed(others)}. Leave them out, or leave out `hold_on_device`."
         )
     return False if others else hold_on_device
+
+
+def no_memory(device: torch.device, cells: ResidentCells | CellWindows | None) -> str:
+    """Message for a device whose memory is full."""
+    free, total = (each / 1e9 for each in torch.cuda.mem_get_info(device))
+    counts = "" if cells is None else f", or hold_on_device=False: the counts take {cells.n_bytes / 1e9:.2g} GB of it"
+    return (
+        f"Training needs more memory than {device} has; found {free:.1f} of {total:.1f} GB free. Pass a smaller "
+        f"`batch_size` or `n_hidden`{counts}."
+    )

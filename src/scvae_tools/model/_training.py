@@ -34,16 +34,19 @@ from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
-from scvae_tools.model._trainer_options import check_trainer_options, device_of, warn_of_tasks, whether_to_hold
+from scvae_tools.model._trainer_options import (
+    check_trainer_options,
+    device_of,
+    no_memory,
+    warn_of_tasks,
+    whether_to_hold,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import pandas as pd
-
-    from scvae_tools._data.resident import ResidentCells
-    from scvae_tools._module.vae import VAE
 
 
 class TrainingMixin(InferenceMixin):
@@ -209,7 +212,7 @@ class TrainingMixin(InferenceMixin):
         arguments = dict(locals())
         self._require_data_to_train()
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
-        _check_objective(objective, self.module)
+        objective.check(self.module)
         check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         accelerator, devices, device = device_of(accelerator, devices)
@@ -234,7 +237,6 @@ class TrainingMixin(InferenceMixin):
                 self._compare_with_null(dataset, len(loaders[0]), settings, random_state)
             finally:
                 settings.close()
-                self.module.eval()
             self.to_device(device)
 
     def _require_data_to_train(self) -> None:
@@ -309,9 +311,7 @@ class TrainingMixin(InferenceMixin):
 
     @contextlib.contextmanager
     def _context_of_training(
-        self,
-        random_state: int,
-        split: tuple[float, Sequence[int] | None],
+        self, random_state: int, split: tuple[float, Sequence[int] | None]
     ) -> Iterator[CountDataset]:
         """Context in which what is global is that of a training, and the cells are split."""
         warn_of_tasks()
@@ -319,7 +319,10 @@ class TrainingMixin(InferenceMixin):
             dataset = CountDataset(self.adata_manager, self.module.likelihood)
             self._split(*split)
             self._standardize_covariates()
-            yield dataset
+            try:
+                yield dataset
+            finally:
+                self.module.eval()
 
     @contextlib.contextmanager
     def _holding_cells(
@@ -337,7 +340,7 @@ class TrainingMixin(InferenceMixin):
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
-            raise torch.cuda.OutOfMemoryError(_no_memory(device, self._held)) from error
+            raise torch.cuda.OutOfMemoryError(no_memory(device, self._held)) from error
         finally:
             self._held = None
 
@@ -595,31 +598,3 @@ class TrainingMixin(InferenceMixin):
 
         self._state.versions = changed(self.module, self._state.versions, set_temperature)
         self.module.load_state_dict(self._state.versions[self._state.version].state)
-
-
-def _no_memory(device: torch.device, cells: ResidentCells | CellWindows | None) -> str:
-    """Message for a device whose memory is full."""
-    free, total = (each / 1e9 for each in torch.cuda.mem_get_info(device))
-    counts = "" if cells is None else f", or hold_on_device=False: the counts take {cells.n_bytes / 1e9:.2g} GB of it"
-    return (
-        f"Training needs more memory than {device} has; found {free:.1f} of {total:.1f} GB free. Pass a smaller "
-        f"`batch_size` or `n_hidden`{counts}."
-    )
-
-
-def _check_objective(objective: Objective, module: VAE) -> None:
-    """Check that the parts of an objective fit each other and the model."""
-    if objective.free_nats_y and (module.y_term == "none" or not isinstance(module, MixtureVAE)):
-        found = "y_term='none'" if isinstance(module, MixtureVAE) else "mixture=False"
-        raise ValueError(f"`free_nats_y` is of the KL of y, which a model with {found} has not. Leave it out.")
-    if objective.n_importance_samples == 1:
-        return
-    others = {"n_samples": objective.n_samples > 1, "y_term": module.y_term != "kl"}
-    others |= {name: getattr(objective, name) > 0 for name in ("free_nats_y", "free_nats_z")}
-    clashing = [name for name, is_set in others.items() if is_set]
-    if clashing:
-        raise ValueError(
-            f"`n_importance_samples` above 1 trains one bound that has no KL terms of its own; found also "
-            f"{listed(clashing)}. Leave one or the other at its default"
-            + (", that is y_term='kl'." if "y_term" in clashing else ".")
-        )
