@@ -68,9 +68,9 @@ def test_the_best_log_likelihood_of_the_toy_is_the_entropy_of_its_distribution(r
 def test_no_training_of_the_toy_without_totals_beats_the_true_rates(report):
     adata = report.svt.datasets.poisson_toy(1_000)
     true = next(iter(report.best_of_toy(adata)))
-    slow = report.measure_toy(adata, "lr 0.001", 0, 60)
-    fast = report.measure_toy(adata, "the report's: lr 0.1, weight decay 0.05", 0, 60)
-    assert max(fast["ELBO"], slow["ELBO"]) < true["ELBO"] + 0.1
+    slow = report.measure_toy(adata, "lr 0.001", 0, 150)
+    fast = report.measure_toy(adata, "the report's: lr 0.1, weight decay 0.05", 0, 150)
+    assert fast["ELBO"] < slow["ELBO"] < true["ELBO"] + 0.1
     assert fast["error of λ, % (mean over cells)"] > slow["error of λ, % (mean over cells)"]
 
 

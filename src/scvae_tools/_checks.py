@@ -21,8 +21,11 @@ import pandas as pd
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Annotations of arguments that tables and arrays may be given for.
-_TAKES_ARRAYS = re.compile(r"^Any|^object|_empty|Array|array|Axes|Collection|Iterable|Sequence|Series|DataFrame|list")
+#: Annotations of arguments that tables and arrays may be given for, and of the AnnData, of which `require_anndata` says
+#: more.
+_TAKES_ARRAYS = re.compile(
+    r"^Any|^object|_empty|AnnData|Array|array|Axes|Collection|Iterable|Sequence|Series|DataFrame|list"
+)
 #: Check of an argument: takes its name and value, and whether None passes; returns the value to go on with.
 Check = Callable[..., Any]
 
@@ -358,7 +361,7 @@ def _check_texts(name: str, value: Any, **_: object) -> Any:
 def _refuse_missing(name: str, value: object) -> None:
     """Refuse pandas' missing values, with which comparisons fail, and NaN."""
     if value is not None and pd.api.types.is_scalar(value) and pd.isna(value):
-        raise ValueError(f"`{name}` must not be missing; found {value!r}.")
+        raise ValueError(f"`{name}` must be a value that is not missing; found {value!r}.")
 
 
 def check_is_usable(name: str, value: object, kinds: str) -> None:
@@ -374,7 +377,7 @@ def check_is_usable(name: str, value: object, kinds: str) -> None:
     if value is pd.NA or value is pd.NaT:
         _refuse_missing(name, value)
     is_table = isinstance(value, pd.DataFrame | pd.Series | pd.Index | np.ndarray)
-    if is_table and not _TAKES_ARRAYS.search(kinds) and "AnnData" not in kinds:  # of which `require_anndata` says more
+    if is_table and not _TAKES_ARRAYS.search(kinds):
         kinds = re.sub(r"Literal\[(.*?)\]", r"\1", kinds).replace(" | ", " or ")
         raise TypeError(f"`{name}` must be {kinds}; found a {type(value).__name__}.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -83,27 +82,25 @@ def test_what_is_validated_and_kept_is_the_mean_over_the_last_steps():
     assert torch.equal(kept, seen.validated[best])
 
 
-def test_the_mean_leaves_out_what_was_long_ago():
+def test_the_mean_is_a_tenth_of_the_steps_old_and_a_hundred_at_most():
+    """Of weights that are the number of the step: then 9/10 of it, and later 99 less (1 / 0.01 - 1)."""
     module = torch.nn.Linear(1, 1, bias=False)
-    module.weight.data.fill_(100.0)
+    module.weight.data.fill_(0.0)
     plan = TrainingPlan(module, Stage("vae", 5), first_epoch=0, lr=1e-3, weight_decay=0.0)
-    found, expected = [], []
-    average = 100.0
-    for t, value in enumerate([100.0] * 10 + [1.0] * 2_000, 1):
-        module.weight.data.fill_(value)
+    found = []
+    for step in range(1, 3_001):
+        module.weight.data.fill_(float(step))
         plan._average()
-        share = max(9 / (9 + t), 0.01)
-        average += share * (value - average)
-        expected.append(average)
-        found.append(float(plan.average_0))
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
-    assert found[400] < 6  # of the 100 before
+        found.append(plan.average_0.item())
+    assert found[9] == pytest.approx(9.0)
+    assert found[499] == pytest.approx(450.0, rel=1e-5)
+    assert found[-1] == pytest.approx(3_000 - 99, rel=1e-4)
     plan.exchange(average=True)
     assert module.weight.item() == found[-1]
     plan.exchange(average=True)  # once is enough
     assert module.weight.item() == found[-1]
     plan.exchange(average=False)
-    assert module.weight.item() == 1.0
+    assert module.weight.item() == 3_000.0
 
 
 def test_a_warm_up_has_no_mean_as_its_objective_changes():

@@ -62,6 +62,17 @@ def test_the_components_are_those_of_dense_residuals():
     assert found.codes[:, 0].std() == pytest.approx(expected.std(), rel=1e-3)
 
 
+def test_one_in_twenty_matrices_of_gaussian_noise_has_a_larger_component():
+    rng = np.random.default_rng(11)
+    n, g, n_draws = 120, 60, 1_000
+    largest = []
+    for _ in range(n_draws):
+        x = rng.standard_normal((n, g))
+        largest.append(np.linalg.norm(x - x.mean(0), 2) ** 2 / n)
+    share = np.mean(np.array(largest) > module.largest_of_noise(n, g))
+    assert share == pytest.approx(0.05, abs=0.02)  # three standard errors of the share
+
+
 @pytest.mark.parametrize("depth_sd", [0.0, 1.0])
 def test_cells_that_differ_in_size_alone_have_no_component_far_above_the_noise(depth_sd):
     rng = np.random.default_rng(1)

@@ -28,8 +28,8 @@ TERMS = ("log_likelihood", "kl_z", "kl_y")
 DISPERSION_RATE = 10.0
 
 
-#: Share of the newest weights in the average of the weights: 9 / (9 + t) in step t, so that it is over the last ninth
-#: of the steps, and at least this much, of about a hundred steps.
+#: Share of the newest weights in the average of the weights: 9 / (9 + t) in step t, so that it is a tenth of the steps
+#: old, and at least this much, for an age of a hundred steps at most.
 LEAST_SHARE = 0.01
 
 

@@ -14,8 +14,6 @@ from scipy import sparse
 from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._train.stages import noise_edge
-
 if TYPE_CHECKING:
     from scvae_tools._data.loader import CountDataset
 
@@ -78,25 +76,28 @@ def principal_codes(
     n_used = int((variances > largest_of_noise(n, g)).sum())
     if n_used:
         used = variances[:n_used]
-        scale = np.sqrt((1 - 1 / used) / used)
-        coefficient = np.linalg.pinv(design) @ residuals.dot(directions[:, :n_used])
-        for start in range(0, len(cells), LARGEST_SAMPLE):
-            part = cells[start : start + LARGEST_SAMPLE]
+        directions = directions[:, :n_used] * np.sqrt((1 - 1 / used) / used)
+        projected = residuals.dot(directions)
+        coefficient = np.linalg.pinv(design) @ projected
+        codes[sample, :n_used] = projected - design @ coefficient
+        others = np.setdiff1d(cells, sample)
+        for start in range(0, len(others), LARGEST_SAMPLE):
+            part = others[start : start + LARGEST_SAMPLE]
             own = residuals.of_other_cells(dataset.counts[part], _sizes(dataset, part, use_size_factor=use_size_factor))
-            scores = own.dot(directions[:, :n_used]) - _design(dataset, part) @ coefficient
-            codes[part, :n_used] = scores * scale
+            codes[part, :n_used] = own.dot(directions) - _design(dataset, part) @ coefficient
     return PrincipalCodes(codes, variances, n_used)
 
 
 def largest_of_noise(n_cells: int, n_genes: int) -> float:
-    """Variance that the first principal component of pure noise exceeds once in twenty times.
+    """Variance that the first principal component of Gaussian noise exceeds once in twenty times.
 
-    The largest eigenvalue is about the noise edge, and varies by the distribution of Tracy and Widom (Johnstone 2001,
+    The largest eigenvalue is close to the noise edge, and has the distribution of Tracy and Widom (Johnstone 2001,
     doi:10.1214/aos/1009210544).
     """
-    cells, genes = np.sqrt(n_cells - 1), np.sqrt(n_genes)
-    scale = (cells + genes) * (1 / cells + 1 / genes) ** (1 / 3) / n_cells
-    return noise_edge(n_cells, n_genes) + TRACY_WIDOM * scale
+    # The mean takes one degree of freedom.
+    cells, genes = np.sqrt(max(n_cells - 2, 1)), np.sqrt(n_genes)
+    scale = (cells + genes) * (1 / cells + 1 / genes) ** (1 / 3)
+    return ((cells + genes) ** 2 + TRACY_WIDOM * scale) / n_cells
 
 
 def _components(
@@ -143,10 +144,10 @@ class _Residuals:
     def __init__(self, counts: sparse.csr_matrix, size: np.ndarray | None, model: _Residuals | None = None) -> None:
         counts = sparse.csr_matrix(counts, dtype=np.float64)
         self.shape, self.has_size = counts.shape, size is not None
-        size = np.ones(len(counts.indptr) - 1) if size is None else size
+        size = np.ones(counts.shape[0]) if size is None else size
         if model is None:
             self.rate = np.asarray(counts.sum(0)).ravel() / size.sum()
-            self.n_genes = int((np.diff(counts.tocsc().indptr) > 0).sum())
+            self.n_genes = len(np.unique(counts.indices))  # that have any counts
             self.spread = self._spread(counts, size)
             self.knots = np.unique(np.quantile(np.log(size), np.linspace(0, 1, N_SIZES)))
         else:
@@ -192,9 +193,9 @@ class _Residuals:
 
 def _interpolation(values: np.ndarray, knots: np.ndarray) -> sparse.csr_matrix:
     """Weights (n, knots) of a linear interpolation; the nearest knot beyond the ends."""
-    upper = np.clip(np.searchsorted(knots, values), 1, max(1, len(knots) - 1))
     if len(knots) == 1:
         return sparse.csr_matrix(np.ones((len(values), 1)))
+    upper = np.clip(np.searchsorted(knots, values), 1, len(knots) - 1)
     width = knots[upper] - knots[upper - 1]
     share = np.clip((values - knots[upper - 1]) / width, 0, 1)
     row = np.arange(len(values))
