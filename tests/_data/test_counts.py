@@ -126,7 +126,7 @@ def test_a_boolean_matrix_is_read_as_ones():
 
 @pytest.mark.parametrize("block", [1, 8, 12])
 def test_blocks_of_any_size_give_the_same_counts(monkeypatch, block):
-    monkeypatch.setattr("scvae_tools._data.counts._BLOCK", block)
+    monkeypatch.setattr("scvae_tools._data.conversion.BLOCK", block)
     for matrix in (make_dense(), sparse.csr_matrix(make_dense())):
         np.testing.assert_array_equal(read_counts(make_adata(matrix)).toarray(), make_dense())
     with pytest.raises(CountsError, match="found 1 negative value -3 in cell 'cell2', gene 'gene3'"):
@@ -481,7 +481,7 @@ def test_a_mask_that_cannot_be_used_is_refused(case):
 
 @pytest.mark.parametrize("block", [1, 8, 2**24])
 def test_the_mean_fraction_of_every_gene_is_that_of_the_dense_formula(monkeypatch, block):
-    monkeypatch.setattr("scvae_tools._data.counts._BLOCK", block)
+    monkeypatch.setattr("scvae_tools._data.conversion.BLOCK", block)
     counts = read_counts(make_adata())
     size = np.asarray(counts.sum(axis=1)).ravel()
     found = gene_mean_fraction(counts, size)

@@ -9,7 +9,7 @@ from scipy import sparse
 from scvi import REGISTRY_KEYS
 
 import scvae_tools as svt
-from scvae_tools._data import windows
+from scvae_tools._data import window_steps, windows
 from scvae_tools._data.loader import CountDataset
 from scvae_tools._data.resident import ResidentCells, n_bytes_on_device
 from scvae_tools._data.windows import CellWindows, held_on_device
@@ -90,7 +90,7 @@ def test_windows_take_no_more_than_they_may(share, dataset):
 @pytest.mark.parametrize("batch_size", [8, 32, 100])
 @pytest.mark.parametrize("run_length", [1, 4, 64])
 def test_an_epoch_has_every_cell_once(run_length, batch_size, drop_single, dataset, monkeypatch):
-    monkeypatch.setattr(windows, "RUN_LENGTH", run_length)
+    monkeypatch.setattr(window_steps, "RUN_LENGTH", run_length)
     held, indices = windows_of(dataset, 0.7), INDICES["most"][:173]
     loader = held.steps(indices, batch_size, drop_single=drop_single)
     resident, orders = ResidentCells(dataset, CPU), []
@@ -116,7 +116,7 @@ def test_an_epoch_has_every_cell_once(run_length, batch_size, drop_single, datas
 
 
 def test_windows_consist_of_runs_from_all_over_the_data(dataset, monkeypatch):
-    monkeypatch.setattr(windows, "RUN_LENGTH", 4)
+    monkeypatch.setattr(window_steps, "RUN_LENGTH", 4)
     held = windows_of(dataset, 0.5)
     loader, indices = held.steps(np.arange(N_CELLS), 8, drop_single=False), np.arange(N_CELLS)
     list(loader)

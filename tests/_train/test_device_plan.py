@@ -101,7 +101,7 @@ def test_groups_of_any_size_give_the_same_model(monkeypatch):
 @pytest.fixture
 def in_windows(monkeypatch):
     """A device that has room for a third of the cells at a time."""
-    monkeypatch.setattr(windows, "RUN_LENGTH", 4)
+    monkeypatch.setattr(window_steps, "RUN_LENGTH", 4)
     model = new_model()
     free = 2 * 0.66 * resident.n_bytes_on_device(CountDataset(model.adata_manager, model.module.likelihood))
     monkeypatch.setattr(windows, "free_memory", lambda device: free)

@@ -7,7 +7,6 @@ here changes the AnnData.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import h5py
@@ -18,27 +17,27 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
+from scvae_tools._data import stored
+from scvae_tools._data.conversion import blocks_of_rows, canonical, to_csr, to_float32
+from scvae_tools._data.count_checks import (
+    CountsError,
+    Found,
+    check_every_cell_has_counts,
+    check_integers,
+    check_values,
+    layer_names,
+    log_genes_without_counts,
+    name_of,
+)
+from scvae_tools._data.stored import StoredCounts, is_lazy, n_bytes_as_csr
 from scvae_tools._data.structure import check_structure, whole_of_view
-from scvae_tools._messages import inform, listed, warn
+from scvae_tools._data.survey import survey
+from scvae_tools._messages import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from scipy.sparse import csr_matrix
 
-LARGEST_COUNT = 2**24  #: float32 holds every integer up to here and only some above
-
-
-LOG_MAXIMUM = 15  #: log1p of three million; a non-integer matrix below it looks log-transformed
-
-
 DIGESTED_VALUES = 10**7  #: values that are looked at to notice a change
-
-_BLOCK = 2**22  # values handled at once, so that checks and conversions need little memory beside the matrix
-
-
-class CountsError(ValueError):
-    """Error for counts of an AnnData, or genes chosen from it, that cannot be modelled."""
 
 
 def read_counts(
@@ -47,7 +46,9 @@ def read_counts(
     layer: str | None = None,
     mask_var: str | np.ndarray | None = None,
     allow_non_integer: bool = False,
-) -> csr_matrix:
+    may_stay: bool = False,
+    progress: bool = False,
+) -> csr_matrix | StoredCounts:
     """Read and check the counts of an AnnData, whatever the form in which it holds them.
 
     Parameters
@@ -61,11 +62,17 @@ def read_counts(
         Genes to keep: the name of a boolean column of ``adata.var`` or a boolean array, (n_genes,).
     allow_non_integer
         Accept estimated counts, with a warning, where there would be an error.
+    may_stay
+        Whether counts in a file or a lazy array that would take more than `LARGEST_WHOLE` bytes stay there. They are
+        then checked in one pass.
+    progress
+        Whether to show a bar during that pass.
 
     Returns
     -------
     Counts, (n_cells, n_genes kept), float32, with sorted indices and neither duplicates nor explicit zeros. Where the
-    AnnData already holds them so, the arrays are its own: do not write into them.
+    AnnData already holds them so, the arrays are its own: do not write into them. Of counts that stay where they are, a
+    `StoredCounts`, whose rows are such.
 
     Raises
     ------
@@ -73,23 +80,53 @@ def read_counts(
         If ``adata`` is not an AnnData, or holds the counts in an unknown form.
     CountsError
         If the layer or gene mask does not exist, or the values are not counts with at least one in every cell.
+    OSError
+        If rows of a file cannot be read.
     """
     require_anndata(adata)
-    where = _name(layer)
+    where = name_of(layer)
     if (whole := whole_of_view(adata)) is not None:  # of which the view's matrix is taken by compiled code
         _check_structure(_get_matrix(whole, layer), where, whole)
     matrix = _get_matrix(adata, layer)
     _check_not_empty(adata, where)
     mask = resolve_mask_var(adata, mask_var)
-    matrix = _in_memory(matrix)
-    _check_structure(matrix, where, adata)
-    found = _Found(_canonical(_to_csr(matrix, mask, where)), where, adata, mask)
-    _check_values(found, layer)
-    _check_integers(found, layer, allow=allow_non_integer)
-    counts = _to_float32(found.counts)
-    _check_every_cell_has_counts(counts, adata, where, mask_var)
-    _log_genes_without_counts(counts, where)
+    if may_stay and _is_large_in_file(matrix):
+        counts = _stored(matrix, mask, where, adata)
+        if counts.indptr is None:
+            survey(counts, adata, mask, layer, allow_non_integer=allow_non_integer, progress=progress)
+    else:
+        matrix = _in_memory(matrix)
+        _check_structure(matrix, where, adata)
+        _check_form(matrix, where)
+        found = Found(canonical(to_csr(matrix, mask)), where, adata, mask)
+        check_values(found, layer)
+        check_integers(found, layer, allow=allow_non_integer)
+        counts = to_float32(found.counts)
+    check_every_cell_has_counts(counts, adata, where, mask_var)
+    log_genes_without_counts(counts, where)
     return counts
+
+
+def _is_large_in_file(matrix: object) -> bool:
+    if isinstance(matrix, StoredCounts):
+        return True
+    is_in_file = isinstance(matrix, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array) or is_lazy(matrix)
+    return is_in_file and n_bytes_as_csr(matrix) > stored.LARGEST_WHOLE
+
+
+def _stored(matrix: object, mask: np.ndarray | None, where: str, adata: AnnData) -> StoredCounts:
+    """Counts that stay in a file, unless they are by gene."""
+    if isinstance(matrix, StoredCounts):
+        return matrix if mask is None else matrix.of_genes(np.flatnonzero(mask), adata.obs_names)
+    if isinstance(matrix, CSCDataset):
+        raise CountsError(
+            f"{where} must be stored by cell (CSR) to be read in parts; found {n_bytes_as_csr(matrix) / 1e9:.3g} GB "
+            f"stored by gene (CSC). Read it once and write it as CSR: adata = adata.to_memory(); {where} = "
+            f"{where}.tocsr(); adata.write_h5ad(...). Or pass adata.to_memory(), if there is room."
+        )
+    if matrix.dtype.kind not in "buif":
+        _check_form(matrix, where)
+    return StoredCounts(matrix, None if mask is None else np.flatnonzero(mask), where, adata.obs_names)
 
 
 def digest_of_counts(matrix: object) -> int | None:
@@ -98,6 +135,8 @@ def digest_of_counts(matrix: object) -> int | None:
     Of more than `DIGESTED_VALUES` values, about so many are looked at, at equal distances: a transformation of all
     counts, or other cells, are noticed, a change of a single value may not be.
     """
+    if isinstance(matrix, StoredCounts):
+        return int(matrix.digest[1:], 16)
     if sparse.issparse(matrix):
         parts = [matrix.data, matrix.indices]
     elif isinstance(matrix, np.ndarray):
@@ -111,9 +150,13 @@ def digest_of_counts(matrix: object) -> int | None:
     return found
 
 
-def load_counts(matrix: object) -> csr_matrix:
+def load_counts(matrix: object) -> csr_matrix | StoredCounts:
     """Counts that `read_counts` has accepted, as CSR float32; without a copy where they are held so already."""
-    return _to_float32(_canonical(_to_csr(_in_memory(matrix), None, "The matrix")))
+    if isinstance(matrix, StoredCounts):
+        return matrix
+    matrix = _in_memory(matrix)
+    _check_form(matrix, "The matrix")
+    return to_float32(canonical(to_csr(matrix, None)))
 
 
 def require_anndata(adata: object) -> None:
@@ -184,20 +227,14 @@ def gene_mean_fraction(counts: csr_matrix, size: np.ndarray) -> np.ndarray:
     -------
     (n_genes,) float64.
     """
+    if isinstance(counts, StoredCounts) and np.array_equal(np.ravel(size), counts.total):
+        return counts.gene_fraction
     n_cells, n_genes = counts.shape
     weight = 1 / np.asarray(size, dtype=np.float64).ravel()
     total = np.zeros(n_genes)
-    for rows in _blocks_of_rows(n_cells, max(1, counts.nnz // n_cells)):
+    for rows in blocks_of_rows(n_cells, max(1, counts.nnz // n_cells)):
         total += counts[rows].T @ weight[rows]  # float64, a block at a time: scipy copies the block to float64
     return total / n_cells
-
-
-def _name(layer: str | None) -> str:
-    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-
-
-def _layer_names(adata: AnnData) -> list[str]:
-    return [name for name in adata.layers if name is not None]  # None is X itself since anndata 0.13
 
 
 def _get_matrix(adata: AnnData, layer: str | None) -> object:
@@ -205,12 +242,12 @@ def _get_matrix(adata: AnnData, layer: str | None) -> object:
         if adata.X is None:
             raise CountsError(
                 "adata.X must hold counts; found None. Set adata.X to the counts, or name the layer that holds them "
-                f"with `layer`. Layers: {listed(_layer_names(adata))}."
+                f"with `layer`. Layers: {listed(layer_names(adata))}."
             )
         return adata.X
-    if layer not in _layer_names(adata):
+    if layer not in layer_names(adata):
         raise CountsError(
-            f"`layer` must name a layer of adata; found {layer!r}, and the layers {listed(_layer_names(adata))}. "
+            f"`layer` must name a layer of adata; found {layer!r}, and the layers {listed(layer_names(adata))}. "
             "Pass one of them, or None for adata.X. adata.raw is not read: for that, pass adata.raw.to_adata()."
         )
     return adata.layers[layer]
@@ -245,19 +282,13 @@ def _check_boolean(values: object, name: str) -> None:
 
 
 def _in_memory(matrix: object) -> object:
+    if is_lazy(matrix):
+        return matrix.compute()
     return matrix.to_memory() if isinstance(matrix, CSRDataset | CSCDataset) else matrix
 
 
 def _check_structure(matrix: object, where: str, adata: AnnData) -> None:
     check_structure(matrix, where, (adata.obs_names, adata.var_names), CountsError)
-
-
-def _to_csr(matrix: object, mask: np.ndarray | None, where: str) -> csr_matrix:
-    """Convert any supported form to CSR of a plain number type, sharing memory where it is one already."""
-    _check_form(matrix, where)
-    if sparse.issparse(matrix):
-        return _compressed_to_csr(matrix, mask)
-    return _dense_to_csr(matrix, mask)
 
 
 def _check_form(matrix: object, where: str) -> None:
@@ -273,201 +304,3 @@ def _check_form(matrix: object, where: str) -> None:
         raise TypeError(
             f"{where} must hold numbers; found the dtype {matrix.dtype}. Convert it with .astype('float32')."
         )
-
-
-def _compressed_to_csr(matrix: sparse.spmatrix, mask: np.ndarray | None) -> csr_matrix:
-    # A new object around the same arrays: scipy caches flags on objects, and the AnnData's own stays untouched.
-    form = sparse.csr_matrix if matrix.format == "csr" else sparse.csc_matrix
-    matrix = form((_plain(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)
-    if mask is not None:
-        matrix = matrix[:, mask]
-    return matrix.tocsr()
-
-
-def _dense_to_csr(matrix: np.ndarray | h5py.Dataset | zarr.Array, mask: np.ndarray | None) -> csr_matrix:
-    n_cells, n_genes = matrix.shape
-    genes = slice(None) if mask is None else mask
-    blocks = [
-        sparse.csr_matrix(_plain(np.asarray(matrix[rows])[:, genes])) for rows in _blocks_of_rows(n_cells, n_genes)
-    ]
-    return sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
-
-
-def _blocks_of_rows(n_rows: int, row_length: int) -> list[slice]:
-    """Slices of about `_BLOCK` values each that cover the rows."""
-    step = max(1, _BLOCK // row_length)
-    return [slice(start, start + step) for start in range(0, n_rows, step)]
-
-
-def _plain(values: np.ndarray) -> np.ndarray:
-    """Make a plain type of booleans, float16 and foreign byte orders: scipy.sparse does not compute with them."""
-    if values.dtype.kind == "b" or (values.dtype.kind == "f" and values.dtype.itemsize < 4):
-        return values.astype(np.float32)
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-def _canonical(counts: csr_matrix) -> csr_matrix:
-    """Sort indices, add duplicates up and drop explicit zeros, in a copy if anything is to be done."""
-    if counts.has_canonical_format and np.count_nonzero(counts.data) == counts.nnz:
-        return counts
-    wide = np.float64 if counts.dtype.kind == "f" else np.int64  # duplicates in uint8 could wrap around
-    counts = counts.astype(np.promote_types(counts.dtype, wide), copy=True)
-    counts.sum_duplicates()
-    counts.eliminate_zeros()
-    return counts
-
-
-def _to_float32(counts: csr_matrix) -> csr_matrix:
-    counts = counts.astype(np.float32, copy=False)
-    if np.count_nonzero(counts.data) < counts.nnz:  # an estimated count below 1e-45 has become 0
-        counts = counts.copy()
-        counts.eliminate_zeros()
-    return counts
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Counts before the checks, with the names that the user knows them by."""
-
-    counts: csr_matrix
-    where: str
-    adata: AnnData
-    mask: np.ndarray | None
-
-    def describe(self, is_bad: Callable[[np.ndarray], np.ndarray], kind: str) -> str | None:
-        """Say how many stored values are bad, and where the first is; ``None`` if there are none."""
-        number, first = 0, -1
-        for start in range(0, self.counts.nnz, _BLOCK):
-            bad = np.flatnonzero(is_bad(self.counts.data[start : start + _BLOCK]))
-            if len(bad) and not number:
-                first = start + bad[0]
-            number += len(bad)
-        if not number:
-            return None
-        values = "value" if number == 1 else "values, the first"
-        return f"{number:,} {kind} {values} {self.counts.data[first]:.8g} in {self._place(first)}"
-
-    def _place(self, position: int) -> str:
-        row = np.searchsorted(self.counts.indptr, position, side="right") - 1
-        column = self.counts.indices[position]
-        genes = self.adata.var_names if self.mask is None else self.adata.var_names[self.mask]
-        return f"cell {self.adata.obs_names[row]!r}, gene {genes[column]!r}"
-
-
-def _check_values(found: _Found, layer: str | None) -> None:
-    """Refuse NaN, infinite, negative and too large values, in this order, as the first may explain the others."""
-    _refuse(found, np.isnan, "NaN", "Remove those cells or genes, or read the counts from their source again.")
-    _refuse(found, np.isinf, "infinite", "Look for a division by 0, or read the counts from their source again.")
-    if (message := found.describe(lambda values: values < 0, "negative")) is not None:
-        raise CountsError(
-            f"{found.where} must hold counts; found {message}. Has it been scaled (sc.pp.scale) or batch-corrected? "
-            f"{_where_counts_are(found.adata, layer)}"
-        )
-    _refuse(
-        found,
-        lambda values: values > LARGEST_COUNT,
-        "too large",
-        f"float32 holds integers exactly up to 2**24 = {LARGEST_COUNT:,}: remove those genes or cells.",
-    )
-
-
-def _refuse(found: _Found, is_bad: Callable[[np.ndarray], np.ndarray], kind: str, remedy: str) -> None:
-    if (message := found.describe(is_bad, kind)) is not None:
-        raise CountsError(f"{found.where} must hold counts; found {message}. {remedy}")
-
-
-def _check_integers(found: _Found, layer: str | None, *, allow: bool) -> None:
-    """Refuse non-integer values, or warn of them if they are allowed."""
-    if found.counts.dtype.kind != "f":
-        return
-    message = found.describe(lambda values: values != np.rint(values), "non-integer")
-    if message is None:
-        return
-    looks = (
-        f"; it looks log-transformed, with a maximum of {found.counts.data.max():.3g}"
-        if _looks_log_transformed(found, layer)
-        else ""
-    )
-    if allow:
-        text = f"{found.where} holds {message}{looks}. They are modelled as estimated counts (allow_non_integer=True)."
-        warn(text)
-        return
-    raise CountsError(
-        f"{found.where} must hold integer counts; found {message}{looks}. {_where_counts_are(found.adata, layer)} "
-        "If these are estimated counts (salmon, RSEM, ambient RNA removed), pass allow_non_integer=True."
-    )
-
-
-def _looks_log_transformed(found: _Found, layer: str | None) -> bool:
-    noted = layer is None and "log1p" in found.adata.uns  # what sc.pp.log1p leaves, for X
-    return noted or found.counts.data.max() < LOG_MAXIMUM
-
-
-def _where_counts_are(adata: AnnData, layer: str | None) -> str:
-    """Say in which other place of the AnnData there are integer counts, as far as its first values tell."""
-    for name in _layer_names(adata):
-        if name != layer and _seem_counts(adata.layers[name]):
-            return f"adata.layers[{name!r}] holds integer counts: pass layer={name!r}."
-    if layer is not None and _seem_counts(adata.X):
-        return "adata.X holds integer counts: pass layer=None."
-    if adata.raw is not None and _seem_counts(adata.raw.X):
-        return "adata.raw holds integer counts: pass adata.raw.to_adata()."
-    return "Pass the raw counts, or name the layer that holds them with `layer`."
-
-
-def _seem_counts(matrix: object) -> bool:
-    """Whether the first values are non-negative integers, not all 0."""
-    if sparse.issparse(matrix):
-        values = matrix.data[:100_000]
-    elif isinstance(matrix, np.ndarray | h5py.Dataset | zarr.Array | CSRDataset):
-        values = matrix[:50]
-    elif isinstance(matrix, CSCDataset):
-        values = matrix[:, :50]
-    else:
-        return False
-    values = values.data if sparse.issparse(values) else np.asarray(values)
-    if values.dtype.kind not in "buif":
-        return False
-    return bool(np.any(values > 0) and np.all(values >= 0) and np.all(values == np.rint(values)))
-
-
-def _check_every_cell_has_counts(
-    counts: csr_matrix, adata: AnnData, where: str, mask_var: str | np.ndarray | None
-) -> None:
-    empty = np.flatnonzero(np.diff(counts.indptr) == 0)
-    if len(empty) == 0:
-        return
-    kept = "" if mask_var is None else f" of the {counts.shape[1]:,} kept"
-    raise CountsError(
-        f"{where} must have at least one count in every cell; found {len(empty):,} of {adata.n_obs:,} cells without a "
-        f"count in any gene{kept}: {first_cells(adata, empty)}. {_remedy_for_empty_cells(where, mask_var)}"
-    )
-
-
-def _remedy_for_empty_cells(where: str, mask_var: str | np.ndarray | None) -> str:
-    if where == "adata.X" and mask_var is None:
-        return "Remove them with sc.pp.filter_cells(adata, min_counts=1)."
-    genes = "" if mask_var is None else f"[:, {_mask_code(mask_var)}]"
-    return (
-        "sc.pp.filter_cells(adata, min_counts=1) looks at all genes of adata.X; remove them with "
-        f"adata = adata[np.asarray({where}{genes}.sum(axis=1)).ravel() > 0].copy()"
-        + ", or keep more genes."
-        * bool(genes)
-    )
-
-
-def _mask_code(mask_var: str | np.ndarray) -> str:
-    return f"adata.var[{mask_var!r}].to_numpy()" if isinstance(mask_var, str) else "mask_var"
-
-
-def _log_genes_without_counts(counts: csr_matrix, where: str) -> None:
-    seen = np.zeros(counts.shape[1], dtype=bool)
-    seen[counts.indices] = True
-    number = int((~seen).sum())
-    if number:
-        inform("%s: %d of %d genes have no count in any cell.", where, number, counts.shape[1])
-
-
-def first_cells(adata: AnnData, positions: np.ndarray) -> str:
-    shown = ", ".join(repr(adata.obs_names[position]) for position in positions[:3])
-    return shown + (", ..." if len(positions) > 3 else "")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scvae_tools._data.counts import load_counts
 from scvae_tools._data.roles import ROLES
+from scvae_tools._data.stored import StoredCounts
 from scvae_tools._module.sparse import Compressed, Counts
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Cells in a batch where no gradient is needed.
 EVALUATION_BATCH_SIZE = 512
+#: Cells after which an epoch ends where there are more to train on. So what is looked at once an epoch, such as the
+#: held-out cells, is looked at as often in large data as in small.
+LARGEST_EPOCH = 400_000
 #: Types in which counts are held on a device: the first that holds all of them exactly.
 COUNT_TYPES = (torch.uint8, torch.int16, torch.int32, torch.float32)
 #: Registry keys of data that are codes of categories; all other data are numbers.
@@ -34,8 +38,12 @@ CODES = {role.registry_key for role in ROLES.values() if role.is_categorical}
 
 def smallest_type(counts: np.ndarray) -> torch.dtype:
     """First of `COUNT_TYPES` that holds all counts exactly."""
-    largest = float(counts.max(initial=0))  # as Python compares it: NumPy would round the limits to float32
-    if (counts != np.floor(counts)).any():
+    # A float, as Python compares it: NumPy would round the limits to float32.
+    return _type_for(float(counts.max(initial=0)), is_whole=not (counts != np.floor(counts)).any())
+
+
+def _type_for(largest: float, *, is_whole: bool) -> torch.dtype:
+    if not is_whole:
         return torch.float32
     return next(kind for kind in COUNT_TYPES if kind == torch.float32 or largest <= torch.iinfo(kind).max)
 
@@ -64,6 +72,23 @@ def registered_columns(manager: AnnDataManager) -> dict[str, np.ndarray]:
     return kept
 
 
+def registered_counts(manager: AnnDataManager) -> sparse.csr_matrix | StoredCounts:
+    """Counts that a manager registered: as they were checked, where they stay in a file, or else in memory."""
+    kept = kept_counts(manager)
+    return load_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY)) if kept is None else kept
+
+
+def kept_counts(manager: AnnDataManager) -> StoredCounts | None:
+    """Counts of a manager that stay in a file; None for others."""
+    return manager.__dict__.get("kept_counts")
+
+
+def keep_counts(manager: AnnDataManager, counts: sparse.csr_matrix | StoredCounts | None) -> None:
+    """Let a manager know counts that were checked, if they stay in a file."""
+    if isinstance(counts, StoredCounts):
+        manager.kept_counts = counts
+
+
 class CountDataset(Dataset):
     """Registered data of an AnnData; ``dataset[positions]`` is a batch.
 
@@ -81,7 +106,7 @@ class CountDataset(Dataset):
             key: values.astype(np.int64 if key in CODES else np.float32)
             for key, values in registered_columns(manager).items()
         }
-        self.counts = load_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+        self.counts = registered_counts(manager)
         if REGISTRY_KEYS.OBSERVED_LIB_SIZE not in self.columns:
             total = np.asarray(self.counts.sum(1))  # in float32: in float64 scipy would copy the matrix
             self.columns[REGISTRY_KEYS.OBSERVED_LIB_SIZE] = total
@@ -94,11 +119,16 @@ class CountDataset(Dataset):
     @cached_property
     def count_type(self) -> torch.dtype:
         """First of `COUNT_TYPES` that holds all counts exactly."""
+        if isinstance(self.counts, StoredCounts):
+            return _type_for(self.counts.largest, is_whole=self.counts.is_whole)
         return smallest_type(self.counts.data)
 
     def __getitem__(self, positions: Sequence[int]) -> dict[str, Counts | Tensor]:
         positions = np.asarray(positions)
-        counts = self.counts[positions]
+        return self.batch_of(self.counts[positions], positions)
+
+    def batch_of(self, counts: sparse.csr_matrix, positions: np.ndarray) -> dict[str, Counts | Tensor]:
+        """Batch of cells whose counts, (n, g), have been taken already."""
         batch = {key: torch.from_numpy(values[positions]) for key, values in self.columns.items()}
         return batch | {REGISTRY_KEYS.X_KEY: counts_of_matrix(counts, self._base_measure(counts, positions))}
 
@@ -108,6 +138,53 @@ class CountDataset(Dataset):
             parts = sparse.csr_matrix((each, counts.indices, counts.indptr), shape=counts.shape)
             self.log_base_measure[positions] = np.asarray(parts.sum(1)).ravel()
         return self.log_base_measure[positions]
+
+
+class HeldCells(Dataset):
+    """Some cells of a `CountDataset`, with their counts in memory; ``cells[places]`` is a batch, by the place in them.
+
+    Parameters
+    ----------
+    dataset
+        All cells.
+    positions
+        Positions of the cells among all.
+    """
+
+    def __init__(self, dataset: CountDataset, positions: np.ndarray) -> None:
+        self.dataset, self.positions = dataset, np.asarray(positions)
+        self.counts = dataset.counts[self.positions]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, places: Sequence[int]) -> dict[str, Counts | Tensor]:
+        return self.dataset.batch_of(self.counts[places], self.positions[places])
+
+
+def loader_of(cells: HeldCells, batch_size: int) -> DataLoader:
+    """Loader of batches of these cells, in order."""
+    batches = Batches(np.arange(len(cells)), batch_size, shuffle=False, drop_last=False)
+    return DataLoader(cells, batch_size=None, sampler=batches)
+
+
+class SomeCells:
+    """Some cells of a `CountDataset`, by their place among them; their counts stay where they are."""
+
+    def __init__(self, dataset: CountDataset, positions: np.ndarray) -> None:
+        self.dataset, self.positions = dataset, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, places: np.ndarray) -> dict[str, Counts | Tensor]:
+        return self.dataset[self.positions[places]]
+
+
+def some_cells(dataset: CountDataset, positions: np.ndarray) -> HeldCells | SomeCells:
+    """Some cells that are read more than once: in memory, if their counts are in a file."""
+    kind = HeldCells if isinstance(dataset.counts, StoredCounts) else SomeCells
+    return kind(dataset, positions)
 
 
 class CountLoader(DataLoader):
@@ -150,12 +227,18 @@ class CountLoader(DataLoader):
         super().__init__(dataset, batch_size=None, sampler=batches, **options)
 
 
+def n_of_epoch(n_cells: int) -> int:
+    """Cells that are trained on in an epoch: all, or `LARGEST_EPOCH` of them, drawn anew each time."""
+    return min(n_cells, LARGEST_EPOCH)
+
+
 class Batches:
     """Positions of the cells of each batch; parameters as in `CountLoader`."""
 
     def __init__(self, indices: np.ndarray, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
         self.indices, self.batch_size, self.shuffle = indices, batch_size, shuffle
-        self.n_used = len(indices) - len(indices) % batch_size if drop_last else len(indices)
+        n = n_of_epoch(len(indices)) if shuffle else len(indices)
+        self.n_used = n - n % batch_size if drop_last else n
 
     def __len__(self) -> int:
         return math.ceil(self.n_used / self.batch_size)

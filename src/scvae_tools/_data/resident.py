@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scvae_tools._data.loader import Batches
+from scvae_tools._data.stored import StoredCounts
 from scvae_tools._module.dense_counts import DenseCounts
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ class ResidentCells(DeviceCells):
         counts = dataset.counts
         self.n_genes, self.width = counts.shape[1], width_of(counts)
         self.start = torch.as_tensor(counts.indptr.astype(np.int64), device=device)
-        self.gene = _held(counts.indices, torch.int32, device)
-        self.value = _held(counts.data, dataset.count_type, device)
+        self.gene, self.value = _entries_on_device(counts, dataset.count_type, device)
         self.columns = {key: torch.as_tensor(column, device=device) for key, column in dataset.columns.items()}
         self.log_base_measure = self.base_measures(dataset.likelihood)
 
@@ -132,6 +132,19 @@ class ResidentCells(DeviceCells):
         """Loader of the positions of the training steps, in a new order in each epoch."""
         drops = drop_single and len(indices) % batch_size == 1
         return StepLoader(_Resident(Batches(indices, batch_size, shuffle=True, drop_last=drops)), batch_size)
+
+
+def _entries_on_device(
+    counts: csr_matrix | StoredCounts, count_type: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Genes and counts of all entries on a device; of counts in a file a block after the other."""
+    if not isinstance(counts, StoredCounts):
+        return _held(counts.indices, torch.int32, device), _held(counts.data, count_type, device)
+    gene, value = (torch.zeros(counts.nnz + 1, dtype=kind, device=device) for kind in (torch.int32, count_type))
+    for first, last in counts.blocks():
+        rows, into = counts.rows(first, last), slice(counts.indptr[first], counts.indptr[last])
+        gene[into], value[into] = torch.from_numpy(rows.indices), torch.from_numpy(rows.data).to(count_type)
+    return gene, value
 
 
 def _held(values: np.ndarray, kind: torch.dtype, device: torch.device | str) -> Tensor:

@@ -15,7 +15,8 @@ import pandas as pd
 from scvi import REGISTRY_KEYS
 
 from scvae_tools._checks import check_is_one
-from scvae_tools._data.counts import first_cells, require_anndata
+from scvae_tools._data.count_checks import first_cells
+from scvae_tools._data.counts import require_anndata
 from scvae_tools._messages import listed, warn
 
 if TYPE_CHECKING:

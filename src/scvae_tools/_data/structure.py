@@ -71,17 +71,9 @@ def _fault(matrix: sparse.csr_matrix | sparse.csc_matrix, names: Sequence[Sequen
     for name, array in (("indptr", start), ("indices", index)):
         if np.ndim(array) != 1 or array.dtype.kind not in "iu":
             return f"{name} of the shape {np.shape(array)} and the type {array.dtype} in place of a list of integers"
-    if len(start) != n_major + 1:
-        return f"{len(start):,} pointers for {n_major:,} {major}s, which need {n_major + 1:,}"
-    if start[0] != 0:
-        return f"{start[0]:,} as the first pointer in place of 0"
-    decreasing = np.flatnonzero(start[1:] < start[:-1])  # not their differences, which could overflow
-    if len(decreasing):
-        return f"pointers that decrease, from {start[decreasing[0]]:,} to {start[decreasing[0] + 1]:,}, at " + _named(
-            major, decreasing[0], names, by_cell=by_cell
-        )
-    if start[-1] > min(len(index), len(value)):
-        return f"a last pointer of {start[-1]:,} for {len(index):,} indices and {len(value):,} values"
+    fault = fault_of_pointers(start, n_major, major, len(index), len(value), names, by_cell=by_cell)
+    if fault is not None:
+        return fault
     index = index[: start[-1]]
     # One pass for both bounds: as an unsigned number, a negative one is larger than any index.
     if len(index) == 0 or index.view(np.dtype(f"u{index.dtype.itemsize}")).max() < n_minor:
@@ -91,6 +83,31 @@ def _fault(matrix: sparse.csr_matrix | sparse.csc_matrix, names: Sequence[Sequen
     return f"the {minor} index {index[first]:,} for {n_minor:,} {minor}s in " + _named(
         major, place, names, by_cell=by_cell
     )
+
+
+def fault_of_pointers(
+    start: np.ndarray,
+    n_major: int,
+    major: str,
+    n_indices: int,
+    n_values: int,
+    names: Sequence[Sequence[str]] | None = None,
+    *,
+    by_cell: bool = True,
+) -> str | None:
+    """What is wrong with the pointers of a matrix with so many cells or genes; None if nothing is."""
+    if len(start) != n_major + 1:
+        return f"{len(start):,} pointers for {n_major:,} {major}s, which need {n_major + 1:,}"
+    if start[0] != 0:
+        return f"{start[0]:,} as the first pointer in place of 0"
+    decreasing = np.flatnonzero(start[1:] < start[:-1])  # not their differences, which could overflow
+    if len(decreasing):
+        return f"pointers that decrease, from {start[decreasing[0]]:,} to {start[decreasing[0] + 1]:,}, at " + _named(
+            major, decreasing[0], names, by_cell=by_cell
+        )
+    if start[-1] > min(n_indices, n_values):
+        return f"a last pointer of {start[-1]:,} for {n_indices:,} indices and {n_values:,} values"
+    return None
 
 
 def _named(kind: str, place: int, names: Sequence[Sequence[str]] | None, *, by_cell: bool) -> str:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scvae_tools._data.loader import Batches
 from scvae_tools._data.resident import (
     DeviceCells,
     ResidentCells,
@@ -22,6 +21,8 @@ from scvae_tools._data.resident import (
     n_bytes_on_device,
     width_of,
 )
+from scvae_tools._data.stored import StoredCounts
+from scvae_tools._data.window_steps import WindowSteps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -37,8 +38,6 @@ LARGEST_SHARE = 0.5
 LARGEST_WINDOW = 2**31
 #: Cells of a window below which the host forms the batches; chosen, not measured.
 SMALLEST_WINDOW = 1024
-#: Cells that stay together in the windows of a training.
-RUN_LENGTH = 64
 
 
 def free_memory(device: torch.device) -> float:
@@ -140,7 +139,7 @@ class CellWindows:
 
     def steps(self, indices: np.ndarray, batch_size: int, *, drop_single: bool) -> StepLoader:
         """Loader of the positions of the training steps, in a new order in each epoch."""
-        return StepLoader(_WindowSteps(np.sort(indices), batch_size, self.n_cells, drop_single), batch_size)
+        return StepLoader(WindowSteps(np.sort(indices), batch_size, self.n_cells, drop_single=drop_single), batch_size)
 
 
 def _capacity(dataset: CountDataset, n_bytes: float) -> tuple[int, int]:
@@ -182,13 +181,17 @@ class _Gathered:
         counts, (start, gene, value) = self.dataset.counts, (x.numpy() for x in (self.start, self.gene, self.value))
         ends = np.cumsum(counts.indptr[window + 1] - counts.indptr[window], dtype=np.int64)
         start[1 : len(window) + 1], start[len(window) + 1 :] = ends, ends[-1]
+        for key, column in self.dataset.columns.items():
+            self.columns[key].numpy()[: len(window)] = column[window]
+        if isinstance(counts, StoredCounts):
+            read = counts[window]
+            gene[: ends[-1]], value[: ends[-1]] = read.indices, read.data
+            return int(ends[-1])
         firsts = np.flatnonzero(np.diff(window, prepend=window[0] - 2) != 1)
         for first, last in zip(firsts, np.append(firsts[1:], len(window)) - 1, strict=True):
             source = slice(counts.indptr[window[first]], counts.indptr[window[last] + 1])
             into = slice(start[first], start[last + 1])
             gene[into], value[into] = counts.indices[source], counts.data[source]
-        for key, column in self.dataset.columns.items():
-            self.columns[key].numpy()[: len(window)] = column[window]
         return int(ends[-1])
 
 
@@ -255,33 +258,3 @@ class _WindowBatches:
                 # The place is asked for each time: something else may have read other windows in between.
                 cells = self.source.of_window(self.windows, number)
                 yield cells[np.arange(low, min(low + self.batch_size, len(window)))]
-
-
-class _WindowSteps:
-    """Steps on windows that consist of short runs of cells, both in a new order in each epoch."""
-
-    def __init__(self, indices: np.ndarray, batch_size: int, n_cells: int, drop_single: bool) -> None:  # noqa: FBT001
-        self.indices, self.batch_size, self.drop_single = indices, batch_size, drop_single
-        self.run_length = min(RUN_LENGTH, n_cells)
-        n_runs = n_cells // self.run_length
-        even = batch_size // math.gcd(batch_size, self.run_length)  # runs that are whole steps together
-        self.n_of_window = (n_runs - n_runs % even if n_runs >= even else n_runs) * self.run_length
-        self.windows: Sequence[np.ndarray] = ()
-        n_windows = math.ceil(len(indices) / self.n_of_window)
-        each = [min(self.n_of_window, len(indices) - i * self.n_of_window) for i in range(n_windows)]
-        self.sizes = [[len(step) for step in self._batches(n)] for n in each]
-
-    def _batches(self, n: int, *, shuffle: bool = False) -> Iterator[np.ndarray]:
-        drops = self.drop_single and n % self.batch_size == 1
-        return iter(Batches(np.arange(n), self.batch_size, shuffle=shuffle, drop_last=drops))
-
-    def draw(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
-        n_whole = len(self.indices) // self.run_length
-        runs = self.indices[: n_whole * self.run_length].reshape(n_whole, self.run_length)
-        order = runs[torch.randperm(n_whole).numpy()].ravel()
-        order = np.append(order, self.indices[len(order) :])  # the short run last, so that all epochs have one length
-        # Within a window the cells are in their order, so that neighbours are copied together.
-        lows = range(0, len(order), self.n_of_window)
-        self.windows = [np.sort(order[low : low + self.n_of_window]) for low in lows]
-        for number, window in enumerate(self.windows):
-            yield number, self._batches(len(window), shuffle=True)

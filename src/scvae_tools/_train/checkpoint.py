@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from scvi import REGISTRY_KEYS
 
+from scvae_tools._data.stored import StoredCounts
 from scvae_tools._files import (
     digest_of_names,
     lock_folder,
@@ -168,7 +169,10 @@ def fingerprint(
 
 
 def _digest_of_counts(dataset: CountDataset) -> str:
-    counts = dataset.counts  # the integers of scipy vary in width
+    counts = dataset.counts
+    if isinstance(counts, StoredCounts):
+        return counts.digest
+    # The integers of scipy vary in width.
     return short_digest(counts.indptr.astype(np.int64), counts.indices.astype(np.int32, copy=False), counts.data)
 
 

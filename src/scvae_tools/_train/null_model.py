@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches
+from scvae_tools._data.host_windows import HELD_OUT_BYTES, n_cells_in
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches, some_cells
+from scvae_tools._data.stored import StoredCounts
 from scvae_tools._messages import inform, warn
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from scvae_tools._data.loader import CountDataset
+    from scvae_tools._data.loader import CountDataset, HeldCells, SomeCells
     from scvae_tools._module.sparse import Counts
     from scvae_tools._module.vae import VAE
 
@@ -29,6 +31,8 @@ NAME = "model without latent variables"
 #: Steps in which the null model is fitted, and the cells of each. The problem is nearly convex and starts close to its
 #: optimum.
 N_STEPS, N_CELLS = 120, 512
+#: Training cells that it sees at most.
+LARGEST_SAMPLE = 100_000
 #: Learning rates at its start: of biases; of dispersions, whose log may have far to go, since a Poisson distribution is
 #: a negative binomial of infinite r; and of the weights of covariates.
 LR, LR_OF_DISPERSIONS, LR_OF_WEIGHTS = 0.1, 1.0, 0.02
@@ -54,17 +58,33 @@ def null_log_likelihoods(
         Seed of the order of the cells. The global random state is not used.
     """
     null = _start(module, dataset, subsets["train"])
-    order = _batches_of(subsets["train"], np.random.default_rng(random_state))
+    train = some_cells(dataset, subsets["train"])
+    order = _batches_of(len(train), np.random.default_rng(random_state))
     optimizer = torch.optim.Adam(_groups(null), fused=True)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, N_STEPS)
     for _ in range(N_STEPS):
         with torch.enable_grad():
-            log_likelihood = _log_likelihood(null, dataset[next(order)], is_averaged=True)
+            log_likelihood = _log_likelihood(null, train[next(order)], is_averaged=True)
             optimizer.zero_grad()
             (-log_likelihood.mean()).backward()
         optimizer.step()
         falling.step()
-    return {name: _mean(null, dataset, cells) for name, cells in subsets.items() if len(cells) > 0}
+    known = {"train": _mean(null, train)}
+    return known | {
+        name: _mean(null, some_cells(dataset, cells))
+        for name, cells in subsets.items()
+        if name not in known and len(cells) > 0
+    }
+
+
+def sample_of(dataset: CountDataset, cells: np.ndarray, random_state: int) -> np.ndarray:
+    """Training cells to fit to and to evaluate: all, or `LARGEST_SAMPLE`, fewer where their counts are in a file."""
+    most = LARGEST_SAMPLE
+    if isinstance(dataset.counts, StoredCounts):
+        most = min(most, n_cells_in(dataset.counts, HELD_OUT_BYTES))
+    if len(cells) <= most:
+        return cells
+    return np.sort(np.random.default_rng(random_state).choice(cells, most, replace=False))
 
 
 def report(elbo: float, null: float) -> None:
@@ -88,7 +108,10 @@ def _start(module: VAE, dataset: CountDataset, train: np.ndarray) -> VAE:
     """Copy of a module whose decoder depends on no weight, and starts at the shares of the genes."""
     null = copy.deepcopy(module).eval().requires_grad_(False)  # noqa: FBT003
     null.decoder.requires_grad_(True)  # noqa: FBT003
-    total = sum(np.asarray(dataset.counts[part].sum(0)).ravel() for part in _in_parts(train))
+    if isinstance(dataset.counts, StoredCounts):  # of all cells, since it is no more than a start
+        total = dataset.counts.gene_total * (len(train) / len(dataset))
+    else:
+        total = sum(np.asarray(dataset.counts[part].sum(0)).ravel() for part in _in_parts(train))
     keys = (REGISTRY_KEYS.SIZE_FACTOR_KEY, REGISTRY_KEYS.OBSERVED_LIB_SIZE)
     size = next(dataset.columns[key] for key in keys if key in dataset.columns)
     mean_size = size[train].mean(dtype=np.float64) if module.use_size_factor else 1.0
@@ -118,10 +141,10 @@ def _in_parts(cells: np.ndarray) -> Batches:
     return Batches(cells, EVALUATION_BATCH_SIZE, shuffle=False, drop_last=False)
 
 
-def _batches_of(cells: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Batches of cells without end, in a new order each time that all have been seen."""
+def _batches_of(n_cells: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Places of the cells of batches without end, in a new order each time that all have been seen."""
     while True:
-        order = rng.permutation(cells)
+        order = rng.permutation(n_cells)
         for start in range(0, max(1, len(order) - N_CELLS + 1), N_CELLS):
             yield order[start : start + N_CELLS]
 
@@ -136,6 +159,7 @@ def _log_likelihood(null: VAE, batch: dict[str, Counts | Tensor], *, is_averaged
 
 
 @torch.no_grad()
-def _mean(null: VAE, dataset: CountDataset, cells: np.ndarray) -> float:
-    total = sum(_log_likelihood(null, dataset[part]).double().sum() for part in _in_parts(cells))
+def _mean(null: VAE, cells: HeldCells | SomeCells) -> float:
+    parts = _in_parts(np.arange(len(cells)))
+    total = sum(_log_likelihood(null, cells[part]).double().sum() for part in parts)
     return float(total) / len(cells)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from scvae_tools._data.loader import some_cells
 from scvae_tools._module import memory
 from scvae_tools._module.mixture_vaes import GMVAE
 
@@ -51,6 +52,7 @@ class RateRecorder(Callback):
         self.dataset.log_base_measure = np.full_like(dataset.log_base_measure, np.nan)
         n_drawn = min(N_CELLS, len(indices))
         self.indices = np.sort(np.random.default_rng(seed).choice(indices, n_drawn, replace=False))
+        self.cells = some_cells(self.dataset, self.indices)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
         pl_module.close_training()  # so that the columns always have the same order
@@ -83,8 +85,8 @@ class RateRecorder(Callback):
         """Batches of the cells on the device of the module, with their places among these cells."""
         n_at_once = self._cells_at_once(module)
         for start in range(0, len(self.indices), n_at_once):
-            rows = slice(start, start + n_at_once)
-            batch = self.dataset[self.indices[rows]]
+            rows = slice(start, min(start + n_at_once, len(self.indices)))
+            batch = self.cells[np.arange(rows.start, rows.stop)]
             yield rows, {name: value.to(module.device) for name, value in batch.items()}
 
     def _cells_at_once(self, module: VAE) -> int:

@@ -14,8 +14,10 @@ from anndata import AnnData
 
 from scvae_tools._checks import cell_positions, check_whole
 from scvae_tools._data.counts import digest_of_counts, read_counts
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, CountLoader
+from scvae_tools._data.host_windows import WindowLoader
+from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, CountLoader, kept_counts
 from scvae_tools._data.roles import columns_in
+from scvae_tools._data.stored import StoredCounts
 from scvae_tools._data.windows import held_on_device
 from scvae_tools._files import digest_of_names
 from scvae_tools._messages import said_before
@@ -97,10 +99,17 @@ class CellsMixin(SetupMixin):
     def _make_data_loader(self, adata: AnnData, indices: Sequence[int] | None = None, **options: Any) -> Iterable:
         """Loader of cells given by position or by one boolean each."""
         indices = cell_positions(indices, adata.n_obs, may_be_none=True)
+        manager = self.get_anndata_manager(adata, required=True)
+        if kept_counts(manager) is not None:
+            indices = np.arange(adata.n_obs) if indices is None else indices
+            dataset = CountDataset(manager, self.module.likelihood)
+            return WindowLoader(dataset, indices, options.get("batch_size") or EVALUATION_BATCH_SIZE)
         return super()._make_data_loader(adata, indices, likelihood=self.module.likelihood, **options)
 
-    def counts_of_model(self) -> csr_matrix:
+    def counts_of_model(self) -> csr_matrix | StoredCounts:
         """Counts of the cells of the model, (n_cells, n_genes), as `read_counts` returns them."""
+        if (kept := kept_counts(self.adata_manager)) is not None:
+            return kept
         with said_before():
             return read_counts(self.adata, layer=self.layer, allow_non_integer=True)
 
@@ -290,10 +299,17 @@ class OtherCells:
     places: np.ndarray
 
 
-def _are_equal(left: csr_matrix, right: csr_matrix) -> bool:
+def _are_equal(left: csr_matrix | StoredCounts, right: csr_matrix | StoredCounts) -> bool:
     """Whether two matrices without explicit zeros, their columns in order, are the same."""
-    return left.shape == right.shape and all(
-        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("indptr", "indices", "data")
+    if left.shape != right.shape or not np.array_equal(left.indptr, right.indptr):
+        return False
+    stored = [each for each in (left, right) if isinstance(each, StoredCounts)]
+    if len(stored) == 2:
+        return left.digest == right.digest
+    parts = [slice(*bounds) for bounds in stored[0].blocks()] if stored else [slice(None)]
+    pairs = ((left[part], right[part]) if stored else (left, right) for part in parts)
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for one, other in pairs for name in ("indices", "data")
     )
 
 

@@ -18,6 +18,7 @@ from scvi.model.base import RNASeqMixin, VAEMixin
 from torch import Tensor
 
 from scvae_tools._checks import cell_positions, checked
+from scvae_tools._data.loader import kept_counts
 from scvae_tools._messages import warn
 from scvae_tools._module import memory
 from scvae_tools._random import RandomStream
@@ -53,8 +54,11 @@ class DecodingMixin(RNASeqMixin, VAEMixin, CellsMixin):
 
     def _cells_at_once(self, adata: AnnData, bytes_per_cell: int) -> int:
         """Number of cells that fit into `CHUNK_BYTES` when they are encoded and then take ``bytes_per_cell`` each."""
-        matrix = self.get_anndata_manager(adata, required=True).get_from_registry(REGISTRY_KEYS.X_KEY)
-        n_stored = matrix.nnz if sparse.issparse(matrix) else adata.n_obs * adata.n_vars
+        manager = self.get_anndata_manager(adata, required=True)
+        stored = kept_counts(manager)
+        matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY) if stored is None else stored
+        has_zeros = stored is not None or sparse.issparse(matrix)
+        n_stored = matrix.nnz if has_zeros else adata.n_obs * adata.n_vars
         bytes_per_cell += memory.ENCODED_BYTES * n_stored / max(1, adata.n_obs)
         return int(np.clip(memory.CHUNK_BYTES // bytes_per_cell, 1, LARGEST_CHUNK))
 

@@ -12,10 +12,11 @@ from scvi.data.fields import LayerField, NumericalJointObsField, NumericalObsFie
 from scvi.model.base import BaseMinifiedModeModelClass
 
 from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
-from scvae_tools._data.loader import registered_columns
+from scvae_tools._data.loader import keep_counts, kept_counts, registered_columns
 from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
 from scvae_tools._other_names import unknown_argument
+from scvae_tools._train.progress import is_shown
 from scvae_tools._upstream import (
     SETUP_ARGS,
     UsedCategoriesField,
@@ -91,9 +92,10 @@ class SetupMixin(BaseMinifiedModeModelClass):
             known = inspect.signature(cls.setup_anndata).parameters
             raise unknown_argument("setup_anndata", next(iter(kwargs)), [name for name in known if name != "kwargs"])
         obs_keys = {argument: setup_method_args[SETUP_ARGS][argument] for argument in ROLES}
-        minified = minified_type(adata)
+        minified, counts = minified_type(adata), None
         if minified is None:
-            read_counts(adata, layer=layer, allow_non_integer=allow_non_integer)
+            options = {"layer": layer, "allow_non_integer": allow_non_integer}
+            counts = read_counts(adata, **options, may_stay=True, progress=is_shown())
         # Of data that a trained set-up is transferred to, scvi-tools checks the categories itself.
         is_transferred, checks_labels = "source_registry" in kwargs, not kwargs.get("allow_missing_labels")
         unchecked = dict.fromkeys((["batch_key"] if is_transferred else []) + ([] if checks_labels else ["labels_key"]))
@@ -108,6 +110,7 @@ class SetupMixin(BaseMinifiedModeModelClass):
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         with quiet():
             manager.register_fields(adata, **kwargs)
+        keep_counts(manager, counts)
         _note_data(manager, _digest_of(manager))
         manager.is_transferred = is_transferred
         cls.register_manager(manager)
@@ -170,15 +173,18 @@ class SetupMixin(BaseMinifiedModeModelClass):
             return self.adata  # its columns are kept: they need not be registered again after another set-up
         manager = self.get_anndata_manager(adata)
         is_known = manager is not None and _has_same_counts(manager)
+        counts = kept_counts(manager) if is_known else None
         if minified_type(adata) is None:
             self._check_genes(adata)
             self._check_columns(adata)
             if not is_known:
-                read_counts(adata, layer=self.layer, allow_non_integer=self.allows_non_integer)
+                options = {"layer": self.layer, "allow_non_integer": self.allows_non_integer}
+                counts = read_counts(adata, **options, may_stay=True, progress=is_shown())
         self._forget(adata)  # its columns may have changed since it was last shown
         with quiet():
             adata = super()._validate_anndata(adata, copy_if_view)
         transferred = self.get_anndata_manager(adata)
+        keep_counts(transferred, counts)
         _note_data(transferred, manager.counts_digest if is_known else _digest_of(transferred))
         return adata
 
@@ -290,7 +296,8 @@ def _check_kind(key: str, new: list, known: list) -> None:
 
 def _digest_of(manager: AnnDataManager) -> int | None:
     """Digest of the counts of a manager; None where they are not in memory."""
-    return digest_of_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
+    kept = kept_counts(manager)
+    return digest_of_counts(manager.get_from_registry(REGISTRY_KEYS.X_KEY) if kept is None else kept)
 
 
 def _note_data(manager: AnnDataManager, counts_digest: int | None) -> None:

@@ -9,38 +9,30 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from scvi import REGISTRY_KEYS
 
 from scvae_tools._checks import check_choice, checked
-from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, CountDataset, registered_columns
-from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._interrupts import interrupts_held
-from scvae_tools._messages import InterruptedTraining, inform, listed, warn
+from scvae_tools._messages import InterruptedTraining, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._other_names import answers_other_names
-from scvae_tools._random import seeded
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train import null_model
 from scvae_tools._train.checkpoint import Checkpointer, fingerprint
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import NonFiniteError, Objective
-from scvae_tools._train.principal_codes import PRINCIPAL_CODES, principal_codes
+from scvae_tools._train.principal_codes import PRINCIPAL_CODES
 from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
-from scvae_tools._train.split import split_cells
 from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
-from scvae_tools._upstream import quiet
-from scvae_tools.model._inference import InferenceMixin
 from scvae_tools.model._trainer_options import (
     check_trainer_options,
     device_of,
-    no_memory,
-    warn_of_tasks,
     whether_to_hold,
 )
+from scvae_tools.model._training_cells import TrainingCellsMixin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,8 +40,10 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from scvae_tools._data.loader import CountDataset
 
-class TrainingMixin(InferenceMixin):
+
+class TrainingMixin(TrainingCellsMixin):
     """Training of `SCVAE`."""
 
     @property
@@ -239,13 +233,6 @@ class TrainingMixin(InferenceMixin):
                 settings.close()
             self.to_device(device)
 
-    def _require_data_to_train(self) -> None:
-        if self.minified_data_type is not None:
-            raise ValueError("A model of minified data cannot be trained: the counts are gone. Train before minifying.")
-        if self.adata is None:
-            raise ValueError("Training needs data; this model was loaded without. Pass them to `SCVAE.load`.")
-        self._validate_anndata()
-
     def _stages(self, max_epochs: int, n_warm_up_epochs: int | None) -> list[Stage]:
         return plan_stages(
             max_epochs,
@@ -254,22 +241,6 @@ class TrainingMixin(InferenceMixin):
             resumes_mixture=self.is_mixture,
             n_warm_up_epochs=n_warm_up_epochs,
         )
-
-    def _with_codes(
-        self,
-        dataset: CountDataset,
-        stages: list[Stage],
-        pca_start: bool | None,  # noqa: FBT001
-        random_state: int,
-    ) -> CountDataset:
-        """Give the data set the principal codes of the training cells, if a stage is to be drawn to them."""
-        if pca_start is not False and any(stage.warms_up for stage in stages):
-            options = {"use_size_factor": self.module.use_size_factor, "random_state": random_state}
-            with considerate_threads():
-                found = principal_codes(dataset, self.train_indices, self.module.n_latent, **options)
-            if pca_start or found.n_used < self.module.n_latent:
-                dataset.columns[PRINCIPAL_CODES] = found.codes
-        return dataset
 
     def _with_defaults(
         self,
@@ -310,54 +281,6 @@ class TrainingMixin(InferenceMixin):
         return Checkpointer(directory, identity, dataset)
 
     @contextlib.contextmanager
-    def _context_of_training(
-        self, random_state: int, split: tuple[float, Sequence[int] | None]
-    ) -> Iterator[CountDataset]:
-        """Context in which what is global is that of a training, and the cells are split."""
-        warn_of_tasks()
-        with interrupts_held(), seeded(random_state), quiet(), self._former_split_on_error():
-            dataset = CountDataset(self.adata_manager, self.module.likelihood)
-            self._split(*split)
-            self._standardize_covariates()
-            try:
-                yield dataset
-            finally:
-                self.module.eval()
-
-    @contextlib.contextmanager
-    def _holding_cells(
-        self,
-        dataset: CountDataset,
-        device: torch.device,
-        hold: bool | None,  # noqa: FBT001
-    ) -> Iterator[None]:
-        """Context in which the cells are held on the device that trains, if they are; say which, unless the CPU."""
-        self._held = held_on_device(dataset, device, hold=hold)
-        if device.type != "cpu":
-            in_windows = " in windows" if isinstance(self._held, CellWindows) else ""
-            where = "stay in the memory of the host" if self._held is None else f"are held there{in_windows}"
-            inform("Training on the device %s; the counts %s.", device, where)
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise torch.cuda.OutOfMemoryError(no_memory(device, self._held)) from error
-        finally:
-            self._held = None
-
-    @contextlib.contextmanager
-    def _former_split_on_error(self) -> Iterator[None]:
-        """Put the split back where an exception ends the training before a stage has ended."""
-        former, n_epochs = (self.train_indices, self.validation_indices, self.test_indices), self._state.n_epochs
-        units = {name: value.clone() for name, value in self.module.named_buffers() if name.startswith("continuous_")}
-        try:
-            yield
-        except BaseException:
-            if self._state.n_epochs == n_epochs:
-                self.train_indices, self.validation_indices, self.test_indices = former
-                self.module.load_state_dict(units, strict=False)  # those of the split
-            raise
-
-    @contextlib.contextmanager
     def _former_weights_on_error(self) -> Iterator[None]:
         """Put the weights back where an exception ends a stage."""
         before = copied(self.module)
@@ -366,71 +289,6 @@ class TrainingMixin(InferenceMixin):
         except BaseException:
             self.module.load_state_dict(before)
             raise
-
-    def _split(self, train_size: float, validation_indices: Sequence[int] | None) -> None:
-        """Divide the cells, and check that there are training cells for all components and labels."""
-        component = self._components_of_labels() if self._starts_from_labels else None
-        split = split_cells(self.adata.n_obs, train_size, validation_indices, component)
-        if not self.is_mixture and (self.n_components or 1) > len(split.train):
-            raise ValueError(
-                f"`n_components` must be at most the number of training cells; found {self.n_components} components "
-                f"for {len(split.train)} cells. Pass fewer, or a larger `train_size`."
-            )
-        self._refuse_held_out([self.labels[each] for each in split.held_out(component)])
-        self.train_indices, self.validation_indices = split
-        self.test_indices = np.array([], dtype=int)
-
-    @property
-    def _starts_from_labels(self) -> bool:
-        """Whether components, or their weights, are still to be started from the labels of training cells."""
-        return (self.is_supervised or self._takes_weights_of_labels) and not self.is_mixture
-
-    def _refuse_held_out(self, labels: list[str]) -> None:
-        if not labels:
-            return
-        unlabeled = self._setup.get("unlabeled_category")
-        hidden = "`unlabeled_category`" if unlabeled is None else repr(unlabeled)
-        raise ValueError(
-            "`validation_indices` must leave a cell of each label to train on, from which the component of the label "
-            f"starts; found all cells labelled {listed(labels)} held out. Leave some of them out of "
-            f"`validation_indices`, or give those cells {hidden} as their label."
-        )
-
-    def _standardize_covariates(self) -> None:
-        """Standardise continuous covariates by the training cells of the first training, for good."""
-        if self.module.sizes.n_continuous == 0 or self.module.continuous_is_set:
-            return
-        columns = registered_columns(self.adata_manager)[REGISTRY_KEYS.CONT_COVS_KEY]
-        values = columns.astype(np.float64)[self.train_indices]  # (n_train, n_continuous)
-        mean, sd = values.mean(0), values.std(0)
-        # Up to rounding: float32, in which the networks see them, holds seven digits.
-        is_constant = sd <= 1e-7 * np.abs(mean)
-        if is_constant.any():
-            names = np.array(self._setup["continuous_covariate_keys"])[is_constant]
-            warn(
-                f"`continuous_covariate_keys`: {listed(names)} has the same value in all training cells, from which "
-                "nothing can be learnt, and is not used. Leave it out."
-            )
-        sd[is_constant] = np.inf
-        self.module.standardize_continuous(torch.as_tensor(mean), torch.as_tensor(sd))
-
-    def _loaders(self, batch_size: int, dataset: CountDataset, *, pin_memory: bool) -> tuple:
-        """Loaders of training and validation cells, the latter None where there are none."""
-        # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
-        drop_single, held = self.module.normalization == "batch", self._held
-        # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
-        size = max(batch_size, EVALUATION_BATCH_SIZE)
-        has_validation = len(self.validation_indices) > 0
-        if held is not None:
-            train = held.steps(self.train_indices, batch_size, drop_single=drop_single)
-            return train, held.batches(self.validation_indices, size) if has_validation else None
-        options = {"pin_memory": pin_memory, "dataset": dataset}
-        drops = drop_single and len(self.train_indices) % batch_size == 1
-        of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size}
-        train = self._make_data_loader(self.adata, self.train_indices, **of_steps, **options)
-        if not has_validation:
-            return train, None
-        return train, self._make_data_loader(self.adata, self.validation_indices, batch_size=size, **options)
 
     def _run(self, stages: list[Stage], loaders: tuple, settings: Settings, random_state: int) -> None:
         """Run the stages; after an interruption set a mixture all the same, so that every result exists."""
@@ -497,7 +355,8 @@ class TrainingMixin(InferenceMixin):
         if state.is_interrupted or state.n_epochs * n_steps < null_model.N_STEPS:
             return
         settings.progress.say(null_model.NAME)
-        subsets = {"train": self.train_indices, "validation": self.validation_indices}
+        subsets = {"train": null_model.sample_of(dataset, self.train_indices, random_state)}
+        subsets["validation"] = self._watched
         with considerate_threads(null_model.N_CELLS * self.adata.n_vars):
             state.null_log_likelihood = null_model.null_log_likelihoods(self.module, dataset, subsets, random_state)
         elbo = state.versions[state.version].elbo
@@ -555,10 +414,6 @@ class TrainingMixin(InferenceMixin):
         as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
         self.module.set_mixture(*map(as_tensor, start), as_tensor(variance.mean(0)))
 
-    @property
-    def _takes_weights_of_labels(self) -> bool:
-        return isinstance(self.module, MixtureVAE) and self.module.weights == "labels"
-
     def _weights_of_labels(self, start: np.ndarray) -> np.ndarray:
         """Shares of the labels among the labelled training cells, (k,).
 
@@ -571,10 +426,6 @@ class TrainingMixin(InferenceMixin):
             return np.sort(shares)[::-1].copy()
         others = start[len(shares) :]
         return np.r_[shares * (1 - others.sum()), others]
-
-    def _components_of_labels(self) -> np.ndarray:
-        codes = registered_columns(self.adata_manager)[REGISTRY_KEYS.LABELS_KEY].ravel().astype(int)
-        return np.asarray(self.module.component_of_label)[codes]
 
     def _sort_components(self) -> None:
         """Number the components by decreasing size, here and in all results; those of labels stay in place."""
@@ -590,8 +441,8 @@ class TrainingMixin(InferenceMixin):
 
         def set_temperature() -> None:
             temperature = 1.0
-            if len(self.validation_indices) > 0:
-                raw = self._probabilities(indices=self.validation_indices).double()
+            if len(self._watched) > 0:
+                raw = self._probabilities(indices=self._watched).double()
                 log_probs = raw.clamp(min=torch.finfo(torch.float32).tiny).log().numpy()
                 temperature = temperature_of(log_probs, random_state=random_state)
             self.module.set_temperature(temperature)

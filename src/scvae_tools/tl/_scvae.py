@@ -218,7 +218,9 @@ def scvae(
     seed = as_seed(random_state, rng)
     of_model, of_training, of_trainer = _split_options(kwargs)
     mask = resolve_mask_var(adata, mask_var)
-    counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=allow_non_integer)
+    shown = is_shown(progress, kwargs.get("enable_progress_bar"))
+    reading = {"allow_non_integer": allow_non_integer, "may_stay": True, "progress": shown}
+    counts = read_counts(adata, layer=layer, mask_var=mask, **reading)
     obs_keys = obs_keys_of(arguments)
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)

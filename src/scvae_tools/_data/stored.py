@@ -1,0 +1,213 @@
+"""Counts that stay where they are, in a file or a lazy array, of which rows are read when they are asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import zarr
+from anndata.abc import CSCDataset, CSRDataset
+from scipy import sparse
+
+from scvae_tools._data import conversion
+from scvae_tools._data.conversion import canonical, to_csr, to_float32
+from scvae_tools._data.count_checks import CountsError
+from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Literal
+
+    from scipy.sparse import csr_matrix
+
+#: Bytes of the counts, as CSR float32, up to which they are read as a whole: what a laptop does not notice.
+LARGEST_WHOLE = 2**28
+#: Values between two rows that are read as well rather than asked for twice; about what a disk reads while it seeks.
+LARGEST_GAP = 2**15
+
+
+def is_lazy(matrix: object) -> bool:
+    """Whether a matrix is a dask array; told without importing dask."""
+    return type(matrix).__module__.startswith("dask.array")
+
+
+def n_bytes_as_csr(matrix: object) -> int:
+    """Bytes that a matrix takes as CSR float32, or would if no value were 0."""
+    n_values = matrix.group["data"].shape[0] if isinstance(matrix, CSRDataset | CSCDataset) else np.prod(matrix.shape)
+    return 8 * int(n_values)
+
+
+class StoredCounts(CSRDataset):
+    """Counts, (n_cells, n_genes), of which rows come as CSR float32 without duplicates and explicit zeros.
+
+    It can be the X or a layer of an AnnData. What is known of all cells, such as their totals, is there once `note` was
+    called, as `scvae_tools._data.survey.survey` does when it has checked all values.
+
+    Parameters
+    ----------
+    matrix
+        An ``anndata.abc.CSRDataset``, or an array of h5py, zarr or dask, (n_cells, n_genes of the file).
+    genes
+        Places of the genes to read, in their order; None for all.
+    where
+        Name of the matrix in messages, such as ``adata.X``.
+    cell_names
+        Names of the cells.
+
+    Attributes
+    ----------
+    indptr
+        Number of counts that are not 0 before each cell, (n_cells + 1,) int64, as of a CSR matrix.
+    total, gene_total
+        Sums, (n_cells,) float32 and (n_genes,) float64.
+    gene_fraction
+        Mean over the cells of the share that a gene has of a cell's counts, (n_genes,) float64.
+    largest, is_whole
+        The largest count, and whether all are whole numbers.
+    digest
+        Digest of all counts.
+    """
+
+    def __init__(self, matrix: Any, genes: np.ndarray | None, where: str, cell_names: Sequence[str]) -> None:
+        self.matrix, self.genes, self.where, self.cell_names = matrix, genes, where, cell_names
+        self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
+        self.dtype = np.dtype(np.float32)
+        self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
+        self.indptr: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        return f"StoredCounts: {self.where}, {self.shape[0]:,} cells x {self.shape[1]:,} genes, read when needed"
+
+    @property
+    def backend(self) -> Literal["zarr", "hdf5"]:
+        """Kind of file, as anndata names it."""
+        return "hdf5" if getattr(self.matrix, "backend", None) == "hdf5" else "zarr"
+
+    @property
+    def nnz(self) -> int:
+        """Number of counts that are not 0."""
+        return int(self.indptr[-1])
+
+    def note(self, indptr: np.ndarray, **known: Any) -> None:
+        """Take what is known of all cells; see the attributes."""
+        self.indptr = indptr
+        vars(self).update(known)
+
+    def of_genes(self, places: np.ndarray, cell_names: Sequence[str]) -> StoredCounts:
+        """Counts of the same cells and of genes chosen by their places, not checked yet."""
+        genes = places if self.genes is None else self.genes[places]
+        return StoredCounts(self.matrix, genes, self.where, cell_names)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First and last cell of blocks of about `conversion.BLOCK` values that cover all cells."""
+        n = self.shape[0]
+        if self._start is None:
+            step = max(1, conversion.BLOCK // self.matrix.shape[1])
+            bounds = np.arange(0, n, step)
+        else:
+            wanted = np.arange(0, self._start[-1] + 1, conversion.BLOCK)
+            bounds = np.unique(np.append(0, np.searchsorted(self._start, wanted, side="right")[1:] - 1))
+        for first, last in zip(bounds, [*bounds[1:], n], strict=True):
+            if first < last:
+                yield int(first), int(last)
+
+    def read(self, first: int, last: int) -> csr_matrix:
+        """Rows as they are in the file, of the chosen genes and a plain type of numbers; the structure is checked."""
+        try:
+            part = self._read(first, last)
+        except (OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError) as error:
+            raise OSError(
+                f"{self.where} cannot be read from cell {first:,} ({self.cell_names[first]!r}) to {last:,}: {error}. "
+                "The file may be cut short, damaged or closed: open it again, or copy it from its source."
+            ) from error
+        if self.genes is None:
+            return part
+        return part[:, self.genes]
+
+    def _read(self, first: int, last: int) -> csr_matrix:
+        if self._start is None:
+            part = self.matrix[first:last]
+            part = part.compute() if is_lazy(part) else part
+            return to_csr(part if sparse.issparse(part) else np.asarray(part), None)
+        low, high = int(self._start[first]), int(self._start[last])
+        arrays = self.matrix.group["data"][low:high], self.matrix.group["indices"][low:high]
+        if len(arrays[0]) != high - low or len(arrays[1]) != high - low:
+            raise ValueError(f"{len(arrays[0]):,} values and {len(arrays[1]):,} indices in place of {high - low:,}")
+        part = sparse.csr_matrix((last - first, self.matrix.shape[1]), dtype=arrays[0].dtype)
+        part.data, part.indices, part.indptr = *arrays, self._start[first : last + 1] - low
+        check_structure(part, self.where, error=CountsError)
+        return to_csr(part, None)
+
+    def _pointers(self) -> np.ndarray:
+        start = np.asarray(self.matrix.group["indptr"][:]).astype(np.int64)
+        stored = (self.matrix.group[name].shape[0] for name in ("indices", "data"))
+        fault = fault_of_pointers(start, self.shape[0], "cell", *stored)
+        if fault is not None:
+            raise CountsError(f"{self.where} must be a well-formed sparse matrix; found {fault}. {REMEDY}")
+        return start
+
+    def rows(self, first: int, last: int) -> csr_matrix:
+        """Rows in one piece."""
+        part = to_float32(canonical(self.read(first, last)))
+        expected = self.indptr[first : last + 1] - self.indptr[first]
+        if not np.array_equal(part.indptr, expected):
+            cell = int(np.flatnonzero(part.indptr != expected)[0]) - 1 + first
+            raise CountsError(
+                f"{self.where} must hold the counts that were checked; cell {self.cell_names[cell]!r} has other ones "
+                "now. Has the file been changed since? Open it again, and begin anew."
+            )
+        return part
+
+    def __getitem__(self, index: Any) -> csr_matrix:
+        if isinstance(index, tuple):
+            cells, genes = index
+            return self[cells.ravel() if isinstance(cells, np.ndarray) else cells][
+                :, genes.ravel() if isinstance(genes, np.ndarray) else genes
+            ]
+        positions = np.atleast_1d(np.arange(self.shape[0])[index])
+        wanted, place = np.unique(positions, return_inverse=True)
+        if len(wanted) == 0:
+            return sparse.csr_matrix((0, self.shape[1]), dtype=np.float32)
+        parts = [self._of_piece(piece) for piece in self._pieces(wanted)]
+        whole = parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
+        return whole if np.array_equal(place, np.arange(whole.shape[0])) else whole[place]
+
+    def _of_piece(self, cells: np.ndarray) -> csr_matrix:
+        rows = self.rows(int(cells[0]), int(cells[-1]) + 1)
+        return rows if rows.shape[0] == len(cells) else rows[cells - cells[0]]
+
+    def _pieces(self, cells: np.ndarray) -> list[np.ndarray]:
+        """Cells, ascending, in pieces that are read at once: near each other, and not too many."""
+        gap = self.indptr[cells[1:]] - self.indptr[cells[:-1] + 1]
+        is_first = np.append(True, gap > max(LARGEST_GAP, self.values_at_once))
+        begin = self.indptr[cells[is_first]][np.cumsum(is_first) - 1]
+        block = (self.indptr[cells] - begin) // conversion.BLOCK
+        cuts = np.flatnonzero(is_first[1:] | (np.diff(block) > 0)) + 1
+        return np.split(cells, cuts)
+
+    @property
+    def values_at_once(self) -> int:
+        """Values that the file holds in one piece, so that fewer take as long to read; 1 where it is in none."""
+        if isinstance(self.matrix, CSRDataset):
+            chunks = self.matrix.group["data"].chunks
+            return int(chunks[0]) if chunks else 1
+        if isinstance(self.matrix, h5py.Dataset | zarr.Array):
+            return int(self.matrix.chunks[0]) * self.shape[1] if self.matrix.chunks else 1
+        return int(self.matrix.chunks[0][0]) * self.shape[1]  # of dask, for each dimension
+
+    def to_memory(self) -> csr_matrix:
+        """All counts, in memory."""
+        return self[:]
+
+    # -- sums, as of a CSR matrix --------------------------------------------------------------------------------------
+
+    def sum(self, axis: int) -> np.ndarray:
+        """Sums over the cells, (1, n_genes) float64, or over the genes, (n_cells, 1) float32."""
+        return self.gene_total[None] if axis == 0 else self.total[:, None]
+
+    def mean(self, axis: int) -> np.ndarray:
+        """Means over the cells, (1, n_genes), or over the genes, (n_cells, 1)."""
+        return self.sum(axis) / self.shape[axis]
