@@ -64,8 +64,8 @@ class WindowLoader:
 class WindowTrainingLoader:
     """Loader of the training steps: windows of short runs of cells, both in a new order in each epoch.
 
-    A run is about as long as what the file holds in one piece, so that nothing is read twice in an epoch, but for what
-    `FEWEST_RUNS` needs.
+    A run is about as long as two pieces of the file, which are read as a whole: longer ones save little time, and a
+    window then holds cells from fewer places.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class WindowTrainingLoader:
         counts = dataset.counts
         n_cells = max(batch_size, n_cells_in(dataset.counts, WINDOW_BYTES))
         in_one_piece = counts.values_at_once * counts.shape[0] / counts.nnz
-        run_length = int(np.clip(in_one_piece, 1, max(1, n_cells // FEWEST_RUNS)))
+        run_length = int(np.clip(2 * in_one_piece, 1, max(1, n_cells // FEWEST_RUNS)))
         self.steps = WindowSteps(self.indices, batch_size, n_cells, drop_single=drop_single, run_length=run_length)
         self.n_steps = sum(map(len, self.steps.sizes))
 
