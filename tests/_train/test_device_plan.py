@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from training_cases import BATCH_SIZE, CASES, new_model
 
 import scvae_tools as svt
-from scvae_tools._data import resident, windows
+from scvae_tools._data import resident, window_steps, windows
 from scvae_tools._data.loader import CountDataset
 from scvae_tools._data.resident import ResidentCells
 from scvae_tools._train import device_plan

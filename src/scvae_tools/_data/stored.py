@@ -67,6 +67,8 @@ class StoredCounts(CSRDataset):
         The largest count, and whether all are whole numbers.
     digest
         Digest of all counts.
+    values_at_once
+        Values that the file holds in one piece, so that fewer take as long to read; 1 where it is in none.
     """
 
     def __init__(self, matrix: Any, genes: np.ndarray | None, where: str, cell_names: Sequence[str]) -> None:
@@ -74,6 +76,7 @@ class StoredCounts(CSRDataset):
         self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
         self.dtype = np.dtype(np.float32)
         self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
+        self.values_at_once = self._values_in_one_piece()
         self.indptr: np.ndarray | None = None
 
     def __repr__(self) -> str:
@@ -188,9 +191,7 @@ class StoredCounts(CSRDataset):
         cuts = np.flatnonzero(is_first[1:] | (np.diff(block) > 0)) + 1
         return np.split(cells, cuts)
 
-    @property
-    def values_at_once(self) -> int:
-        """Values that the file holds in one piece, so that fewer take as long to read; 1 where it is in none."""
+    def _values_in_one_piece(self) -> int:
         if isinstance(self.matrix, CSRDataset):
             chunks = self.matrix.group["data"].chunks
             return int(chunks[0]) if chunks else 1
