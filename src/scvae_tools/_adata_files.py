@@ -13,6 +13,7 @@ from anndata.experimental import write_dispatched
 from scipy import sparse
 
 from scvae_tools._files import Sink, replacing
+from scvae_tools._on_disk import copy_on_disk, is_on_disk, n_bytes_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ MARK = "scvae_tools_saved_with"
 
 def write_adata(adata: AnnData, path: Path) -> None:
     """Write h5ad or zarr, by the ending, as `write_h5ad` does, but whole or not at all.
+
+    What is in a file, such as the counts of a backed AnnData, is copied from file to file, a block at a time.
 
     Raises
     ------
@@ -80,8 +83,16 @@ def n_bytes_of(adata: AnnData) -> int:
     """Size of the matrices of an AnnData, below that of an h5ad file without compression."""
     layers = [layer for name, layer in adata.layers.items() if name is not None]  # None is X, in anndata 0.13
     matrices = [adata.X, *layers, *adata.obsm.values(), *adata.varm.values(), *adata.obsp.values()]
-    parts = ((each.data, each.indices, each.indptr) if sparse.issparse(each) else (each,) for each in matrices)
-    return sum(getattr(part, "nbytes", 0) for each in parts for part in each)
+    if adata.raw is not None and is_on_disk(adata.raw.X):
+        matrices.append(adata.raw.X)
+    return sum(map(_n_bytes, matrices))
+
+
+def _n_bytes(matrix: object) -> int:
+    if is_on_disk(matrix):
+        return n_bytes_on_disk(matrix)
+    parts = (matrix.data, matrix.indices, matrix.indptr) if sparse.issparse(matrix) else (matrix,)
+    return sum(getattr(part, "nbytes", 0) for part in parts)
 
 
 def _elements(adata: AnnData, as_dense: Sequence[str] = (), *, categories: bool = True) -> dict[str, Any]:
@@ -116,7 +127,10 @@ def _write(elements: dict[str, Any], group: h5py.Group | zarr.Group, options: Ma
 def _write_plain(
     write: Callable, group: h5py.Group | zarr.Group, name: str, value: Any, *, dataset_kwargs: Mapping, **_: Any
 ) -> None:
-    """Write an element, and strings of pandas as plain ones, or where some are missing as categories."""
+    """Write an element: strings of pandas as plain ones, or where some are missing as categories; copy one on disk."""
+    if is_on_disk(value):
+        copy_on_disk(value, group, name)
+        return
     if not isinstance(getattr(value, "dtype", None), pd.StringDtype):
         write(group, name, value, dataset_kwargs=dataset_kwargs)
         return

@@ -54,7 +54,7 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     check_output(output, overwrite=overwrite, endings=ADATA)
     check_model_folder(model_folder, overwrite=overwrite)
     options = _arguments(given, _options.FIT, parser)
-    adata = _read(given)
+    adata = _read(given, may_stay=True)
     labels = None if score_key is None else _labels(adata, score_key, "--score-key")
     from scvae_tools.tl._lambda_layer import size_of_rate
 
@@ -138,7 +138,7 @@ def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     output = _check_adata(given, parser)
     keys = Keys(_get(given, "key_added", default="scvae"))
     model = _load(given)
-    adata = _read(given)
+    adata = _read(given, may_stay=True)
     layer, fill = _get(given, "layer"), _get(given, "fill_missing", default=False)
     _check_genes(adata, model, fill=fill)
     _check_layer(adata, layer)
@@ -323,13 +323,16 @@ def _call(function: Callable[..., Any], *positional: Any, **options: Any) -> Any
 # -- data and models ---------------------------------------------------------------------------------------------------
 
 
-def _read(given: Namespace) -> AnnData:
-    adata = _reading.read(given.data, orientation=_get(given, "orientation"), genome=_get(given, "genome"))
+def _read(given: Namespace, *, may_stay: bool = False) -> AnnData:
+    """Data that were asked for; counts of a large file stay there if they may, and ``--in-memory`` was not given."""
+    may_stay = may_stay and not _get(given, "in_memory", default=False)
+    options = {name: _get(given, name) for name in ("orientation", "genome")}
+    adata = _reading.read(given.data, **options, may_stay=may_stay)
     if not _get(given, "raw", default=False):
         return adata
     if adata.raw is None:
         raise ValueError(f"--raw takes the counts from raw; {given.data!r} has none. Leave it out.")
-    return adata.raw.to_adata()
+    return _reading.from_raw(adata)
 
 
 def _load(given: Namespace) -> SCVAE:

@@ -127,6 +127,7 @@ READING = (
     Option("--genome", "genome", help="genome to take, where files of 10x Genomics hold several"),
     Option("--raw", "raw", help="take the counts, and their genes, from raw in place of X", more=FLAG),
 )
+IN_MEMORY = Option("--in-memory", "in_memory", help="read all counts, also those of large files", more=FLAG)
 OUTPUT = Option("-o --output", "output", Path, "file to write, .h5ad or .zarr")
 TABLE = Option("-o --output", "output", Path, "table to write, .tsv or .tsv.gz; printed if not given")
 OVERWRITE = Option("--overwrite", "overwrite", help="replace what exists", more=FLAG)
@@ -272,6 +273,7 @@ COMMANDS = {
             Option("--model", "model", folder, "folder to save the trained model in"),
             OVERWRITE,
             *READING,
+            IN_MEMORY,
             *FIT,
             Option("--score-key", "score_key", column, "column of obs to score clusters by; not trained on"),
             _set("svt.tl.scvae, svt.SCVAE or svt.SCVAE.train"),
@@ -289,7 +291,7 @@ COMMANDS = {
     ),
     "predict": Command(
         "latent codes and clusters of new cells, by a trained model",
-        (DATA, MODEL, OUTPUT, OVERWRITE, *READING, LAYER, FILL, KEY, *LOAD),
+        (DATA, MODEL, OUTPUT, OVERWRITE, *READING, IN_MEMORY, LAYER, FILL, KEY, *LOAD),
         ("scvae-tools predict demo --model model -o predicted.h5ad",),
     ),
     "compare": Command(

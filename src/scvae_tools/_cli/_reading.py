@@ -14,11 +14,22 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from anndata.abc import CSCDataset
 from scipy import sparse
 
+from scvae_tools._data import stored
 from scvae_tools._data.structure import check_structures
-from scvae_tools._files import put_back
+from scvae_tools._files import in_words, put_back
 from scvae_tools._messages import inform, listed
+from scvae_tools._on_disk import (
+    is_on_disk,
+    is_present_format,
+    matrices_in,
+    missing_chunks,
+    n_bytes_on_disk,
+    open_adata,
+    open_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +48,9 @@ class ReadingError(ValueError):
     """Error for a file that cannot be read; the message says why."""
 
 
-def read(path: str | Path, *, orientation: str | None = None, genome: str | None = None) -> AnnData:
+def read(
+    path: str | Path, *, orientation: str | None = None, genome: str | None = None, may_stay: bool = False
+) -> AnnData:
     """Read counts from a file or a folder.
 
     Parameters
@@ -49,6 +62,8 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
         Orientation of a text file: ``"cells-by-genes"``, also for None, or ``"genes-by-cells"``. It is never guessed.
     genome
         Genome to take where 10x Genomics files hold several.
+    may_stay
+        Whether X, layers and raw of an h5ad or zarr file stay there, if they are large (`stored.LARGEST_WHOLE`).
 
     Returns
     -------
@@ -70,7 +85,7 @@ def read(path: str | Path, *, orientation: str | None = None, genome: str | None
     if not path.exists():
         raise FileNotFoundError(f"There is no {str(path)!r}. Pass a file or folder of counts, or {DEMO!r}.")
     kind = format_of(path)
-    options = _options_of(kind, orientation, genome)
+    options = _options_of(kind, orientation, genome) | ({"may_stay": may_stay} if kind in ("h5ad", "zarr") else {})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that are not unique are dealt with here
@@ -110,7 +125,13 @@ def format_of(path: Path) -> str:
 
 
 def _format_of_hdf5(path: Path) -> str:
-    with h5py.File(path) as file:
+    try:
+        file = h5py.File(path)
+    except OSError as error:
+        raise ReadingError(
+            f"{str(path)!r} cannot be opened: {error}. It may be cut short or in use: copy it from its source again."
+        ) from error
+    with file:
         if "row_attrs" in file:
             return "loom"
         if isinstance(file.get("matrix"), h5py.Group) or _genomes(file):
@@ -145,6 +166,49 @@ def _make_unique(adata: AnnData) -> None:
 
 def _repeated(names: pd.Index) -> str:
     return listed(names[names.duplicated()].unique())
+
+
+# -- AnnData -----------------------------------------------------------------------------------------------------------
+
+
+def _read_anndata(path: Path, *, may_stay: bool) -> AnnData:
+    """Read an h5ad or zarr file, but for its matrices where they are large and may stay in it."""
+    file = open_file(path)
+    is_known = is_present_format(file)
+    matrices = matrices_in(file) if is_known else {}
+    for name, matrix in matrices.items():
+        if (lacking := missing_chunks(matrix)) is not None:
+            raise ReadingError(f"{name} must be complete; found {lacking}. Copy it from its source again.")
+    n_bytes = sum(map(stored.n_bytes_as_csr, matrices.values()))
+    if not may_stay or n_bytes <= stored.LARGEST_WHOLE:
+        if isinstance(file, h5py.File):
+            file.close()
+        return anndata.read_h5ad(path) if path.is_file() else anndata.read_zarr(path)
+    matrices = {name: matrix for name, matrix in matrices.items() if not _is_read_whole(matrix)}
+    adata = open_adata(file, matrices)
+    inform(
+        "%s of %s stay in the file and are read in parts, since they are large, %s as CSR. --in-memory reads them all.",
+        listed(matrices),
+        path.name,
+        in_words(n_bytes),
+    )
+    return adata
+
+
+def _is_read_whole(matrix: Any) -> bool:
+    """Whether a matrix is stored by gene, so that cells cannot be read from it, and there is room for it in memory."""
+    import psutil
+
+    return isinstance(matrix, CSCDataset) and 4 * n_bytes_on_disk(matrix) < psutil.virtual_memory().available
+
+
+def from_raw(adata: AnnData) -> AnnData:
+    """AnnData of the counts in ``adata.raw`` and their genes; they stay in the file if they are there."""
+    raw = adata.raw
+    if not is_on_disk(raw.X):
+        return raw.to_adata()
+    mappings = {name: dict(getattr(adata, name)) for name in ("obsm", "obsp", "uns")}
+    return AnnData(raw.X, obs=adata.obs.copy(), var=raw.var.copy(), varm=dict(raw.varm), **mappings)
 
 
 # -- 10x Genomics ------------------------------------------------------------------------------------------------------
@@ -384,8 +448,8 @@ def _is_number(text: str) -> bool:
 # -- table -------------------------------------------------------------------------------------------------------------
 
 READERS: dict[str, Callable[..., AnnData]] = {
-    "h5ad": anndata.read_h5ad,
-    "zarr": anndata.read_zarr,
+    "h5ad": _read_anndata,
+    "zarr": _read_anndata,
     "10x h5": _read_10x_h5,
     "mtx": _read_mtx,
     "loom": _read_loom,

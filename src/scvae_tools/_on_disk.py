@@ -1,0 +1,144 @@
+"""Matrices of an AnnData that stay in their h5ad or zarr file: opened, measured, and copied to another file."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import zarr
+from anndata import AnnData
+from anndata.abc import CSCDataset, CSRDataset
+from anndata.io import read_elem, sparse_dataset
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: Values that are copied at a time.
+BLOCK = 2**22
+SPARSE = {"csr_matrix", "csc_matrix"}
+IN_MEMORY = ("obs", "var", "obsm", "varm", "obsp", "varp", "uns")
+
+
+def open_file(path: Path) -> h5py.File | zarr.Group:
+    """Open an h5ad or zarr file to be read."""
+    return zarr.open_group(str(path), mode="r") if path.is_dir() else h5py.File(path, "r")
+
+
+def matrices_in(file: h5py.File | zarr.Group) -> dict[str, Any]:
+    """X, layers and X of raw, by their path in the file, as they are on disk; those in other encodings are left out."""
+    names = ["X", *(f"layers/{name}" for name in file.get("layers", ())), "raw/X"]
+    found = {name: _on_disk(file[name]) for name in names if name in file}
+    return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+
+def _on_disk(element: Any) -> Any:
+    kind = element.attrs.get("encoding-type")
+    if kind in SPARSE:
+        return sparse_dataset(element)
+    return element if kind == "array" and len(element.shape) == 2 else None
+
+
+def open_adata(file: h5py.File | zarr.Group, matrices: dict[str, Any]) -> AnnData:
+    """AnnData of an open file with matrices of `matrices_in`; all else is read into memory.
+
+    Parameters
+    ----------
+    file
+        In the present format of anndata, see `is_present_format`.
+    matrices
+        By their path in the file; those that it has not are read.
+    """
+    names = [f"layers/{name}" for name in file.get("layers", ())]
+    parts = {name: read_elem(file[name]) for name in IN_MEMORY if name in file}
+    parts["layers"] = {name.partition("/")[2]: _matrix(file, name, matrices) for name in names}
+    if "raw" in file:
+        of_raw = {name: read_elem(file[f"raw/{name}"]) for name in ("var", "varm") if name in file["raw"]}
+        parts["raw"] = {"X": _matrix(file, "raw/X", matrices), **of_raw}
+    return AnnData(_matrix(file, "X", matrices) if "X" in file else None, **parts)
+
+
+def _matrix(file: h5py.File | zarr.Group, name: str, matrices: dict[str, Any]) -> Any:
+    return matrices[name] if name in matrices else read_elem(file[name])
+
+
+def is_present_format(file: h5py.File | zarr.Group) -> bool:
+    """Whether the file is in the format that anndata writes since 0.7, in which each part says what it is."""
+    tables = [file[name].attrs.get("encoding-type") for name in ("obs", "var") if name in file]
+    return file.attrs.get("encoding-type") == "anndata" and tables == ["dataframe"] * 2
+
+
+def is_on_disk(value: object) -> bool:
+    """Whether a matrix is in an HDF5 or zarr file."""
+    return isinstance(value, CSRDataset | CSCDataset | h5py.Dataset | zarr.Array)
+
+
+def n_bytes_on_disk(matrix: Any) -> int:
+    """Bytes of a matrix in an HDF5 or zarr file, before compression."""
+    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in _arrays(matrix).values())
+
+
+def _arrays(matrix: Any) -> dict[str, Any]:
+    is_sparse = isinstance(matrix, CSRDataset | CSCDataset)
+    return {name: matrix.group[name] for name in ("data", "indices", "indptr")} if is_sparse else {"": matrix}
+
+
+def missing_chunks(matrix: Any) -> str | None:
+    """What a sparse matrix in zarr lacks, which would be read as zeros; None if nothing.
+
+    zarr leaves out chunks that are all zeros. Values that are stored, and the places of the genes, are not so.
+    """
+    if not isinstance(matrix, CSRDataset | CSCDataset):
+        return None
+    for name, array in _arrays(matrix).items():
+        is_zero = name == "indptr" or (name == "indices" and min(matrix.shape) == 1)
+        if isinstance(array, zarr.Array) and not is_zero and (lacking := array.nchunks - array.nchunks_initialized):
+            return f"{lacking:,} of the {array.nchunks:,} chunks of {name!r} missing in {place_of(matrix)}"
+    return None
+
+
+def place_of(matrix: Any) -> str:
+    """File and path in it of a matrix on disk."""
+    part = matrix.group if isinstance(matrix, CSRDataset | CSCDataset) else matrix
+    if isinstance(part, h5py.Dataset | h5py.Group):
+        return f"{part.file.filename!r}, {part.name}" if part else "a file that is closed"
+    root = getattr(part.store, "root", None) or getattr(part.store, "path", part.store)
+    return f"{str(root)!r}, {part.path}"
+
+
+def copy_on_disk(matrix: Any, group: h5py.Group | zarr.Group, name: str) -> None:
+    """Copy a matrix in a file into a group of another file, a block at a time; within HDF5 as it is, compressed."""
+    is_sparse = isinstance(matrix, CSRDataset | CSCDataset)
+    source = matrix.group if is_sparse else matrix
+    if isinstance(group, h5py.Group) and isinstance(source, h5py.Dataset | h5py.Group):
+        group.copy(source, name)
+        return
+    if not is_sparse:
+        _copy_array(source, group, name)
+        return
+    made = group.create_group(name)
+    for part, array in _arrays(matrix).items():
+        _copy_array(array, made, part)
+    made.attrs.update(_plain(source.attrs))
+
+
+def _copy_array(source: Any, group: h5py.Group | zarr.Group, name: str) -> None:
+    width = max(1, math.prod(source.shape[1:]))
+    n_rows = max(1, BLOCK // width)
+    if isinstance(group, h5py.Group):
+        made = group.create_dataset(name, shape=source.shape, dtype=source.dtype)
+    else:
+        create = getattr(group, "create_array", None) or group.create_dataset  # the latter before zarr 3
+        own = None if getattr(source, "shards", None) else source.chunks  # those within shards may be too many files
+        chunks = own or (max(1, min(n_rows // 16, source.shape[0])), *source.shape[1:])
+        made = create(name, shape=source.shape, dtype=source.dtype, chunks=chunks)
+    if source.chunks:  # no chunk is written, or read, twice
+        n_rows = math.ceil(n_rows / source.chunks[0]) * source.chunks[0]
+    for low in range(0, source.shape[0], n_rows):
+        made[low : low + n_rows] = source[low : low + n_rows]
+    made.attrs.update(_plain(source.attrs))
+
+
+def _plain(attributes: Any) -> dict[str, Any]:
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in dict(attributes).items()}
