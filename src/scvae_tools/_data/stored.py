@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -14,6 +15,7 @@ from scvae_tools._data import conversion
 from scvae_tools._data.conversion import canonical, to_csr, to_float32
 from scvae_tools._data.count_checks import CountsError
 from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
+from scvae_tools._on_disk import missing_chunks, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 LARGEST_WHOLE = 2**28
 #: Values between two rows that are read as well rather than asked for twice; about what a disk reads while it seeks.
 LARGEST_GAP = 2**15
+#: Values of a chunk of a dense or lazy array up to which it is read as a whole.
+LARGEST_CHUNK = 2**26
 
 
 def is_lazy(matrix: object) -> bool:
@@ -36,6 +40,16 @@ def n_bytes_as_csr(matrix: object) -> int:
     """Bytes that a matrix takes as CSR float32, or would if no value were 0."""
     n_values = matrix.group["data"].shape[0] if isinstance(matrix, CSRDataset | CSCDataset) else np.prod(matrix.shape)
     return 8 * int(n_values)
+
+
+def marks_of(counts: csr_matrix) -> np.ndarray:
+    """Sum of each cell's counts, (n_cells,) float32, with a weight for each gene, so that other counts have another."""
+    return counts @ _weights(counts.shape[1])
+
+
+@cache
+def _weights(n_genes: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.5, 1.5, n_genes).astype(np.float32)
 
 
 class StoredCounts(CSRDataset):
@@ -67,8 +81,8 @@ class StoredCounts(CSRDataset):
         The largest count, and whether all are whole numbers.
     digest
         Digest of all counts.
-    values_at_once
-        Values that the file holds in one piece, so that fewer take as long to read; 1 where it is in none.
+    mark
+        Number of each cell by which a change of its counts is noticed, (n_cells,) float32; see `marks_of`.
     """
 
     def __init__(self, matrix: Any, genes: np.ndarray | None, where: str, cell_names: Sequence[str]) -> None:
@@ -76,7 +90,7 @@ class StoredCounts(CSRDataset):
         self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
         self.dtype = np.dtype(np.float32)
         self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
-        self.values_at_once = self._values_in_one_piece()
+        self._chunk = self._size_of_chunk()
         self.indptr: np.ndarray | None = None
 
     def __repr__(self) -> str:
@@ -108,7 +122,10 @@ class StoredCounts(CSRDataset):
         """First and last cell of blocks of about `conversion.BLOCK` values that cover all cells."""
         n = self.shape[0]
         if self._start is None:
-            step = max(1, conversion.BLOCK // self.matrix.shape[1])
+            width, in_chunk = self.matrix.shape[1], self._chunk
+            step = max(1, conversion.BLOCK // width)
+            if in_chunk * width <= LARGEST_CHUNK:  # no chunk is read twice
+                step = -(-step // in_chunk) * in_chunk
             bounds = np.arange(0, n, step)
         else:
             wanted = np.arange(0, self._start[-1] + 1, conversion.BLOCK)
@@ -121,9 +138,11 @@ class StoredCounts(CSRDataset):
         """Rows as they are in the file, of the chosen genes and a plain type of numbers; the structure is checked."""
         try:
             part = self._read(first, last)
-        except (OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError) as error:
+        except CountsError:
+            raise
+        except Exception as error:
             raise OSError(
-                f"{self.where} cannot be read from cell {first:,} ({self.cell_names[first]!r}) to {last:,}: {error}. "
+                f"{self._name} cannot be read from cell {first:,} ({self.cell_names[first]!r}) to {last:,}: {error}. "
                 "The file may be cut short, damaged or closed: open it again, or copy it from its source."
             ) from error
         if self.genes is None:
@@ -141,25 +160,36 @@ class StoredCounts(CSRDataset):
             raise ValueError(f"{len(arrays[0]):,} values and {len(arrays[1]):,} indices in place of {high - low:,}")
         part = sparse.csr_matrix((last - first, self.matrix.shape[1]), dtype=arrays[0].dtype)
         part.data, part.indices, part.indptr = *arrays, self._start[first : last + 1] - low
-        check_structure(part, self.where, error=CountsError)
+        check_structure(part, self._name, (self.cell_names[first:last], ()), error=CountsError)
         return to_csr(part, None)
 
+    @property
+    def _name(self) -> str:
+        return self.where if is_lazy(self.matrix) else f"{self.where} ({place_of(self.matrix)})"
+
     def _pointers(self) -> np.ndarray:
-        start = np.asarray(self.matrix.group["indptr"][:]).astype(np.int64)
+        if (lacking := missing_chunks(self.matrix)) is not None:
+            raise CountsError(f"{self.where} must be complete; found {lacking}. Copy the file from its source again.")
+        try:
+            start = np.asarray(self.matrix.group["indptr"][:]).astype(np.int64)
+        except Exception as error:
+            raise OSError(f"{self._name}/indptr cannot be read: {error}. Copy the file from its source again.") from error
         stored = (self.matrix.group[name].shape[0] for name in ("indices", "data"))
         fault = fault_of_pointers(start, self.shape[0], "cell", *stored)
         if fault is not None:
-            raise CountsError(f"{self.where} must be a well-formed sparse matrix; found {fault}. {REMEDY}")
+            raise CountsError(f"{self._name} must be a well-formed sparse matrix; found {fault}. {REMEDY}")
         return start
 
     def rows(self, first: int, last: int) -> csr_matrix:
         """Rows in one piece."""
         part = to_float32(canonical(self.read(first, last)))
         expected = self.indptr[first : last + 1] - self.indptr[first]
-        if not np.array_equal(part.indptr, expected):
-            cell = int(np.flatnonzero(part.indptr != expected)[0]) - 1 + first
+        is_other = np.diff(part.indptr) != np.diff(expected)
+        is_other |= marks_of(part) != self.mark[first:last]
+        if is_other.any():
+            cell = int(np.flatnonzero(is_other)[0]) + first
             raise CountsError(
-                f"{self.where} must hold the counts that were checked; cell {self.cell_names[cell]!r} has other ones "
+                f"{self._name} must hold the counts that were checked; cell {self.cell_names[cell]!r} has other ones "
                 "now. Has the file been changed since? Open it again, and begin anew."
             )
         return part
@@ -191,13 +221,16 @@ class StoredCounts(CSRDataset):
         cuts = np.flatnonzero(is_first[1:] | (np.diff(block) > 0)) + 1
         return np.split(cells, cuts)
 
-    def _values_in_one_piece(self) -> int:
-        if isinstance(self.matrix, CSRDataset):
-            chunks = self.matrix.group["data"].chunks
-            return int(chunks[0]) if chunks else 1
-        if isinstance(self.matrix, h5py.Dataset | zarr.Array):
-            return int(self.matrix.chunks[0]) * self.shape[1] if self.matrix.chunks else 1
-        return int(self.matrix.chunks[0][0]) * self.shape[1]  # of dask, for each dimension
+    @property
+    def values_at_once(self) -> int:
+        """Counts that the file holds in one piece, so that fewer take as long to read; 1 where it is in none."""
+        return self._chunk if self._start is not None else max(1, self._chunk * self.nnz // self.shape[0])
+
+    def _size_of_chunk(self) -> int:
+        """Values of a sparse matrix, or cells of an array, in one piece; 1 where they are in none."""
+        matrix = self.matrix if self._start is None else self.matrix.group["data"]
+        chunks = (matrix.chunks or (1,))[0]
+        return int(max(chunks) if is_lazy(matrix) else chunks)
 
     def to_memory(self) -> csr_matrix:
         """All counts, in memory."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from scvae_tools._data.conversion import canonical, to_float32
 from scvae_tools._data.count_checks import Found, check_integers, check_values
+from scvae_tools._data.stored import marks_of
 from scvae_tools._messages import quiet_tqdm
 
 if TYPE_CHECKING:
@@ -78,13 +79,14 @@ class _Known(NamedTuple):
     gene_fraction: np.ndarray
     largest: float
     digest: str
+    mark: np.ndarray
 
 
 class _Sums:
     """Sums over cells that come in blocks."""
 
     def __init__(self, n_genes: int) -> None:
-        self.n_of_cell, self.total = [np.zeros(1, dtype=np.int64)], []
+        self.n_of_cell, self.total, self.mark = [np.zeros(1, dtype=np.int64)], [], []
         self.gene_total, self.gene_fraction = np.zeros(n_genes), np.zeros(n_genes)
         self.largest = 0.0
         self.hashers = [hashlib.blake2b(digest_size=8) for _ in range(2)]
@@ -93,6 +95,7 @@ class _Sums:
         total = np.asarray(part.sum(1)).ravel()
         self.n_of_cell.append(np.diff(part.indptr))
         self.total.append(total)
+        self.mark.append(marks_of(part))
         self.gene_total += np.bincount(part.indices, part.data, minlength=len(self.gene_total))
         share = part.data / np.repeat(np.maximum(total, np.finfo(np.float32).tiny), np.diff(part.indptr))
         self.gene_fraction += np.bincount(part.indices, share, minlength=len(self.gene_fraction))
@@ -105,4 +108,4 @@ class _Sums:
         values = b"".join(hasher.digest() for hasher in self.hashers)
         digest = hashlib.blake2b(values + indptr.tobytes(), digest_size=8).hexdigest()
         fraction = self.gene_fraction / len(total)
-        return _Known(indptr, total, self.gene_total, fraction, self.largest, f"#{digest}")
+        return _Known(indptr, total, self.gene_total, fraction, self.largest, f"#{digest}", np.concatenate(self.mark))
