@@ -16,7 +16,8 @@ TOPICS = {
     "likelihoods": {"likelihoods"},
     "model": {"autotune", "covariates", "devices", "query", "recovery"},
     "pl": {"all"},
-    "_cli": {"cli"},
+    "_cli": {"cli", "large_files"},
+    "tl": {"lazy"},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata
 import h5py
 import numpy as np
@@ -65,12 +67,24 @@ def _h5_dense(matrix, path):
     return as_adata(file.create_dataset("x", data=matrix.toarray(), chunks=(10, N_GENES)))
 
 
+def _dask_sparse(matrix, path):
+    array = pytest.importorskip("dask.array")
+    return as_adata(array.from_array(matrix, chunks=(10, N_GENES), asarray=False))
+
+
+def _dask_dense(matrix, path):
+    array = pytest.importorskip("dask.array")
+    return as_adata(array.from_array(matrix.toarray(), chunks=(10, 7)))
+
+
 FORMS = {
     "h5ad": _h5ad,
     "zarr": _zarr_sparse,
     "layer in zarr": _zarr_layer,
     "dense zarr": _zarr_dense,
     "dense hdf5": _h5_dense,
+    "sparse dask": _dask_sparse,
+    "dense dask": _dask_dense,
 }
 
 
@@ -265,9 +279,90 @@ def test_a_file_that_was_changed_after_the_check_is_noticed(tmp_path):
         counts[18:25]
 
 
+@pytest.mark.parametrize(("name", "change"), [("data", 1), ("indices", -1)])
+def test_another_value_and_another_gene_are_noticed_where_the_rows_are_as_long(name, change, tmp_path):
+    x = make_counts()
+    x[20, 7:10] = 0, 0, 2
+    _zarr_sparse(sparse.csr_matrix(x), tmp_path)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r+")["X"]
+    counts = read_counts(as_adata(anndata.io.sparse_dataset(group)), may_stay=True)
+    place = int(counts.indptr[20] + (x[20, :9] > 0).sum())
+    assert (group["indices"][place], group["data"][place]) == (9, 2)
+    group[name][place] += change
+    with pytest.raises(CountsError, match=r"the counts that were checked; cell 'cell20' has other ones now"):
+        counts[18:25]
+    np.testing.assert_array_equal(counts[21:25].toarray(), x[21:25])
+
+
+def _store_with_chunks(path, name):
+    """Store of counts in compressed chunks of 50 values, and the file of the third chunk of an array."""
+    adata = as_adata(sparse.csr_matrix(make_counts()))
+    anndata.io.write_elem(zarr.open_group(path / "a.zarr", mode="w", zarr_format=2), "/", adata)
+    group = zarr.open_group(path / "a.zarr", mode="r+")["X"]
+    values = group[name][:]
+    del group[name]
+    group.create_array(name, shape=values.shape, chunks=(50,), dtype=values.dtype)[:] = values
+    return anndata.io.sparse_dataset(group), path / "a.zarr" / "X" / name / "2"
+
+
+@pytest.mark.parametrize("name", ["data", "indices"])
+def test_a_chunk_that_is_missing_is_noticed_where_zarr_reads_zeros(name, tmp_path):
+    matrix, chunk = _store_with_chunks(tmp_path, name)
+    assert read_counts(as_adata(matrix), may_stay=True).shape == (N_CELLS, N_GENES)
+    chunk.unlink()
+    match = rf"adata.X must be complete; found 1 of the \d+ chunks of '{name}' missing in .*a\.zarr', X\..*its source"
+    with pytest.raises(CountsError, match=match):
+        read_counts(as_adata(matrix), may_stay=True)
+
+
+@pytest.mark.parametrize("name", ["data", "indices"])
+@pytest.mark.parametrize("fault", ["cut short", "other bytes"])
+def test_a_chunk_of_zarr_that_cannot_be_read_is_named_with_file_and_cells(fault, name, tmp_path):
+    matrix, chunk = _store_with_chunks(tmp_path, name)
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:20] if fault == "cut short" else b"\xff" * len(content))
+    first = int(np.searchsorted(matrix.group["indptr"][:], 100, side="right")) - 1
+    match = r"adata.X \('.*a\.zarr', X\) cannot be read from cell \d+ \('cell\d+'\) to"
+    with pytest.raises(OSError, match=match) as found:
+        read_counts(as_adata(matrix), may_stay=True)
+    low, high = (int(part) for part in re.search(r"from cell (\d+) .* to (\d+)", str(found.value)).groups())
+    assert low <= first < high < N_CELLS
+
+
+def test_a_chunk_of_hdf5_that_cannot_be_read_is_named_with_file_and_cells(tmp_path):
+    as_adata(sparse.csr_matrix(make_counts())).write_h5ad(tmp_path / "a.h5ad", compression="gzip")
+    with h5py.File(tmp_path / "a.h5ad") as file:
+        chunk = file["X/data"].id.get_chunk_info(0)
+    content = bytearray((tmp_path / "a.h5ad").read_bytes())
+    content[chunk.byte_offset + 10 : chunk.byte_offset + chunk.size] = bytes(chunk.size - 10)
+    (tmp_path / "a.h5ad").write_bytes(content)
+    adata = anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    with pytest.raises(OSError, match=r"adata.X \('.*a\.h5ad', /X\) cannot be read from cell 0 \('cell0'\) to"):
+        read_counts(adata, may_stay=True)
+
+
+def test_a_missing_layer_is_refused_with_those_there(tmp_path):
+    adata = _zarr_layer(sparse.csr_matrix(make_counts()), tmp_path)
+    with pytest.raises(CountsError, match=r"`layer` must name a layer of adata; found 'raw', and the layers 'counts'"):
+        read_counts(adata, layer="raw", may_stay=True)
+
+
+def test_genes_in_another_order_are_read_and_summed_in_it(form, tmp_path):
+    x, order = make_counts(), np.random.default_rng(2).permutation(N_GENES)
+    counts = stored_of(form, tmp_path, x).in_order(order)
+    np.testing.assert_array_equal(counts[10:30].toarray(), x[10:30][:, order])
+    np.testing.assert_allclose(counts.sum(0).ravel(), x.sum(0)[order])
+    np.testing.assert_allclose(gene_mean_fraction(counts, x.sum(1)), (x / x.sum(1, keepdims=True)).mean(0)[order])
+
+
+def test_blocks_of_an_array_end_where_its_chunks_do(tmp_path):
+    counts = stored_of("dense zarr", tmp_path, make_counts())
+    assert list(counts.blocks()) == [(low, min(low + 10, N_CELLS)) for low in range(0, N_CELLS, 10)]
+
+
 def test_rows_that_cannot_be_read_are_named(tmp_path):
     adata = _h5ad(sparse.csr_matrix(make_counts()), tmp_path)
     counts = read_counts(adata, may_stay=True)
     adata.file.close()
-    with pytest.raises(OSError, match=r"adata.X cannot be read from cell 10 \('cell10'\) to 12"):
+    with pytest.raises(OSError, match=r"adata.X \('.*a\.h5ad', /X\) cannot be read from cell 10 \('cell10'\) to 12"):
         counts[10:12]

@@ -29,10 +29,11 @@ from scvae_tools._cli._writing import (
     check_output,
     write_table,
 )
-from scvae_tools._files import require_room
+from scvae_tools._files import in_words, require_room
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
 from scvae_tools._messages import listed
+from scvae_tools._on_disk import is_on_disk
 from scvae_tools._other_names import hint_for
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def fit(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
 
     has_all_genes = options.get("mask_var") is None
     n_bytes_of_rate = size_of_rate(adata, options.get("write_lambda"), has_all_genes=has_all_genes)
+    _require_memory_for_rate(adata, n_bytes_of_rate)
     _require_room(output, n_bytes_of(adata) + n_bytes_of_rate)
     start = time.perf_counter()
     with interrupts_held() as held:  # until what was trained is in a file
@@ -247,6 +249,18 @@ def _require_room(output: Path | None, n_bytes: int) -> None:
     """Refuse, before any work, results that the disk has no room for; how far zarr compresses them is not known."""
     if output is not None and output.suffix == ".h5ad":
         require_room(output, n_bytes)
+
+
+def _require_memory_for_rate(adata: AnnData, n_bytes: int) -> None:
+    """Refuse, before any work, λ that would not fit into memory, of counts that were left in their file for it."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if is_on_disk(adata.X) and n_bytes > free / 2:
+        raise ValueError(
+            f"--lambda takes {in_words(n_bytes)} of memory here; found {in_words(free)} free. Leave it out, or call "
+            "svt.tl.scvae(adata, write_lambda=...) in Python with an array on disk."
+        )
 
 
 def _check_table(given: Namespace) -> Path | None:

@@ -7,7 +7,7 @@ here changes the AnnData.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -159,15 +159,27 @@ def load_counts(matrix: object) -> csr_matrix | StoredCounts:
     return to_float32(canonical(to_csr(matrix, None)))
 
 
+def read_tables(adata: AnnData) -> None:
+    """Read obs and var of lazily read data into memory, where results can be written to them; all else stays lazy."""
+    if isinstance(adata, AnnData):
+        for name, table in _lazy_tables(adata).items():
+            setattr(adata, name, table.to_memory())
+
+
+def _lazy_tables(adata: AnnData) -> dict[str, Any]:
+    tables = {name: getattr(adata, name) for name in ("obs", "var")}
+    return {name: table for name, table in tables.items() if not isinstance(table, pd.DataFrame)}
+
+
 def require_anndata(adata: object) -> None:
     """Refuse what is not an AnnData, such as a MuData, and one whose tables are still to be read from a file."""
     if isinstance(adata, AnnData):
-        for name in ("obs", "var"):
-            if not isinstance(table := getattr(adata, name), pd.DataFrame):
-                raise TypeError(
-                    f"`adata` must have {name} in memory; found a {type(table).__name__}, as lazily read data have. "
-                    "Read them: adata = adata.to_memory()."
-                )
+        for name, table in _lazy_tables(adata).items():
+            raise TypeError(
+                f"`adata` must have {name} in memory; found a {type(table).__name__}, as lazily read data have. "
+                "Read the tables, the counts stay as they are: adata.obs = adata.obs.to_memory(); adata.var = "
+                "adata.var.to_memory()."
+            )
         return
     modalities = getattr(adata, "mod", None)
     if hasattr(modalities, "keys"):  # a MuData, told without importing mudata

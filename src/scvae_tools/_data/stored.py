@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
-import zarr
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
@@ -15,6 +13,7 @@ from scvae_tools._data import conversion
 from scvae_tools._data.conversion import canonical, to_csr, to_float32
 from scvae_tools._data.count_checks import CountsError
 from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
+from scvae_tools._files import short_digest
 from scvae_tools._on_disk import missing_chunks, place_of
 
 if TYPE_CHECKING:
@@ -82,11 +81,12 @@ class StoredCounts(CSRDataset):
     digest
         Digest of all counts.
     mark
-        Number of each cell by which a change of its counts is noticed, (n_cells,) float32; see `marks_of`.
+        Number of each cell by which a change of its counts is noticed, (n_cells,) float32, see `marks_of`; or None.
     """
 
     def __init__(self, matrix: Any, genes: np.ndarray | None, where: str, cell_names: Sequence[str]) -> None:
         self.matrix, self.genes, self.where, self.cell_names = matrix, genes, where, cell_names
+        self._name = where if is_lazy(matrix) else f"{where} ({place_of(matrix)})"
         self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
         self.dtype = np.dtype(np.float32)
         self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
@@ -115,6 +115,15 @@ class StoredCounts(CSRDataset):
         """Counts of the same cells and of genes chosen by their places, not checked yet."""
         genes = places if self.genes is None else self.genes[places]
         return StoredCounts(self.matrix, genes, self.where, cell_names)
+
+    def in_order(self, order: np.ndarray) -> StoredCounts:
+        """Counts that were checked, with the genes in another order, by their places."""
+        other = self.of_genes(order, self.cell_names)
+        known = {name: getattr(self, name) for name in ("total", "largest", "is_whole")}
+        of_genes = {name: getattr(self, name)[order] for name in ("gene_total", "gene_fraction")}
+        digest = short_digest(self.digest.encode(), order.astype(np.int64))
+        other.note(self.indptr, **known, **of_genes, digest=digest, mark=None)
+        return other
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -163,17 +172,15 @@ class StoredCounts(CSRDataset):
         check_structure(part, self._name, (self.cell_names[first:last], ()), error=CountsError)
         return to_csr(part, None)
 
-    @property
-    def _name(self) -> str:
-        return self.where if is_lazy(self.matrix) else f"{self.where} ({place_of(self.matrix)})"
-
     def _pointers(self) -> np.ndarray:
         if (lacking := missing_chunks(self.matrix)) is not None:
             raise CountsError(f"{self.where} must be complete; found {lacking}. Copy the file from its source again.")
         try:
             start = np.asarray(self.matrix.group["indptr"][:]).astype(np.int64)
         except Exception as error:
-            raise OSError(f"{self._name}/indptr cannot be read: {error}. Copy the file from its source again.") from error
+            raise OSError(
+                f"indptr of {self._name} cannot be read: {error}. Copy the file from its source again."
+            ) from error
         stored = (self.matrix.group[name].shape[0] for name in ("indices", "data"))
         fault = fault_of_pointers(start, self.shape[0], "cell", *stored)
         if fault is not None:
@@ -185,7 +192,8 @@ class StoredCounts(CSRDataset):
         part = to_float32(canonical(self.read(first, last)))
         expected = self.indptr[first : last + 1] - self.indptr[first]
         is_other = np.diff(part.indptr) != np.diff(expected)
-        is_other |= marks_of(part) != self.mark[first:last]
+        if self.mark is not None:
+            is_other |= marks_of(part) != self.mark[first:last]
         if is_other.any():
             cell = int(np.flatnonzero(is_other)[0]) + first
             raise CountsError(

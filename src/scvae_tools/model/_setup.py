@@ -11,7 +11,7 @@ from scvi.data import AnnDataManager
 from scvi.data.fields import LayerField, NumericalJointObsField, NumericalObsField
 from scvi.model.base import BaseMinifiedModeModelClass
 
-from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts
+from scvae_tools._data.counts import CountsError, digest_of_counts, read_counts, read_tables
 from scvae_tools._data.loader import keep_counts, kept_counts, registered_columns
 from scvae_tools._data.roles import ROLES, check_obs, warn_of_names_of_no_label
 from scvae_tools._messages import listed
@@ -62,7 +62,8 @@ class SetupMixin(BaseMinifiedModeModelClass):
         Parameters
         ----------
         adata
-            AnnData with raw counts, (n_cells, n_genes), sparse or dense.
+            AnnData with raw counts, (n_cells, n_genes), sparse or dense, in memory, in a file or lazy; obs and var of
+            lazily read data are read into memory.
         layer
             Layer of the counts; None for ``adata.X``.
         batch_key, labels_key
@@ -92,6 +93,7 @@ class SetupMixin(BaseMinifiedModeModelClass):
             known = inspect.signature(cls.setup_anndata).parameters
             raise unknown_argument("setup_anndata", next(iter(kwargs)), [name for name in known if name != "kwargs"])
         obs_keys = {argument: setup_method_args[SETUP_ARGS][argument] for argument in ROLES}
+        read_tables(adata)
         minified, counts = minified_type(adata), None
         if minified is None:
             options = {"layer": layer, "allow_non_integer": allow_non_integer}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scvae_tools._checks import check_key, checked
+from scvae_tools._data.counts import read_tables
 from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._results.writing import copy_in_memory, replace_results, require_writable
@@ -43,7 +44,8 @@ def predict(
     ----------
     adata
         Annotated data with raw counts and the genes of the model, in any order and among others; never changed but for
-        the keys below.
+        the keys below. Counts in a file or a dask array that are large stay there, unless genes of the model are
+        missing; of lazily read data, obs and var are read into memory.
     model
         Trained `SCVAE`, as ``svt.tl.scvae(adata, return_model=True)`` or ``SCVAE.load`` returns it, or the folder where
         one is saved.
@@ -94,11 +96,12 @@ def predict(
     >>> svt.pl.probs(new)
     """
     keys = Keys(check_key("key_added", key_added))
+    read_tables(adata)
     model = find_model(adata, model, key_added)
     require_encoder_of_counts(model, "svt.tl.predict")
     require_writable(adata, copy=copy)
     require_place_for_rate(adata, write_lambda, copy=copy)
-    cells = model.other_cells(adata, layer=layer, any_labels=True, fill_missing=fill_missing)
+    cells = model.other_cells(adata, layer=layer, any_labels=True, fill_missing=fill_missing, may_stay=True)
     with model.shown(cells) as shown:
         params = params_of(model) | {"layer": layer}
         results = results_of(model, keys, params, {}, shown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from scvae_tools._checks import as_plain, check_arguments, check_key, check_random_source, checked
-from scvae_tools._data.counts import read_counts, require_anndata, resolve_mask_var
+from scvae_tools._data.counts import read_counts, read_tables, require_anndata, resolve_mask_var
 from scvae_tools._data.roles import obs_keys_of
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._keys import Keys
@@ -78,7 +78,8 @@ def scvae(
     Parameters
     ----------
     adata
-        Annotated data, cells x genes, with raw counts; never changed but for the keys below.
+        Annotated data, cells x genes, with raw counts; never changed but for the keys below. Counts in a file or a dask
+        array that are large stay there (docs/large-data.md); of lazily read data, obs and var are read into memory.
     likelihood
         Distribution of the counts, a key of ``svt.likelihoods.LIKELIHOODS``, such as ``"poisson"``, ``"nb"`` (negative
         binomial), and their zero-inflated forms ``"zip"`` and ``"zinb"``. docs/likelihoods.md has all of them and
@@ -211,6 +212,7 @@ def scvae(
     >>> sc.pp.neighbors(adata, use_rep="X_scvae")
     """
     arguments = dict(locals())
+    read_tables(adata)
     require_anndata(adata)
     require_writable(adata, copy=copy)
     require_place_for_rate(adata, write_lambda, copy=copy)
