@@ -78,7 +78,8 @@ def scvae(
     Parameters
     ----------
     adata
-        Annotated data, cells x genes, with raw counts; never changed but for the keys below.
+        Annotated data, cells x genes, with raw counts; never changed but for the keys below. Counts in a file, as of
+        ``anndata.read_h5ad(path, backed="r")``, stay there if they would take more than 256 MiB (docs/large-data.md).
     likelihood
         Distribution of the counts, a key of ``svt.likelihoods.LIKELIHOODS``, such as ``"poisson"``, ``"nb"`` (negative
         binomial), and their zero-inflated forms ``"zip"`` and ``"zinb"``. docs/likelihoods.md has all of them and
@@ -111,7 +112,8 @@ def scvae(
     categorical_covariate_keys, continuous_covariate_keys
         Further columns of ``obs`` that the decoder is given; those with numbers are standardised by the training cells.
     max_epochs
-        Largest number of epochs, of all stages together; None for about 4,000 steps of 128 cells.
+        Largest number of epochs, of all stages together; None for about 4,000 steps of 128 cells, and at least 20. An
+        epoch ends when all training cells were seen, or 400,000 of them.
     batch_size
         Cells a training step.
     train_size
