@@ -184,6 +184,21 @@ def test_an_epoch_and_the_held_out_cells_that_it_ends_with_have_a_largest_size(i
 
 
 @pytest.mark.usefixtures("_counts_stay")
+@pytest.mark.parametrize("genes", ["as they are", "in another order, among others"])
+def test_new_cells_in_a_file_are_mapped_as_those_in_memory(genes, tmp_path):
+    adata = make_adata()
+    own = adata if genes == "as they are" else adata[:, np.arange(N_GENES) % 3 > 0].copy()
+    model = svt.tl.scvae(own, n_components=3, return_model=True, write_lambda=False, **OPTIONS)
+    if genes != "as they are":
+        adata = adata[:, ::-1].copy()
+    in_file = in_zarr(adata, tmp_path)
+    for data in (adata, in_file):
+        svt.tl.predict(data, model, key_added="new")
+    np.testing.assert_allclose(in_file.obsm["X_new"], adata.obsm["X_new"], rtol=1e-4, atol=1e-5)
+    assert (in_file.obs["new"] == adata.obs["new"]).all()
+
+
+@pytest.mark.usefixtures("_counts_stay")
 def test_labels_and_query_cells_are_read_from_files(tmp_path):
     adata = make_adata()
     adata.obs["label"] = np.where(np.arange(N_CELLS) % 3 == 0, adata.obs["component"].astype(str), "?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -101,6 +102,15 @@ class StoredCounts(CSRDataset):
         """Counts of the same cells and of genes chosen by their places, not checked yet."""
         genes = places if self.genes is None else self.genes[places]
         return StoredCounts(self.matrix, genes, self.where, cell_names)
+
+    def in_order(self, places: np.ndarray) -> StoredCounts:
+        """Counts of the same cells and genes, these in another order, with what is known of them."""
+        ordered = self.of_genes(places, self.cell_names)
+        known = {name: getattr(self, name) for name in ("total", "largest", "is_whole")}
+        known |= {"gene_total": self.gene_total[places], "gene_fraction": self.gene_fraction[places]}
+        order = hashlib.blake2b(places.astype(np.int64).tobytes(), digest_size=8).hexdigest()
+        ordered.note(self.indptr, **known, digest=f"#{int(self.digest[1:], 16) ^ int(order, 16):016x}")
+        return ordered
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from scvae_tools._files import digest_of_names
 from scvae_tools._messages import said_before
 from scvae_tools._random import seeded
 from scvae_tools._threads import sleeping_threads
+from scvae_tools._train.progress import is_shown
 from scvae_tools.model._setup import SetupMixin
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class CellsMixin(SetupMixin):
         layer: str | None = None,
         any_labels: bool = False,
         fill_missing: bool | None = None,
+        may_stay: bool = False,
     ) -> OtherCells:
         """Check cells that are to be shown to the model, and take what it reads of them; ``adata`` stays as it was.
 
@@ -137,6 +139,8 @@ class CellsMixin(SetupMixin):
             some.
         fill_missing
             Whether genes that the cells lack have no counts, or are refused; None where the user has no such choice.
+        may_stay
+            Whether counts in a file stay there, as in `read_counts`, if the cells have all genes.
 
         Raises
         ------
@@ -152,7 +156,8 @@ class CellsMixin(SetupMixin):
             adata, obs = adata[cells], obs.iloc[cells]
         mask = None if np.array_equal(places, np.arange(adata.n_vars)) else np.isin(np.arange(adata.n_vars), places)
         layer = self.layer if layer is None else layer
-        counts = read_counts(adata, layer=layer, mask_var=mask, allow_non_integer=self.allows_non_integer)
+        options = {"allow_non_integer": self.allows_non_integer, "may_stay": may_stay and (places >= 0).all()}
+        counts = read_counts(adata, layer=layer, mask_var=mask, **options, progress=may_stay and is_shown())
         counts = _in_order_of_model(counts, places)
         layers = {} if self.layer is None else {self.layer: counts}
         var = pd.DataFrame(index=self.var_names.astype(object))
@@ -313,8 +318,11 @@ def _are_equal(left: csr_matrix | StoredCounts, right: csr_matrix | StoredCounts
     )
 
 
-def _in_order_of_model(counts: csr_matrix, places: np.ndarray) -> csr_matrix:
+def _in_order_of_model(counts: csr_matrix | StoredCounts, places: np.ndarray) -> csr_matrix | StoredCounts:
     """Counts of the genes that have a place, in the order of the places, as counts of all genes of the model."""
+    if isinstance(counts, StoredCounts):  # which has all genes of the model
+        rank = np.argsort(np.argsort(places))
+        return counts if np.array_equal(rank, np.arange(len(rank))) else counts.in_order(rank)
     known = np.flatnonzero(places >= 0)
     column = known[np.argsort(places[known])]  # of the model, for each column of the counts
     if np.array_equal(column, np.arange(len(places))):

@@ -98,7 +98,7 @@ def predict(
     require_encoder_of_counts(model, "svt.tl.predict")
     require_writable(adata, copy=copy)
     require_place_for_rate(adata, write_lambda, copy=copy)
-    cells = model.other_cells(adata, layer=layer, any_labels=True, fill_missing=fill_missing)
+    cells = model.other_cells(adata, layer=layer, any_labels=True, fill_missing=fill_missing, may_stay=True)
     with model.shown(cells) as shown:
         params = params_of(model) | {"layer": layer}
         results = results_of(model, keys, params, {}, shown)
