@@ -26,7 +26,7 @@ WINDOW_BYTES = 2**26
 #: Runs of neighbours that a window of a training consists of at least, so that it holds cells from all over the file.
 FEWEST_RUNS = 64
 #: Bytes of the counts of held-out cells that stay in memory during a training.
-HELD_OUT_BYTES = 2**27
+HELD_OUT_BYTES = 2**26
 
 
 def n_cells_in(counts: csr_matrix | StoredCounts, n_bytes: int) -> int:

@@ -360,7 +360,7 @@ class TrainingMixin(TrainingCellsMixin):
         settings.progress.say(null_model.NAME)
         with considerate_threads(null_model.N_CELLS * self.adata.n_vars):
             state.null_log_likelihood = null_model.null_log_likelihoods(
-                self.module, dataset, self.evaluated_cells, random_state
+                self.module, dataset, self.evaluated_cells(), random_state
             )
         elbo = state.versions[state.version].elbo
         if np.isfinite(elbo) and "validation" in state.null_log_likelihood:
@@ -449,8 +449,8 @@ class TrainingMixin(TrainingCellsMixin):
 
         def set_temperature() -> None:
             temperature = 1.0
-            if len(self._watched) > 0:
-                raw = self._probabilities(indices=self._watched).double()
+            if len(self._watched()) > 0:
+                raw = self._probabilities(indices=self._watched()).double()
                 log_probs = raw.clamp(min=torch.finfo(torch.float32).tiny).log().numpy()
                 temperature = temperature_of(log_probs, random_state=random_state)
             self.module.set_temperature(temperature)

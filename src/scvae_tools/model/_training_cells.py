@@ -181,7 +181,7 @@ class TrainingCellsMixin(InferenceMixin):
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
         drop_single, held = self.module.normalization == "batch", self._held
         # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
-        size, watched = max(batch_size, EVALUATION_BATCH_SIZE), self._watched
+        size, watched = max(batch_size, EVALUATION_BATCH_SIZE), self._watched()
         if held is not None:
             train = held.steps(self.train_indices, batch_size, drop_single=drop_single)
             return train, held.batches(watched, size) if len(watched) > 0 else None
@@ -196,28 +196,25 @@ class TrainingCellsMixin(InferenceMixin):
             return train, None
         return train, self._make_data_loader(self.adata, watched, batch_size=size, **options)
 
-    @property
     def _watched(self) -> np.ndarray:
         """Held-out cells that tell when to stop and which weights to keep: all, or as many as are looked at in no time.
 
         Where there are more, they are drawn evenly: so a training of any size looks at its held-out cells as often, and
         those of counts in a file stay in memory.
         """
-        return evenly(self.validation_indices, self._n_watched)
+        return evenly(self.validation_indices, self._n_watched())
 
-    @property
     def _n_watched(self) -> int:
         stored = kept_counts(self.adata_manager)
         return LARGEST_WATCHED if stored is None else min(LARGEST_WATCHED, n_cells_in(stored, HELD_OUT_BYTES))
 
-    @property
     def evaluated_cells(self) -> dict[str, np.ndarray]:
         """Positions of the cells by which a training is judged, of ``"train"`` and, if any are, ``"validation"``.
 
         All; or, where there are more than 44,444 of a kind, so many of them, at equal distances. Of counts in a file
-        as many as take 128 MiB.
+        as many as take 64 MiB.
         """
-        cells = {"train": evenly(self.train_indices, self._n_watched), "validation": self._watched}
+        cells = {"train": evenly(self.train_indices, self._n_watched()), "validation": self._watched()}
         return {name: each for name, each in cells.items() if len(each) > 0}
 
     def _cells_to_start_from(self) -> np.ndarray:

@@ -36,7 +36,7 @@ def elbo_of(model: SCVAE) -> dict[str, dict[str, float]]:
     """
     return {
         subset: model.get_elbo_terms(indices=indices, n_samples=ELBO_SAMPLES[subset]).mean().to_dict()
-        for subset, indices in model.evaluated_cells.items()
+        for subset, indices in model.evaluated_cells().items()
     }
 
 
@@ -63,8 +63,9 @@ def results_of(
     if model.is_mixture:
         probabilities = model.predict(adata, soft=True).to_numpy()
         component = probabilities.argmax(1)
-        names = [model.components[c] for c in np.unique(component)]  # the model numbers them by size
-        results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
+        used, codes = np.unique(component, return_inverse=True)  # the model numbers them by size
+        names = [model.components[c] for c in used]
+        results["obs"][keys.component] = pd.Categorical.from_codes(codes, categories=names)
         results["obsm"][keys.probabilities] = probabilities
         results["uns"][keys.uns]["components"] = _summary_of_components(model, probabilities)
     return results
@@ -72,7 +73,7 @@ def results_of(
 
 def _kl_by_dimension(model: SCVAE, adata: AnnData | None) -> np.ndarray:
     """Means over all cells, or over the `SCVAE.evaluated_cells` where these are fewer."""
-    cells = None if adata is not None else np.sort(np.concatenate(list(model.evaluated_cells.values())))
+    cells = None if adata is not None else np.sort(np.concatenate(list(model.evaluated_cells().values())))
     return model.get_kl_by_dimension(adata, indices=cells)
 
 
