@@ -184,6 +184,32 @@ def test_an_epoch_and_the_held_out_cells_that_it_ends_with_have_a_largest_size(i
 
 
 @pytest.mark.usefixtures("_counts_stay")
+def test_differential_expression_of_a_file_is_that_of_the_same_counts_in_memory(tmp_path):
+    adata = make_adata()
+    in_file = in_h5ad(adata, tmp_path)
+    svt.SCVAE.setup_anndata(in_file)
+    model = svt.SCVAE(in_file, mixture=False, n_latent=3, n_hidden=16)
+    model.train(2, progress=False)
+    options = {"groupby": "component", "mode": "change", "random_state": 0}
+    found, expected = (model.differential_expression(data, **options) for data in (None, adata))
+    columns = [name for name in found if name.startswith(("raw_", "non_zeros"))]
+    assert len(columns) == 6
+    one, other = (each.set_index("group1", append=True)[columns].sort_index() for each in (found, expected))
+    pd.testing.assert_frame_equal(one, other, rtol=1e-5)
+    first = (adata.obs["component"] == found["group1"].iloc[0]).to_numpy()
+    own = found[found["group1"] == found["group1"].iloc[0]]
+    np.testing.assert_allclose(own.loc[adata.var_names, "raw_mean1"], adata.X[first].toarray().mean(0), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("_counts_stay")
+def test_a_copy_of_a_backed_anndata_leaves_its_file_to_the_model(tmp_path):
+    in_file = in_h5ad(make_adata(), tmp_path)
+    copied, model = svt.tl.scvae(in_file, mixture=False, copy=True, return_model=True, **OPTIONS)
+    assert not copied.isbacked
+    np.testing.assert_allclose(model.get_latent_representation(), copied.obsm["X_scvae"], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("_counts_stay")
 @pytest.mark.parametrize("genes", ["as they are", "in another order, among others"])
 def test_new_cells_in_a_file_are_mapped_as_those_in_memory(genes, tmp_path):
     adata = make_adata()

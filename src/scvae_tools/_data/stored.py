@@ -39,6 +39,12 @@ def n_bytes_as_csr(matrix: object) -> int:
     return 8 * int(n_values)
 
 
+def _place_in_hdf5(matrix: Any) -> tuple[str, str] | None:
+    """Path of the file and name in it; None for others than HDF5."""
+    held = matrix.group if isinstance(matrix, CSRDataset) else matrix
+    return (held.file.filename, held.name) if isinstance(held, h5py.Group | h5py.Dataset) else None
+
+
 class StoredCounts(CSRDataset):
     """Counts, (n_cells, n_genes), of which rows come as CSR float32 without duplicates and explicit zeros.
 
@@ -75,7 +81,9 @@ class StoredCounts(CSRDataset):
     def __init__(self, matrix: Any, genes: np.ndarray | None, where: str, cell_names: Sequence[str]) -> None:
         self.matrix, self.genes, self.where, self.cell_names = matrix, genes, where, cell_names
         self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
-        self.dtype = np.dtype(np.float32)
+        self.dtype, self.n_in_file = np.dtype(np.float32), matrix.shape[1]
+        self._reopened: h5py.Group | h5py.Dataset | None = None
+        self._place = _place_in_hdf5(matrix)
         self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
         self.values_at_once = self._values_in_one_piece()
         self.indptr: np.ndarray | None = None
@@ -98,6 +106,13 @@ class StoredCounts(CSRDataset):
         self.indptr = indptr
         vars(self).update(known)
 
+    def copy(self) -> StoredCounts:
+        """The same counts: nothing can change them but their file."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> StoredCounts:
+        return self
+
     def of_genes(self, places: np.ndarray, cell_names: Sequence[str]) -> StoredCounts:
         """Counts of the same cells and of genes chosen by their places, not checked yet."""
         genes = places if self.genes is None else self.genes[places]
@@ -118,7 +133,7 @@ class StoredCounts(CSRDataset):
         """First and last cell of blocks of about `conversion.BLOCK` values that cover all cells."""
         n = self.shape[0]
         if self._start is None:
-            step = max(1, conversion.BLOCK // self.matrix.shape[1])
+            step = max(1, conversion.BLOCK // self.n_in_file)
             bounds = np.arange(0, n, step)
         else:
             wanted = np.arange(0, self._start[-1] + 1, conversion.BLOCK)
@@ -142,21 +157,33 @@ class StoredCounts(CSRDataset):
 
     def _read(self, first: int, last: int) -> csr_matrix:
         if self._start is None:
-            part = self.matrix[first:last]
+            part = self._opened()[first:last]
             part = part.compute() if is_lazy(part) else part
             return to_csr(part if sparse.issparse(part) else np.asarray(part), None)
         low, high = int(self._start[first]), int(self._start[last])
-        arrays = self.matrix.group["data"][low:high], self.matrix.group["indices"][low:high]
+        group = self._opened()
+        arrays = group["data"][low:high], group["indices"][low:high]
         if len(arrays[0]) != high - low or len(arrays[1]) != high - low:
             raise ValueError(f"{len(arrays[0]):,} values and {len(arrays[1]):,} indices in place of {high - low:,}")
-        part = sparse.csr_matrix((last - first, self.matrix.shape[1]), dtype=arrays[0].dtype)
+        part = sparse.csr_matrix((last - first, self.n_in_file), dtype=arrays[0].dtype)
         part.data, part.indices, part.indptr = *arrays, self._start[first : last + 1] - low
         check_structure(part, self.where, error=CountsError)
         return to_csr(part, None)
 
+    def _opened(self) -> Any:
+        """Group or array of the file, opened again where it was closed, as by `AnnData.to_memory`."""
+        held = self.matrix.group if isinstance(self.matrix, CSRDataset) else self.matrix
+        if self._place is None or held:
+            return held
+        path, name = self._place
+        if self._reopened is None or not self._reopened:
+            self._reopened = h5py.File(path, "r")[name]
+        return self._reopened
+
     def _pointers(self) -> np.ndarray:
-        start = np.asarray(self.matrix.group["indptr"][:]).astype(np.int64)
-        stored = (self.matrix.group[name].shape[0] for name in ("indices", "data"))
+        group = self._opened()
+        start = np.asarray(group["indptr"][:]).astype(np.int64)
+        stored = (group[name].shape[0] for name in ("indices", "data"))
         fault = fault_of_pointers(start, self.shape[0], "cell", *stored)
         if fault is not None:
             raise CountsError(f"{self.where} must be a well-formed sparse matrix; found {fault}. {REMEDY}")
