@@ -59,6 +59,7 @@ from sklearn.metrics import adjusted_rand_score
 from throughput import GB, facts, peak_memory, take_turns
 
 import scvae_tools as svt
+from scvae_tools._data import stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -536,6 +537,7 @@ def main() -> int:
     logging.disable(logging.INFO)
     if options.measure is not None:
         name, arguments = options.measure
+        stored.LARGEST_WHOLE = 0  # small files, too, are not read as a whole
         print(json.dumps(MEASUREMENTS[name](**json.loads(arguments))))
         return 0
     n_cells = options.cells or (QUICK_CELLS if options.quick else 1_000_000)
