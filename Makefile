@@ -5,6 +5,7 @@
 # make bench-gpu: the same on a GPU, and the main call there (says so where there is none).
 # make bench-clusters: clusters beside scVI and PCA (ARGS="FOLDER --seeds 0 1 2", "--quick").
 # make bench-splits: clusters found in one population, and in two that differ in a few genes (ARGS="--quick").
+# make bench-scale: training on counts that stay in a file, beside in memory (ARGS="--quick", "--cells 100000").
 # make bench-genes: false discoveries of differential genes on simulated cells (ARGS="--one-population", "--quick").
 # make bench-robustness: odd arguments, kills and Ctrl-C for five minutes (ARGS="--seconds 3600").
 # make structure: rooms, imports between them, long functions and files, as the sources have them.
@@ -20,7 +21,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # Two test processes of one thread each are faster than one of two.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint install docs bench bench-gpu bench-clusters bench-splits bench-genes bench-robustness profile structure clean
+.PHONY: demo test lint install docs bench bench-gpu bench-clusters bench-splits bench-scale bench-genes bench-robustness profile structure clean
 
 install: $(VENV)/.installed
 
@@ -61,6 +62,9 @@ bench-clusters: install
 
 bench-splits: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/splits.py $(ARGS)
+
+bench-scale: install
+	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 bench-genes: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/differential_genes.py $(ARGS)

@@ -323,7 +323,7 @@ NUMBERS: dict[str, Check] = {
     "delta": number(least=0),
     "fdr_target": number(above=0, below=1),
     "threshold": check_share,
-    "random_state": check_seed,
+    **dict.fromkeys(("random_state", "gene_random_state"), check_seed),
     # runs of a stability of clusters
     **dict.fromkeys(("n_seeds", "n_halves"), whole(least=0, most=1000, remedy="Pass 0 for none.")),
     # trees of clusters

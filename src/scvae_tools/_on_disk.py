@@ -89,11 +89,11 @@ def missing_chunks(matrix: Any) -> str | None:
 
     zarr leaves out chunks that are all zeros. Values that are stored, and the places of the genes, are not so.
     """
-    if not isinstance(matrix, CSRDataset | CSCDataset):
+    if not (isinstance(matrix, CSRDataset | CSCDataset) and isinstance(matrix.group, zarr.Group)):
         return None
     for name, array in _arrays(matrix).items():
         is_zero = name == "indptr" or (name == "indices" and min(matrix.shape) == 1)
-        if isinstance(array, zarr.Array) and not is_zero and (lacking := array.nchunks - array.nchunks_initialized):
+        if not is_zero and (lacking := array.nchunks - array.nchunks_initialized):
             return f"{lacking:,} of the {array.nchunks:,} chunks of {name!r} missing in {place_of(matrix)}"
     return None
 

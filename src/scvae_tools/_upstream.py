@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rich.pretty  # noqa: F401  (scvi-tools uses it without importing it)
+from scipy import sparse
+from scvi import REGISTRY_KEYS
 from scvi.data._constants import _SETUP_ARGS_KEY as SETUP_ARGS
 from scvi.data._utils import _get_adata_minify_type as minified_type
 from scvi.data.fields import CategoricalJointObsField, CategoricalObsField
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from anndata import AnnData
+    from scvi.data import AnnDataManager
 
 __all__ = [
     "SETUP_ARGS",
@@ -35,6 +38,7 @@ __all__ = [
     "pad_and_sort_genes",
     "parse_device_args",
     "quiet",
+    "rows_as_arrays",
 ]
 
 
@@ -53,6 +57,34 @@ def one_process() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = former
+
+
+class _RowsAsArrays:
+    """Counts whose rows are sparse arrays, of which ``*`` multiplies each row with its number."""
+
+    def __init__(self, counts: Any) -> None:
+        self.counts, self.sum = counts, counts.sum
+
+    def __getitem__(self, index: Any) -> sparse.csr_array:
+        return sparse.csr_array(self.counts[index])
+
+
+@contextlib.contextmanager
+def rows_as_arrays(manager: AnnDataManager, counts: Any) -> Iterator[None]:
+    """Context in which a manager gives counts that stay in a file as `scrna_raw_counts_properties` can scale them.
+
+    It tells scipy's matrices, which ``*`` would multiply as matrices, by their class.
+    """
+    if counts is None:
+        yield
+        return
+    manager.get_from_registry = lambda key: (
+        _RowsAsArrays(counts) if key == REGISTRY_KEYS.X_KEY else type(manager).get_from_registry(manager, key)
+    )
+    try:
+        yield
+    finally:
+        del manager.get_from_registry
 
 
 def parse_device_args(*args: Any, **kwargs: Any) -> tuple:

@@ -365,5 +365,15 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     adata = _h5ad(sparse.csr_matrix(make_counts()), tmp_path)
     counts = read_counts(adata, may_stay=True)
     adata.file.close()
+    (tmp_path / "a.h5ad").unlink()
     with pytest.raises(OSError, match=r"adata.X \('.*a\.h5ad', /X\) cannot be read from cell 10 \('cell10'\) to 12"):
         counts[10:12]
+
+
+@pytest.mark.parametrize("form", ["h5ad", "dense hdf5"])
+def test_a_file_that_was_closed_is_opened_again(form, tmp_path):
+    adata = FORMS[form](sparse.csr_matrix(make_counts()), tmp_path)
+    counts = read_counts(adata, may_stay=True)
+    (adata.file if adata.isbacked else adata.X.file).close()
+    for _ in range(2):
+        np.testing.assert_array_equal(counts[10:30].toarray(), make_counts()[10:30])

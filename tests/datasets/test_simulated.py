@@ -189,6 +189,21 @@ def test_stored_arguments_make_the_same_cells_again():
     assert same_content(adata, datasets.simulate(**adata.uns["simulate"]))
 
 
+def test_parts_with_one_seed_of_the_genes_are_of_the_same_populations():
+    one, other = (
+        datasets.simulate(60 + seed, 40, 3, n_batches=2, gene_random_state=5, random_state=seed) for seed in (5, 6)
+    )
+    assert one.var.equals(other.var)
+    assert all(np.array_equal(one.varm[key], other.varm[key]) for key in one.varm)
+    assert (one.X[:60] != other.X[:60]).nnz > 0
+    assert same_content(one, datasets.simulate(**one.uns["simulate"]))
+
+
+def test_seed_of_the_genes_changes_them():
+    one, other = (datasets.simulate(60, 40, 3, gene_random_state=seed).varm["component_log_mean"] for seed in (0, 1))
+    assert np.abs(one - other).max() > 1
+
+
 @pytest.mark.parametrize("make", [datasets.pbmc68k_reduced, datasets.poisson_toy, datasets.poisson_mixture_toy])
 def test_other_data_survive_h5ad(make, tmp_path):
     adata = make()

@@ -110,7 +110,14 @@ READS_NO_CELLS = {
     *("data_registry", "deregister_manager", "get_anndata_manager", "get_from_registry", "get_setup_arg"),
     *("get_state_registry", "get_var_names", "register_manager", "setup_anndata", "transfer_fields"),
     *("update_setup_method_args", "view_anndata_setup", "view_registry", "view_setup_method_args"),
-    *("counts_of_model", "find_columns_in", "has_cells", "other_cells", "shown"),  # of AnnData, nothing is decoded
+    *(
+        "counts_of_model",
+        "evaluated_cells",
+        "find_columns_in",
+        "has_cells",
+        "other_cells",
+        "shown",
+    ),  # of AnnData, nothing is decoded
     "setup_annbatch",  # of scvi-tools 1.5
     *("get_loadings", "get_prior", "to_device", "use_version", "minify_adata", "train"),
     *("get_importance_weights", "get_latent_library_size"),  # of scvi-tools' own prior and sizes

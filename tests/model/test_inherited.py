@@ -42,6 +42,7 @@ def folder(model, tmp_path_factory):
 CALLS = {
     "convert_legacy_save": lambda m, a, f: SCVAE.convert_legacy_save(f, f),
     "counts_of_model": lambda m, a, f: m.counts_of_model(),
+    "evaluated_cells": lambda m, a, f: m.evaluated_cells(),
     "data_registry": lambda m, a, f: m.data_registry("X"),
     "deregister_manager": lambda m, a, f: SCVAE.load(f).deregister_manager(),
     "differential_abundance": lambda m, a, f: m.differential_abundance(sample_key="donor"),

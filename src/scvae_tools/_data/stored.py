@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
@@ -13,7 +15,6 @@ from scvae_tools._data import conversion
 from scvae_tools._data.conversion import canonical, to_csr, to_float32
 from scvae_tools._data.count_checks import CountsError
 from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
-from scvae_tools._files import short_digest
 from scvae_tools._on_disk import missing_chunks, place_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def marks_of(counts: csr_matrix) -> np.ndarray:
 @cache
 def _weights(n_genes: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0.5, 1.5, n_genes).astype(np.float32)
+
+
+def _place_in_hdf5(matrix: Any) -> tuple[str, str] | None:
+    """Path of the file and name in it; None for others than HDF5."""
+    held = matrix.group if isinstance(matrix, CSRDataset) else matrix
+    return (held.file.filename, held.name) if isinstance(held, h5py.Group | h5py.Dataset) else None
 
 
 class StoredCounts(CSRDataset):
@@ -88,7 +95,9 @@ class StoredCounts(CSRDataset):
         self.matrix, self.genes, self.where, self.cell_names = matrix, genes, where, cell_names
         self._name = where if is_lazy(matrix) else f"{where} ({place_of(matrix)})"
         self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
-        self.dtype = np.dtype(np.float32)
+        self.dtype, self.n_in_file = np.dtype(np.float32), matrix.shape[1]
+        self._reopened: h5py.Group | h5py.Dataset | None = None
+        self._place = _place_in_hdf5(matrix)
         self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
         self._chunk = self._size_of_chunk()
         self.indptr: np.ndarray | None = None
@@ -111,19 +120,27 @@ class StoredCounts(CSRDataset):
         self.indptr = indptr
         vars(self).update(known)
 
+    def copy(self) -> StoredCounts:
+        """The same counts: nothing can change them but their file."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> StoredCounts:
+        return self
+
     def of_genes(self, places: np.ndarray, cell_names: Sequence[str]) -> StoredCounts:
         """Counts of the same cells and of genes chosen by their places, not checked yet."""
         genes = places if self.genes is None else self.genes[places]
         return StoredCounts(self.matrix, genes, self.where, cell_names)
 
-    def in_order(self, order: np.ndarray) -> StoredCounts:
-        """Counts that were checked, with the genes in another order, by their places."""
-        other = self.of_genes(order, self.cell_names)
+    def in_order(self, places: np.ndarray) -> StoredCounts:
+        """Counts of the same cells and genes, these in another order, with what is known of them."""
+        ordered = self.of_genes(places, self.cell_names)
         known = {name: getattr(self, name) for name in ("total", "largest", "is_whole")}
-        of_genes = {name: getattr(self, name)[order] for name in ("gene_total", "gene_fraction")}
-        digest = short_digest(self.digest.encode(), order.astype(np.int64))
-        other.note(self.indptr, **known, **of_genes, digest=digest, mark=None)
-        return other
+        known |= {"gene_total": self.gene_total[places], "gene_fraction": self.gene_fraction[places]}
+        order = hashlib.blake2b(places.astype(np.int64).tobytes(), digest_size=8).hexdigest()
+        digest = f"#{int(self.digest[1:], 16) ^ int(order, 16):016x}"
+        ordered.note(self.indptr, **known, digest=digest, mark=None)
+        return ordered
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -131,7 +148,7 @@ class StoredCounts(CSRDataset):
         """First and last cell of blocks of about `conversion.BLOCK` values that cover all cells."""
         n = self.shape[0]
         if self._start is None:
-            width, in_chunk = self.matrix.shape[1], self._chunk
+            width, in_chunk = self.n_in_file, self._chunk
             step = max(1, conversion.BLOCK // width)
             if in_chunk * width <= LARGEST_CHUNK:  # no chunk is read twice
                 step = -(-step // in_chunk) * in_chunk
@@ -160,28 +177,40 @@ class StoredCounts(CSRDataset):
 
     def _read(self, first: int, last: int) -> csr_matrix:
         if self._start is None:
-            part = self.matrix[first:last]
+            part = self._opened()[first:last]
             part = part.compute() if is_lazy(part) else part
             return to_csr(part if sparse.issparse(part) else np.asarray(part), None)
         low, high = int(self._start[first]), int(self._start[last])
-        arrays = self.matrix.group["data"][low:high], self.matrix.group["indices"][low:high]
+        group = self._opened()
+        arrays = group["data"][low:high], group["indices"][low:high]
         if len(arrays[0]) != high - low or len(arrays[1]) != high - low:
             raise ValueError(f"{len(arrays[0]):,} values and {len(arrays[1]):,} indices in place of {high - low:,}")
-        part = sparse.csr_matrix((last - first, self.matrix.shape[1]), dtype=arrays[0].dtype)
+        part = sparse.csr_matrix((last - first, self.n_in_file), dtype=arrays[0].dtype)
         part.data, part.indices, part.indptr = *arrays, self._start[first : last + 1] - low
         check_structure(part, self._name, (self.cell_names[first:last], ()), error=CountsError)
         return to_csr(part, None)
 
+    def _opened(self) -> Any:
+        """Group or array of the file, opened again where it was closed, as by `AnnData.to_memory`."""
+        held = self.matrix.group if isinstance(self.matrix, CSRDataset) else self.matrix
+        if self._place is None or held:
+            return held
+        path, name = self._place
+        if self._reopened is None or not self._reopened:
+            self._reopened = h5py.File(path, "r")[name]
+        return self._reopened
+
     def _pointers(self) -> np.ndarray:
         if (lacking := missing_chunks(self.matrix)) is not None:
             raise CountsError(f"{self.where} must be complete; found {lacking}. Copy the file from its source again.")
+        group = self._opened()
         try:
-            start = np.asarray(self.matrix.group["indptr"][:]).astype(np.int64)
+            start = np.asarray(group["indptr"][:]).astype(np.int64)
         except Exception as error:
             raise OSError(
                 f"indptr of {self._name} cannot be read: {error}. Copy the file from its source again."
             ) from error
-        stored = (self.matrix.group[name].shape[0] for name in ("indices", "data"))
+        stored = (group[name].shape[0] for name in ("indices", "data"))
         fault = fault_of_pointers(start, self.shape[0], "cell", *stored)
         if fault is not None:
             raise CountsError(f"{self._name} must be a well-formed sparse matrix; found {fault}. {REMEDY}")
@@ -236,7 +265,7 @@ class StoredCounts(CSRDataset):
 
     def _size_of_chunk(self) -> int:
         """Values of a sparse matrix, or cells of an array, in one piece; 1 where they are in none."""
-        matrix = self.matrix if self._start is None else self.matrix.group["data"]
+        matrix = self._opened() if self._start is None else self._opened()["data"]
         chunks = (matrix.chunks or (1,))[0]
         return int(max(chunks) if is_lazy(matrix) else chunks)
 

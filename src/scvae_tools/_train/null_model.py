@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
-from scvae_tools._data.host_windows import HELD_OUT_BYTES, n_cells_in
 from scvae_tools._data.loader import EVALUATION_BATCH_SIZE, Batches, some_cells
 from scvae_tools._data.stored import StoredCounts
 from scvae_tools._messages import inform, warn
@@ -31,8 +30,6 @@ NAME = "model without latent variables"
 #: Steps in which the null model is fitted, and the cells of each. The problem is nearly convex and starts close to its
 #: optimum.
 N_STEPS, N_CELLS = 120, 512
-#: Training cells that it sees at most.
-LARGEST_SAMPLE = 100_000
 #: Learning rates at its start: of biases; of dispersions, whose log may have far to go, since a Poisson distribution is
 #: a negative binomial of infinite r; and of the weights of covariates.
 LR, LR_OF_DISPERSIONS, LR_OF_WEIGHTS = 0.1, 1.0, 0.02
@@ -70,21 +67,9 @@ def null_log_likelihoods(
         optimizer.step()
         falling.step()
     known = {"train": _mean(null, train)}
-    return known | {
-        name: _mean(null, some_cells(dataset, cells))
-        for name, cells in subsets.items()
-        if name not in known and len(cells) > 0
-    }
-
-
-def sample_of(dataset: CountDataset, cells: np.ndarray, random_state: int) -> np.ndarray:
-    """Training cells to fit to and to evaluate: all, or `LARGEST_SAMPLE`, fewer where their counts are in a file."""
-    most = LARGEST_SAMPLE
-    if isinstance(dataset.counts, StoredCounts):
-        most = min(most, n_cells_in(dataset.counts, HELD_OUT_BYTES))
-    if len(cells) <= most:
-        return cells
-    return np.sort(np.random.default_rng(random_state).choice(cells, most, replace=False))
+    del train  # before other cells are read
+    others = {name: cells for name, cells in subsets.items() if name not in known and len(cells) > 0}
+    return known | {name: _mean(null, some_cells(dataset, cells)) for name, cells in others.items()}
 
 
 def report(elbo: float, null: float) -> None:

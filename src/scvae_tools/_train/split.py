@@ -32,6 +32,11 @@ class Split(NamedTuple):
         return {each: int(cell) for each, cell in first.items() if each >= 0}
 
 
+def evenly(cells: np.ndarray, most: int) -> np.ndarray:
+    """Cells, or so many of them at equal distances where there are more."""
+    return cells if len(cells) <= most else cells[np.linspace(0, len(cells) - 1, most).round().astype(int)]
+
+
 def split_cells(
     n_cells: int, train_size: float, validation_indices: Sequence[int] | None, component: np.ndarray | None
 ) -> Split:

@@ -43,6 +43,7 @@ def simulate(
     dispersion_sd: float = 0.5,
     zero_inflation: float = 0.1,
     random_state: int = 0,
+    gene_random_state: int | None = None,
 ) -> ad.AnnData:
     """Simulate the counts of cells from known components.
 
@@ -88,6 +89,10 @@ def simulate(
         Probability of an excess zero, in [0, 1), for likelihoods with a gate.
     random_state
         Seed. Global random states are neither read nor changed.
+    gene_random_state
+        Seed of what belongs to the genes: means, components, batch effects and dispersions. None to draw them by
+        ``random_state`` too. Calls that differ in ``n_cells`` and ``random_state`` alone then draw cells of the same
+        populations, so that data larger than memory can be made in parts.
 
     Returns
     -------
@@ -101,7 +106,7 @@ def simulate(
         - ``varm["component_log_mean"]``: (n_genes, n_components), log of the share of the counts that is expected for
           each gene in each component, before batch effects and zero inflation
         - ``varm["batch_log_effect"]``: (n_genes, n_batches), 0 for the first batch
-        - ``uns["simulate"]``: the arguments
+        - ``uns["simulate"]``: the arguments, without those that are None
 
     Raises
     ------
@@ -113,8 +118,15 @@ def simulate(
     -----
     Split the cells by another seed: ``np.random.default_rng(random_state).permutation(n_cells)`` is what the components
     were shuffled by.
+
+    Examples
+    --------
+    Two parts of one data set:
+
+    >>> parts = [svt.datasets.simulate(500, gene_random_state=0, random_state=seed) for seed in (1, 2)]
     """
-    arguments = dict(locals())  # the arguments only, as long as nothing is assigned or imported before
+    # The arguments only, as long as nothing is assigned or imported before.
+    arguments = {name: value for name, value in locals().items() if value is not None}
     from scvae_tools.likelihoods import get_likelihood
 
     law = get_likelihood(likelihood)
@@ -130,12 +142,14 @@ def simulate(
     component = _assign_components(n_cells, arguments["proportions"], rng)
     batch = rng.permutation(n_cells) % n_batches
     size_factor = median_counts * np.exp(size_factor_sd * rng.standard_normal(n_cells))
-    component_log_mean = _component_log_means(n_components, n_genes, gene_sd, separation, share_changed, rng)
+    # Of two numbers, so that no draw is that of a cell under the same seed.
+    gene_rng = rng if gene_random_state is None else np.random.default_rng([gene_random_state, 1])
+    component_log_mean = _component_log_means(n_components, n_genes, gene_sd, separation, share_changed, gene_rng)
     # A first batch without effect keeps `component_log_mean` the truth where there is one batch only.
-    batch_log_effect = batch_effect * rng.standard_normal((n_batches, n_genes))
+    batch_log_effect = batch_effect * gene_rng.standard_normal((n_batches, n_genes))
     batch_log_effect[0] = 0.0
     log_share = log_softmax(component_log_mean[:, None] + batch_log_effect, axis=-1)  # (K, n_batches, n_genes)
-    log_r = math.log(dispersion) + dispersion_sd * rng.standard_normal(n_genes)
+    log_r = math.log(dispersion) + dispersion_sd * gene_rng.standard_normal(n_genes)
     heads = _head_values(law.heads, n_genes, log_r=log_r, gate=logit(zero_inflation))
 
     profile = component * n_batches + batch

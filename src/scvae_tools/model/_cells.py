@@ -156,7 +156,7 @@ class CellsMixin(SetupMixin):
             adata, obs = adata[cells], obs.iloc[cells]
         mask = None if np.array_equal(places, np.arange(adata.n_vars)) else np.isin(np.arange(adata.n_vars), places)
         layer = self.layer if layer is None else layer
-        options = {"allow_non_integer": self.allows_non_integer, "progress": is_shown()}
+        options = {"allow_non_integer": self.allows_non_integer, "progress": may_stay and is_shown()}
         may_stay = may_stay and not adata.is_view and (places >= 0).all()
         counts = read_counts(adata, layer=layer, mask_var=mask, may_stay=may_stay, **options)
         counts = _in_order_of_model(counts, places)
@@ -321,12 +321,13 @@ def _are_equal(left: csr_matrix | StoredCounts, right: csr_matrix | StoredCounts
 
 def _in_order_of_model(counts: csr_matrix | StoredCounts, places: np.ndarray) -> csr_matrix | StoredCounts:
     """Counts of the genes that have a place, in the order of the places, as counts of all genes of the model."""
+    if isinstance(counts, StoredCounts):  # which has all genes of the model
+        rank = np.argsort(np.argsort(places))
+        return counts if np.array_equal(rank, np.arange(len(rank))) else counts.in_order(rank)
     known = np.flatnonzero(places >= 0)
     column = known[np.argsort(places[known])]  # of the model, for each column of the counts
     if np.array_equal(column, np.arange(len(places))):
         return counts
-    if isinstance(counts, StoredCounts):
-        return counts.in_order(np.argsort(column))
     arrays = counts.data, column.astype(counts.indices.dtype)[counts.indices], counts.indptr
     ordered = type(counts)(arrays, shape=(counts.shape[0], len(places)), copy=True)
     ordered.sort_indices()

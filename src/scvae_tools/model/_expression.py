@@ -15,11 +15,12 @@ from scvi.utils import track
 from torch import Tensor
 
 from scvae_tools._checks import cell_positions, check_choice, checked
+from scvae_tools._data.loader import kept_counts
 from scvae_tools._messages import warn
 from scvae_tools._module.mixture_vaes import GMVAE
 from scvae_tools._random import seeded, with_random_state
 from scvae_tools._train.run import REMEDY
-from scvae_tools._upstream import quiet
+from scvae_tools._upstream import quiet, rows_as_arrays
 from scvae_tools.model._chunks import FilledRows, check_overall, put
 from scvae_tools.model._decoding import Codes, DecodingMixin
 from scvae_tools.model._differential import with_p_values
@@ -469,7 +470,8 @@ class ExpressionMixin(DecodingMixin):
             method = super().differential_expression
             given = inspect.signature(method).bind(data, *args, **kwargs)
             given.arguments |= compared_cells(data, given.arguments)
-            with seeded(random_state), quiet():
+            manager = self.get_anndata_manager(data, required=True)
+            with seeded(random_state), quiet(), rows_as_arrays(manager, kept_counts(manager)):
                 table = method(*given.args, **given.kwargs)
             return with_p_values(self, table, data, given.arguments, random_state)
 

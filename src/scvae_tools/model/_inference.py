@@ -211,14 +211,14 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
     ) -> torch.Tensor:
         """q(y|x), (n_cells, n_components), on the CPU."""
-        rows = []
+        found, end = torch.empty(self._n_cells(adata, indices, None), self.n_components), 0
         for tensors in self._batches(adata, indices, batch_size):
-            if _keys.LATENT_PROBABILITIES in tensors:
-                rows.append(tensors[_keys.LATENT_PROBABILITIES].cpu())
-                continue
-            posterior = self.module.posterior(self.module.encode(*self.module.data(tensors)))
-            rows.append(self.module.probabilities(posterior).cpu())
-        return torch.cat(rows)
+            rows = tensors.get(_keys.LATENT_PROBABILITIES)
+            if rows is None:
+                rows = self.module.probabilities(self.module.posterior(self.module.encode(*self.module.data(tensors))))
+            start, end = end, end + len(rows)
+            found[start:end] = rows
+        return found
 
     @property
     def temperature(self) -> float:

@@ -24,6 +24,7 @@ from scvae_tools._train.principal_codes import PRINCIPAL_CODES
 from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, run_stage
+from scvae_tools._train.split import evenly
 from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
@@ -32,7 +33,7 @@ from scvae_tools.model._trainer_options import (
     device_of,
     whether_to_hold,
 )
-from scvae_tools.model._training_cells import TrainingCellsMixin
+from scvae_tools.model._training_cells import LARGEST_START, TrainingCellsMixin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -106,7 +107,8 @@ class TrainingMixin(TrainingCellsMixin):
         Parameters
         ----------
         max_epochs
-            Of all stages together; None for about 4,000 steps of 128 cells, but at least 20 and at most 400 epochs.
+            Of all stages together; None for about 4,000 steps of 128 cells, but at least 20 and at most 400 epochs. An
+            epoch ends when all training cells were seen, or 400,000 of them, drawn anew each time.
         lr, weight_decay
             Of Adam; dispersions that cells share learn at ten times the rate. The decay acts on all that is trained,
             biases and log r included: it pulls λ over the size factor, and r, towards 1.
@@ -139,7 +141,8 @@ class TrainingMixin(TrainingCellsMixin):
         batch_size
             Cells a step; 128 gave the best bound for the time (docs/performance.md).
         train_size
-            Share of the cells that are trained on; the others tell when to stop and which weights to keep.
+            Share of the cells that are trained on; the others, or 44,444 of them, tell when to stop and which weights
+            to keep.
         validation_indices
             Positions of the cells to hold out, or one boolean per cell, in place of a random draw. Where labels train
             the components, some cells of each label must be left to train on; a random draw sees to that itself.
@@ -355,10 +358,10 @@ class TrainingMixin(TrainingCellsMixin):
         if state.is_interrupted or state.n_epochs * n_steps < null_model.N_STEPS:
             return
         settings.progress.say(null_model.NAME)
-        subsets = {"train": null_model.sample_of(dataset, self.train_indices, random_state)}
-        subsets["validation"] = self._watched
         with considerate_threads(null_model.N_CELLS * self.adata.n_vars):
-            state.null_log_likelihood = null_model.null_log_likelihoods(self.module, dataset, subsets, random_state)
+            state.null_log_likelihood = null_model.null_log_likelihoods(
+                self.module, dataset, self.evaluated_cells(), random_state
+            )
         elbo = state.versions[state.version].elbo
         if np.isfinite(elbo) and "validation" in state.null_log_likelihood:
             null_model.report(elbo, state.null_log_likelihood["validation"])
@@ -389,14 +392,15 @@ class TrainingMixin(TrainingCellsMixin):
     def _start_mixture(self, random_state: int) -> None:
         """Set the mixture from the latent means of the training cells, and from their labels where these are known."""
         self._state.is_trained = True
-        mean, variance = self.get_latent_representation(indices=self.train_indices, return_dist=True)
+        cells = self._cells_to_start_from()
+        mean, variance = self.get_latent_representation(indices=cells, return_dist=True)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             error = NonFiniteError("q(z|x) of a training cell", "vae", self._state.n_epochs)
             error.args = (f"{error}. {REMEDY}",)
             raise error
         options = {"random_state": random_state, "device": self.module.device}
         if self.is_supervised:
-            label = self._components_of_labels()[self.train_indices]
+            label = self._components_of_labels()[cells]
             start = start_from_labels(mean, label, len(self.labels), self.n_components, **options)
         else:
             wanted = self.n_components or self._state.n_components  # a number, a range, or None
@@ -428,8 +432,12 @@ class TrainingMixin(TrainingCellsMixin):
         return np.r_[shares * (1 - others.sum()), others]
 
     def _sort_components(self) -> None:
-        """Number the components by decreasing size, here and in all results; those of labels stay in place."""
-        sizes = np.bincount(self.predict(soft=True).to_numpy().argmax(1), minlength=self.n_components)
+        """Number the components by decreasing size, here and in all results; those of labels stay in place.
+
+        The size is that in `LARGEST_START` cells, where there are more.
+        """
+        cells = evenly(np.arange(self.adata.n_obs), LARGEST_START)
+        sizes = np.bincount(self._probabilities(indices=cells).numpy().argmax(1), minlength=self.n_components)
         n_fixed = len(self.labels) if self.is_supervised else 0
         order = np.r_[:n_fixed, n_fixed + np.argsort(-sizes[n_fixed:], kind="stable")]
         order = torch.as_tensor(order, device=self.module.device)
@@ -441,8 +449,8 @@ class TrainingMixin(TrainingCellsMixin):
 
         def set_temperature() -> None:
             temperature = 1.0
-            if len(self._watched) > 0:
-                raw = self._probabilities(indices=self._watched).double()
+            if len(self._watched()) > 0:
+                raw = self._probabilities(indices=self._watched()).double()
                 log_probs = raw.clamp(min=torch.finfo(torch.float32).tiny).log().numpy()
                 temperature = temperature_of(log_probs, random_state=random_state)
             self.module.set_temperature(temperature)

@@ -28,7 +28,7 @@ from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.principal_codes import PRINCIPAL_CODES, principal_codes
-from scvae_tools._train.split import split_cells
+from scvae_tools._train.split import evenly, split_cells
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
 from scvae_tools.model._trainer_options import no_memory, warn_of_tasks
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from scvae_tools._train.stages import Stage
 
 
+#: Training cells from whose latent means a mixture starts: 200 of a type of 0.1 % are among them.
+LARGEST_START = 200_000
+#: Cells of a label among them at least, if it has so many.
+FEWEST_OF_LABEL = 1_000
 #: Held-out cells that a training looks at after each epoch: their share in the default split, of the largest epoch.
 LARGEST_WATCHED = LARGEST_EPOCH // 9
 
@@ -177,7 +181,7 @@ class TrainingCellsMixin(InferenceMixin):
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
         drop_single, held = self.module.normalization == "batch", self._held
         # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
-        size, watched = max(batch_size, EVALUATION_BATCH_SIZE), self._watched
+        size, watched = max(batch_size, EVALUATION_BATCH_SIZE), self._watched()
         if held is not None:
             train = held.steps(self.train_indices, batch_size, drop_single=drop_single)
             return train, held.batches(watched, size) if len(watched) > 0 else None
@@ -192,14 +196,32 @@ class TrainingCellsMixin(InferenceMixin):
             return train, None
         return train, self._make_data_loader(self.adata, watched, batch_size=size, **options)
 
-    @property
     def _watched(self) -> np.ndarray:
         """Held-out cells that tell when to stop and which weights to keep: all, or as many as are looked at in no time.
 
         Where there are more, they are drawn evenly: so a training of any size looks at its held-out cells as often, and
         those of counts in a file stay in memory.
         """
-        cells, most, stored = self.validation_indices, LARGEST_WATCHED, kept_counts(self.adata_manager)
-        if stored is not None:
-            most = min(most, n_cells_in(stored, HELD_OUT_BYTES))
-        return cells if len(cells) <= most else cells[np.linspace(0, len(cells) - 1, most).round().astype(int)]
+        return evenly(self.validation_indices, self._n_watched())
+
+    def _n_watched(self) -> int:
+        stored = kept_counts(self.adata_manager)
+        return LARGEST_WATCHED if stored is None else min(LARGEST_WATCHED, n_cells_in(stored, HELD_OUT_BYTES))
+
+    def evaluated_cells(self) -> dict[str, np.ndarray]:
+        """Positions of the cells by which a training is judged, of ``"train"`` and, if any are, ``"validation"``.
+
+        All; or, where there are more than 44,444 of a kind, so many of them, at equal distances. Of counts in a file
+        as many as take 64 MiB.
+        """
+        cells = {"train": evenly(self.train_indices, self._n_watched()), "validation": self._watched()}
+        return {name: each for name, each in cells.items() if len(each) > 0}
+
+    def _cells_to_start_from(self) -> np.ndarray:
+        """Training cells from which the mixture starts: all, or `LARGEST_START` and some of each label."""
+        chosen = evenly(self.train_indices, LARGEST_START)
+        if len(chosen) == len(self.train_indices) or not self._starts_from_labels:
+            return chosen
+        label = self._components_of_labels()
+        of_label = [self.train_indices[label[self.train_indices] == each] for each in range(len(self.labels))]
+        return np.unique(np.concatenate([chosen, *(evenly(each, FEWEST_OF_LABEL) for each in of_label)]))

@@ -30,11 +30,13 @@ def params_of(model: SCVAE) -> dict[str, Any]:
 
 
 def elbo_of(model: SCVAE) -> dict[str, dict[str, float]]:
-    """Means of the bound and its terms over the cells of the training and the validation, in nats per cell."""
+    """Means of the bound and its terms over cells of the training and the validation, in nats per cell.
+
+    They are the `SCVAE.evaluated_cells`.
+    """
     return {
         subset: model.get_elbo_terms(indices=indices, n_samples=ELBO_SAMPLES[subset]).mean().to_dict()
-        for subset, indices in (("train", model.train_indices), ("validation", model.validation_indices))
-        if len(indices) > 0
+        for subset, indices in model.evaluated_cells().items()
     }
 
 
@@ -56,16 +58,23 @@ def results_of(
     results: dict[str, dict[str, Any]] = {
         "obs": {},
         "obsm": {keys.latent: model.get_latent_representation(adata)},
-        "uns": {keys.uns: summary | {"kl_by_dimension": model.get_kl_by_dimension(adata)}},
+        "uns": {keys.uns: summary | {"kl_by_dimension": _kl_by_dimension(model, adata)}},
     }
     if model.is_mixture:
         probabilities = model.predict(adata, soft=True).to_numpy()
         component = probabilities.argmax(1)
-        names = [model.components[c] for c in np.unique(component)]  # the model numbers them by size
-        results["obs"][keys.component] = pd.Categorical(np.array(model.components)[component], categories=names)
+        used, codes = np.unique(component, return_inverse=True)  # the model numbers them by size
+        names = [model.components[c] for c in used]
+        results["obs"][keys.component] = pd.Categorical.from_codes(codes, categories=names)
         results["obsm"][keys.probabilities] = probabilities
         results["uns"][keys.uns]["components"] = _summary_of_components(model, probabilities)
     return results
+
+
+def _kl_by_dimension(model: SCVAE, adata: AnnData | None) -> np.ndarray:
+    """Means over all cells, or over the `SCVAE.evaluated_cells` where these are fewer."""
+    cells = None if adata is not None else np.sort(np.concatenate(list(model.evaluated_cells().values())))
+    return model.get_kl_by_dimension(adata, indices=cells)
 
 
 def loadings_of(model: SCVAE, keys: Keys, gene_places: np.ndarray | None, n_genes: int) -> dict[str, np.ndarray]:

@@ -112,7 +112,8 @@ def scvae(
     categorical_covariate_keys, continuous_covariate_keys
         Further columns of ``obs`` that the decoder is given; those with numbers are standardised by the training cells.
     max_epochs
-        Largest number of epochs, of all stages together; None for about 4,000 steps of 128 cells.
+        Largest number of epochs, of all stages together; None for about 4,000 steps of 128 cells, and at least 20. An
+        epoch ends when all training cells were seen, or 400,000 of them.
     batch_size
         Cells a training step.
     train_size
