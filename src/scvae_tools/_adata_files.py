@@ -89,6 +89,8 @@ def n_bytes_of(adata: AnnData) -> int:
 
 
 def _n_bytes(matrix: object) -> int:
+    if hasattr(matrix, "write_to"):
+        return matrix.n_bytes
     if is_on_disk(matrix):
         return n_bytes_on_disk(matrix)
     parts = (matrix.data, matrix.indices, matrix.indptr) if sparse.issparse(matrix) else (matrix,)
@@ -128,6 +130,9 @@ def _write_plain(
     write: Callable, group: h5py.Group | zarr.Group, name: str, value: Any, *, dataset_kwargs: Mapping, **_: Any
 ) -> None:
     """Write an element: strings of pandas as plain ones, or where some are missing as categories; copy one on disk."""
+    if hasattr(value, "write_to"):  # counts that stay in a file, which are read in blocks
+        value.write_to(group, name)
+        return
     if is_on_disk(value):
         copy_on_disk(value, group, name)
         return

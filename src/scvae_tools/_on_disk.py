@@ -124,20 +124,35 @@ def copy_on_disk(matrix: Any, group: h5py.Group | zarr.Group, name: str) -> None
 
 
 def _copy_array(source: Any, group: h5py.Group | zarr.Group, name: str) -> None:
-    width = max(1, math.prod(source.shape[1:]))
-    n_rows = max(1, BLOCK // width)
-    if isinstance(group, h5py.Group):
-        made = group.create_dataset(name, shape=source.shape, dtype=source.dtype)
-    else:
-        create = getattr(group, "create_array", None) or group.create_dataset  # the latter before zarr 3
-        own = None if getattr(source, "shards", None) else source.chunks  # those within shards may be too many files
-        chunks = own or (max(1, min(n_rows // 16, source.shape[0])), *source.shape[1:])
-        made = create(name, shape=source.shape, dtype=source.dtype, chunks=chunks)
+    # Those within shards may be too many files.
+    chunks = None if getattr(source, "shards", None) else source.chunks
+    made = new_array(group, name, source.shape, source.dtype, chunks=chunks)
+    n_rows = _rows_at_once(source.shape)
     if source.chunks:  # no chunk is written, or read, twice
         n_rows = math.ceil(n_rows / source.chunks[0]) * source.chunks[0]
     for low in range(0, source.shape[0], n_rows):
         made[low : low + n_rows] = source[low : low + n_rows]
     made.attrs.update(_plain(source.attrs))
+
+
+def _rows_at_once(shape: tuple[int, ...]) -> int:
+    return max(1, BLOCK // max(1, math.prod(shape[1:])))
+
+
+def new_array(
+    group: h5py.Group | zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype | type,
+    *,
+    chunks: tuple[int, ...] | None = None,
+) -> h5py.Dataset | zarr.Array:
+    """Array to be filled by slices of rows; the chunks are those of zarr, HDF5 has none."""
+    if isinstance(group, h5py.Group):
+        return group.create_dataset(name, shape=shape, dtype=dtype)
+    create = getattr(group, "create_array", None) or group.create_dataset  # the latter before zarr 3
+    rows = max(1, min(_rows_at_once(shape) // 16, shape[0]))
+    return create(name, shape=shape, dtype=dtype, chunks=chunks or (rows, *shape[1:]))
 
 
 def _plain(attributes: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import zarr
 from anndata import AnnData
 from scipy import sparse
 
+from scvae_tools._adata_files import n_bytes_of, write_adata
 from scvae_tools._data import conversion, stored
 from scvae_tools._data.counts import CountsError, digest_of_counts, gene_mean_fraction, read_counts
 from scvae_tools._data.stored import StoredCounts
@@ -377,3 +378,15 @@ def test_a_file_that_was_closed_is_opened_again(form, tmp_path):
     (adata.file if adata.isbacked else adata.X.file).close()
     for _ in range(2):
         np.testing.assert_array_equal(counts[10:30].toarray(), make_counts()[10:30])
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+def test_counts_in_a_file_are_written_to_another_with_the_genes_that_are_chosen(ending, tmp_path):
+    x, mask = make_counts(), np.arange(N_GENES) % 2 == 0
+    adata = AnnData(stored_of("h5ad", tmp_path, x, mask_var=mask))
+    n_bytes = 8 * (x[:, mask] > 0).sum() + 8 * (N_CELLS + 1)
+    assert n_bytes_of(adata) == n_bytes
+    write_adata(adata, tmp_path / f"b.{ending}")
+    found = (anndata.read_zarr if ending == "zarr" else anndata.read_h5ad)(tmp_path / f"b.{ending}")
+    assert isinstance(found.X, sparse.csr_matrix)
+    np.testing.assert_array_equal(found.X.toarray(), x[:, mask])

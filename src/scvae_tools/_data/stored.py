@@ -15,12 +15,13 @@ from scvae_tools._data import conversion
 from scvae_tools._data.conversion import canonical, to_csr, to_float32
 from scvae_tools._data.count_checks import CountsError
 from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
-from scvae_tools._on_disk import missing_chunks, place_of
+from scvae_tools._on_disk import missing_chunks, new_array, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Literal
 
+    import zarr
     from scipy.sparse import csr_matrix
 
 #: Bytes of the counts, as CSR float32, up to which they are read as a whole: what a laptop does not notice.
@@ -272,6 +273,25 @@ class StoredCounts(CSRDataset):
     def to_memory(self) -> csr_matrix:
         """All counts, in memory."""
         return self[:]
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that `write_to` writes."""
+        return 8 * self.nnz + self.indptr.nbytes
+
+    def write_to(self, group: h5py.Group | zarr.Group, name: str) -> None:
+        """Write all counts as a CSR matrix into a group of a file, in the format of anndata, a block at a time."""
+        made = group.create_group(name)
+        made.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(self.shape)})
+        new_array(made, "indptr", self.indptr.shape, np.int64)[:] = self.indptr
+        data, indices = (
+            new_array(made, *each) for each in (("data", (self.nnz,), "f4"), ("indices", (self.nnz,), "i4"))
+        )
+        for first, last in self.blocks():
+            rows, place = self.rows(first, last), slice(int(self.indptr[first]), int(self.indptr[last]))
+            data[place], indices[place] = rows.data, rows.indices
 
     # -- sums, as of a CSR matrix --------------------------------------------------------------------------------------
 
