@@ -5,7 +5,8 @@ type, whose cells vary, than by telling two small types apart, and the result de
 than wanted are fitted, with one covariance, and those that overlap most are merged (Baudry et al. 2010,
 doi:10.1198/jcgs.2010.08111; Hennig 2010, doi:10.1007/s11634-010-0058-3). Pieces of one type overlap; types do not,
 whatever their size. Where the number is to be found, components between which the density has no valley are merged too
-(`modes`). Figures in docs/clustering.md.
+(`modes`). Of many cells a sample is compared; the types that are too rare for it are found among all cells
+(`rare_components`). Figures in docs/clustering.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.modes import FEWEST_POINTS, merge_without_valley
 from scvae_tools._train.overlaps import overlap_with, overlaps, terms
+from scvae_tools._train.rare_components import with_rare_components
 from scvae_tools._train.tied_mixtures import (
     TiedMixtures,
     fit_tied_mixtures,
@@ -50,7 +52,8 @@ OVERLAP_WEIGHT, N_LARGEST_OVERLAPS = 2.0, 3
 ALPHA = 0.05
 #: Cells that a fine component needs on average.
 CELLS_PER_COMPONENT = 15
-#: Largest number of cells on which runs are compared; of two parts, which fewer cells tell apart.
+#: Largest number of cells on which runs are compared; of two parts, which fewer cells tell apart. Types of which a
+#: sample has too few cells are then found by `rare_components`.
 LARGEST_SAMPLE, LARGEST_SAMPLE_TO_SPLIT = 10_000, 4_000
 #: Cells whose probabilities are in float64 at a time where the overlaps of all cells are computed.
 CELLS_AT_ONCE = 2**16
@@ -97,7 +100,8 @@ def start_mixture(
     -------
     The mixture, and what is known of each number of components, one row each: ``n_components``; ``overlap``, the median
     over runs of the largest overlap between two of so many components, in nats per cell of the smaller;
-    ``share_of_runs`` that would stop there, by their overlap; ``chosen``, which may be fewer, by the test of valleys.
+    ``share_of_runs`` that would stop there, by their overlap; ``chosen``, which may be fewer, by the test of valleys,
+    or more, by rare components.
     """
     latent = _on_device(latent, device)
     rng = np.random.default_rng(random_state)
@@ -119,7 +123,8 @@ def start_mixture(
         merged = merge_without_valley(sample.cpu().numpy(), label.cpu().numpy(), fewest=low, alpha=ALPHA, rng=rng)
         label, k = torch.as_tensor(merged, device=latent.device), int(merged.max()) + 1
     if len(sample) < len(latent):
-        label = most_probable(latent, of_partition(sample, label, k))
+        found_in_sample = of_partition(sample, label, k)
+        label, k = with_rare_components(latent, found_in_sample, fewest=low, most=high, alpha=ALPHA, rng=rng)
     return _as_start(of_partition(latent, label, k)), _table(runs, found, k)
 
 
