@@ -10,7 +10,8 @@ from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
 from scvae_tools._train import mixture_start as _start
-from scvae_tools._train.mixture_start import LARGEST_OVERLAP, overlaps, start_mixture
+from scvae_tools._train.mixture_start import LARGEST_OVERLAP, start_mixture
+from scvae_tools._train.overlaps import overlaps
 
 
 def make_clusters(n_clusters, *, n_cells=600, distance=8.0, shares=None, seed=0):
@@ -72,37 +73,12 @@ def test_the_mixture_has_the_moments_of_the_clusters():
     assert adjusted_rand_score(truth, partition(latent, start)) == 1
 
 
-def overlaps_of(probs):
-    """Overlaps of probabilities (n, k), (k, k)."""
-    return overlaps(torch.as_tensor(probs).T[None])[0].numpy()
-
-
-def test_overlap_is_the_entropy_lost_by_merging_over_the_cells_of_the_smaller():
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet(np.ones(4), size=50)
-
-    def entropy(columns):
-        return -xlogy(columns, columns).sum()
-
-    for i, j in ((0, 1), (2, 0), (3, 2)):
-        merged = np.c_[np.delete(probs, [i, j], axis=1), probs[:, i] + probs[:, j]]
-        expected = (entropy(probs) - entropy(merged)) / min(probs[:, i].sum(), probs[:, j].sum())
-        assert overlaps_of(probs)[i, j] == pytest.approx(expected)
-    assert np.all(np.diag(overlaps_of(probs)) == 0)
-
-
-def test_two_halves_of_one_component_overlap_by_twice_log_two():
-    halves = np.c_[np.full((10, 2), 0.5), np.zeros(10)]
-    assert overlaps_of(halves)[0, 1] == pytest.approx(2 * np.log(2))
-    assert overlaps_of(halves)[0, 2] == 0
-
-
 def merged_one_by_one(probs):
     """Partition and largest overlap for each number of components, from the definition, for probabilities (n, k)."""
     probs = probs[:, probs.sum(0) > 0]
     found = {}
     while True:
-        k, table = probs.shape[1], overlaps_of(probs)
+        k, table = probs.shape[1], overlaps(torch.as_tensor(probs).T[None])[0].numpy()
         if len(np.unique(probs.argmax(1))) == k:
             found[k] = probs.argmax(1), table.max()
         if k == 1:

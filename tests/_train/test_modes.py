@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from scvae_tools._train.modes import dip, merge_without_valley, p_value_of_one_mode, p_value_of_split
+from scvae_tools._train import modes
+from scvae_tools._train.modes import (
+    dip,
+    merge_without_valley,
+    p_value_of_one_mode,
+    p_value_of_rare,
+    p_value_of_split,
+)
 
 
 def dip_by_linear_programs(points):
@@ -85,6 +92,32 @@ def test_halves_of_one_population_have_no_valley_and_two_populations_have_one(sh
     first, second = rng.normal(size=(400, 5)), rng.normal(size=(round(400 * share), 5)) + np.r_[6.0, 0, 0, 0, 0]
     assert p_value_of_split(first, second, rng) < 0.005
     assert p_value_of_split(first, second[:2], rng) == 1.0
+
+
+@pytest.mark.parametrize("n_rare", [30, 300, 5000])
+def test_a_rare_population_beside_many_cells_has_a_valley_and_a_tail_has_none(n_rare):
+    """Where all points take part in the fit, and where but a part of them does."""
+    rng = np.random.default_rng(n_rare)
+    others = rng.normal(size=(50_000, 4))
+    rare = rng.normal(size=(n_rare, 4)) + np.r_[0, 0, 7.0, 0]
+    assert p_value_of_rare(rare, others, rng) < 0.001
+    is_tail = others[:, 0] >= np.sort(others[:, 0])[-n_rare]
+    assert p_value_of_rare(others[is_tail], others[~is_tail], rng) > 0.05
+    assert p_value_of_rare(rare, others[:3], rng) == 1.0
+
+
+def test_a_part_of_the_cells_is_enough_for_the_direction_of_a_rare_population(monkeypatch):
+    """Of 20 rare populations at a distance of 5.5 as many are kept with directions of 2,000 cells as with all."""
+    kept = {}
+    for limit in (2_000, 20_000):
+        monkeypatch.setattr(modes, "LARGEST_FIT", limit)
+        rng = np.random.default_rng(0)
+        kept[limit] = [
+            p_value_of_rare(rng.normal(size=(100, 4)) + np.r_[5.5, 0, 0, 0], rng.normal(size=(20_000, 4)), rng) < 0.01
+            for _ in range(20)
+        ]
+    assert np.sum(kept[20_000]) >= 18
+    assert abs(np.sum(kept[2_000]) - np.sum(kept[20_000])) <= 1
 
 
 def test_pieces_of_a_gradient_are_merged_and_populations_are_kept():

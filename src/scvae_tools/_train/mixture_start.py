@@ -5,7 +5,8 @@ type, whose cells vary, than by telling two small types apart, and the result de
 than wanted are fitted, with one covariance, and those that overlap most are merged (Baudry et al. 2010,
 doi:10.1198/jcgs.2010.08111; Hennig 2010, doi:10.1007/s11634-010-0058-3). Pieces of one type overlap; types do not,
 whatever their size. Where the number is to be found, components between which the density has no valley are merged too
-(`modes`). Figures in docs/clustering.md.
+(`modes`). Of many cells a sample is compared; the types that are too rare for it are found among all cells
+(`rare_components`). Figures in docs/clustering.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from torch import Tensor
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.modes import FEWEST_POINTS, merge_without_valley
-from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, n_fits_at_once, one_hot
+from scvae_tools._train.overlaps import overlap_with, overlaps, terms
+from scvae_tools._train.rare_components import with_rare_components
+from scvae_tools._train.tied_mixtures import (
+    TiedMixtures,
+    fit_tied_mixtures,
+    most_probable,
+    n_fits_at_once,
+    of_partition,
+    one_hot,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +52,8 @@ OVERLAP_WEIGHT, N_LARGEST_OVERLAPS = 2.0, 3
 ALPHA = 0.05
 #: Cells that a fine component needs on average.
 CELLS_PER_COMPONENT = 15
-#: Largest number of cells on which runs are compared; of two parts, which fewer cells tell apart.
+#: Largest number of cells on which runs are compared; of two parts, which fewer cells tell apart. Types of which a
+#: sample has too few cells are then found by `rare_components`.
 LARGEST_SAMPLE, LARGEST_SAMPLE_TO_SPLIT = 10_000, 4_000
 #: Cells whose probabilities are in float64 at a time where the overlaps of all cells are computed.
 CELLS_AT_ONCE = 2**16
@@ -89,7 +100,8 @@ def start_mixture(
     -------
     The mixture, and what is known of each number of components, one row each: ``n_components``; ``overlap``, the median
     over runs of the largest overlap between two of so many components, in nats per cell of the smaller;
-    ``share_of_runs`` that would stop there, by their overlap; ``chosen``, which may be fewer, by the test of valleys.
+    ``share_of_runs`` that would stop there, by their overlap; ``chosen``, which may be fewer, by the test of valleys,
+    or more, by rare components.
     """
     latent = _on_device(latent, device)
     rng = np.random.default_rng(random_state)
@@ -111,8 +123,9 @@ def start_mixture(
         merged = merge_without_valley(sample.cpu().numpy(), label.cpu().numpy(), fewest=low, alpha=ALPHA, rng=rng)
         label, k = torch.as_tensor(merged, device=latent.device), int(merged.max()) + 1
     if len(sample) < len(latent):
-        label = _nearest(latent, _mixture(sample, label, k))
-    return _as_start(_mixture(latent, label, k)), _table(runs, found, k)
+        found_in_sample = of_partition(sample, label, k)
+        label, k = with_rare_components(latent, found_in_sample, fewest=low, most=high, alpha=ALPHA, rng=rng)
+    return _as_start(of_partition(latent, label, k)), _table(runs, found, k)
 
 
 @considerate_threads()
@@ -142,8 +155,8 @@ def start_from_labels(
     latent = _on_device(latent, device)
     label = torch.as_tensor(np.asarray(label, dtype=np.int64), device=latent.device)
     is_known = label >= 0
-    labelled = _mixture(latent[is_known], label[is_known], n_labels)
-    whole = torch.where(is_known, label, _nearest(latent, labelled))
+    labelled = of_partition(latent[is_known], label[is_known], n_labels)
+    whole = torch.where(is_known, label, most_probable(latent, labelled))
     n_new, unknown = n_components - n_labels, latent[~is_known]
     if n_new > 0 and len(unknown) >= n_components:
         parts, _ = start_mixture(unknown.cpu().numpy(), n_components, random_state=random_state, device=device)
@@ -152,10 +165,10 @@ def start_from_labels(
         distance = (
             torch.linalg.vector_norm((parts.means[0][:, None] - labelled.means[0]) @ factor, dim=-1).min(1).values
         )
-        part, position = _nearest(unknown, parts), (~is_known).nonzero()[:, 0]
+        part, position = most_probable(unknown, parts), (~is_known).nonzero()[:, 0]
         for new, each in enumerate(distance.argsort(descending=True, stable=True)[:n_new]):
             whole[position[part == each]] = n_labels + new
-    return _as_start(_mixture(latent, whole, n_components))
+    return _as_start(of_partition(latent, whole, n_components))
 
 
 def _on_device(latent: np.ndarray, device: torch.device | str) -> Tensor:
@@ -214,7 +227,7 @@ def _levels(probs: Tensor) -> list[list[_Level]]:
     """Merge the two components that overlap most until one is left, for each run of probabilities (r, k, n)."""
     levels: list[list[_Level]] = [[] for _ in probs]
     run = torch.arange(len(probs), device=probs.device)
-    entropy, size = _terms(probs)
+    entropy, size = terms(probs)
     overlap = overlaps(probs)
     for k in range(probs.shape[1], 0, -1):
         label = probs.max(1).indices
@@ -234,10 +247,10 @@ def _levels(probs: Tensor) -> list[list[_Level]]:
         probs, overlap = probs[run[:, None], kept], overlap[run[:, None, None], kept[:, :, None], kept[:, None]]
         entropy, size = entropy[run[:, None], kept], size[run[:, None], kept]
         merged = probs[run, first]
-        new = _overlap_with(probs, entropy, size, merged, *_terms(merged[:, None]))
+        new = overlap_with(probs, entropy, size, merged, *terms(merged[:, None]))
         new[run, first] = 0.0
         overlap[run, first], overlap[run, :, first] = new, new
-        entropy[run, first], size[run, first] = (each[:, 0] for each in _terms(merged[:, None]))
+        entropy[run, first], size[run, first] = (each[:, 0] for each in terms(merged[:, None]))
     return levels
 
 
@@ -259,7 +272,7 @@ def merges(probs: np.ndarray) -> list[tuple[int, int, float]]:
     alone = torch.zeros(2, k, dtype=torch.float64)  # Σ p log p and Σ p
     both = torch.zeros(k, k, dtype=torch.float64)  # Σ p log p of each two together
     for part in _parts(probs):
-        alone += torch.stack(_terms(part[None]))[:, 0]
+        alone += torch.stack(terms(part[None]))[:, 0]
         for i in range(k - 1):
             pairs = part[i + 1 :] + part[i]
             both[i, i + 1 :] += torch.xlogy(pairs, pairs).sum(1)
@@ -335,7 +348,7 @@ def split_in_two(latent: np.ndarray, min_cells: int, *, random_state: int) -> Sp
     sample = _on_device(sample, "cpu")
     best, best_quality = None, -np.inf
     for label in [level.label for levels in _runs(sample, 2, rng) for level in levels if level.n_components == 2]:
-        rule = _rule(_mixture(sample, label, 2))
+        rule = _rule(of_partition(sample, label, 2))
         n_second = int((latent @ rule.direction + rule.offset > 0).sum())
         quality = _quality(sample, label, 2)
         if min(n_second, len(latent) - n_second) >= min_cells and quality > best_quality:
@@ -359,45 +372,6 @@ def _with_empty_first(overlap: Tensor, size: Tensor) -> Tensor:
     return overlap.masked_fill((is_empty[:, :, None] | is_empty[:, None]) & is_other, torch.inf)
 
 
-def overlaps(probs: Tensor) -> Tensor:
-    """Overlap of each two components, in nats per cell of the smaller, (r, k, k), 0 on the diagonal.
-
-    Parameters
-    ----------
-    probs
-        Probability of each component, (r, k, n), of r mixtures.
-
-    Notes
-    -----
-    The overlap is the entropy of y that is lost when i and j become one (Baudry et al. 2010), over the cells of the
-    smaller component:
-    Σ_n [(p_i + p_j) log(p_i + p_j) − p_i log p_i − p_j log p_j] / min(Σ_n p_i, Σ_n p_j), from 0 for two that share no
-    cell to 2 log 2 for two halves of one.
-    """
-    r, k, _ = probs.shape
-    entropy, size = _terms(probs)
-    each = probs.new_zeros(r, k, k)
-    for i in range(k - 1):
-        others = slice(i + 1, None)
-        one = probs[:, i], entropy[:, i, None], size[:, i, None]
-        each[:, i, others] = _overlap_with(probs[:, others], entropy[:, others], size[:, others], *one)
-    return each + each.mT
-
-
-def _terms(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_n p log p and Σ_n p of probabilities (r, k, n), (r, k) each."""
-    return torch.xlogy(probs, probs).sum(2), probs.sum(2)
-
-
-def _overlap_with(
-    probs: Tensor, entropy: Tensor, size: Tensor, one: Tensor, entropy_of_one: Tensor, size_of_one: Tensor
-) -> Tensor:
-    """Overlaps of components (r, k, n) with one of each run (r, n), (r, k)."""
-    both = probs + one[:, None]
-    lost = torch.xlogy(both, both).sum(2) - entropy - entropy_of_one
-    return lost / torch.minimum(size, size_of_one).clamp(min=torch.finfo(probs.dtype).tiny)
-
-
 def _count(levels: list[_Level], largest_overlap: float = LARGEST_OVERLAP) -> int:
     """Largest number of components of which no two overlap by ``largest_overlap`` or more."""
     return next(level.n_components for level in levels if level.overlap < largest_overlap)
@@ -410,32 +384,12 @@ def _is_testable(label: Tensor, n_components: int) -> bool:
 
 def _quality(latent: Tensor, label: Tensor, n_components: int) -> float:
     """Quality of a partition, in nats per cell; see `OVERLAP_WEIGHT`."""
-    log_joint = _mixture(latent, label, n_components).log_joint(latent)
+    log_joint = of_partition(latent, label, n_components).log_joint(latent)
     log_density = log_joint.logsumexp(1, keepdim=True)
     each = overlaps(log_joint.sub_(log_density).exp_())[0]
     pairs = each[torch.triu(torch.ones_like(each, dtype=torch.bool), diagonal=1)]
     largest = pairs.sort().values[-N_LARGEST_OVERLAPS:]
     return float(log_density.mean() - OVERLAP_WEIGHT * (largest.mean() if len(largest) else 0.0))
-
-
-def _mixture(latent: Tensor, label: Tensor, n_components: int) -> TiedMixtures:
-    """Weights, means and covariance of a partition (n,), whose labels are 0, 1, ..., k − 1."""
-    parts = one_hot(label[None].long(), n_components)[0]  # (k, n)
-    size = parts.sum(1)
-    # A component without cells starts as a rare one in the middle of all.
-    means = torch.where(size[:, None] > 0, parts @ latent / size[:, None].clamp(min=1), latent.mean(0))
-    residual = latent - means[label.long()]
-    covariance = residual.T @ residual / len(latent)
-    # A direction in which no cell differs must not make the matrix singular.
-    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    covariance += identity * 1e-6 * covariance.trace().clamp(min=1e-6) / len(covariance)
-    weights = size.clamp(min=0.5)
-    return TiedMixtures((weights / weights.sum())[None], means[None], covariance[None])
-
-
-def _nearest(latent: Tensor, mixture: TiedMixtures) -> Tensor:
-    """Most probable component of each cell, (n,)."""
-    return mixture.log_joint(latent)[0].max(0).indices
 
 
 def _table(runs: list[list[_Level]], found: np.ndarray, chosen: int) -> pd.DataFrame:

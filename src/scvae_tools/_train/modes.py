@@ -20,6 +20,9 @@ LEVELS = np.geomspace(0.1, 8.0, 96)
 NULL_SIZES, N_NULLS = (8, 16, 32, 64, 128), 2_000
 #: Smallest number of points on each side of a split with which it can be tested.
 FEWEST_POINTS = 4
+#: Points of a rare set that are tested at most, since the dip takes memory for each at all `LEVELS`; and of the set
+#: beside it, those to which a discriminant is fitted at most: mean and covariance need no more.
+MOST_RARE, LARGEST_FIT = 2_000, 20_000
 
 
 def dip(points: np.ndarray) -> float:
@@ -93,8 +96,45 @@ def p_value_of_split(first: np.ndarray, second: np.ndarray, rng: np.random.Gener
             return 1.0
         slope, offset = _discriminant(points[others], is_second[others])
         score[fold == each] = points[fold == each] @ slope + offset
+    return _p_value_at_border(score)
+
+
+def p_value_of_rare(rare: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> float:
+    """Probability that a rare set of points and another are one population, as `p_value_of_split`.
+
+    The other set may be so large that the discriminants are fitted to a part of it. But all its points are projected,
+    since those next to the rare set are few.
+
+    Parameters
+    ----------
+    rare, others
+        Points (n, d) and (m, d). Of more than `MOST_RARE` rare points a part is taken, and as large a part of others.
+    rng
+        Draws the folds and the parts.
+    """
+    if len(rare) > MOST_RARE:
+        others = others[rng.random(len(others)) < MOST_RARE / len(rare)]
+        rare = rare[rng.choice(len(rare), MOST_RARE, replace=False)]
+    if min(len(rare), len(others)) < FEWEST_POINTS:
+        return 1.0
+    fold_of_rare, fold = rng.permutation(len(rare)) % N_FOLDS, rng.permutation(len(others)) % N_FOLDS
+    fitted = rng.choice(len(others), min(len(others), LARGEST_FIT), replace=False)
+    scores = []
+    for each in range(N_FOLDS):
+        first, second = others[fitted[fold[fitted] != each]], rare[fold_of_rare != each]
+        if min(len(first), len(second)) < 2:
+            return 1.0
+        is_second = np.arange(len(first) + len(second)) >= len(first)
+        slope, offset = _discriminant(np.concatenate([first, second]), is_second)
+        offset -= np.log(len(others) / len(fitted))  # the share of the rare set among all
+        scores += [points @ slope + offset for points in (others[fold == each], rare[fold_of_rare == each])]
+    return _p_value_at_border(np.concatenate(scores), MOST_RARE)
+
+
+def _p_value_at_border(score: np.ndarray, most: int | None = None) -> float:
+    """P value of one mode for the scores (n,) nearest to 0, as many above it as below, ``most`` of them each."""
     below, above = np.sort(-score[score < 0]), np.sort(score[score >= 0])  # both by the distance from the border
-    n = min(len(below), len(above))
+    n = min(len(below), len(above), most or len(score))
     if n < FEWEST_POINTS:
         return 1.0
     return p_value_of_one_mode(np.concatenate([-below[:n], above[:n]]))

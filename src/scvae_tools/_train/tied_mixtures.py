@@ -18,7 +18,7 @@ from torch import Tensor
 from scvae_tools._module.bounds import LOG_2PI
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 #: Stopping rules of scikit-learn: of k-means, its steps and the shift of the centres as a share of the variance; of EM,
 #: its steps, the gain of log-likelihood in nats per point, and the number that is added to each variance.
@@ -28,6 +28,8 @@ EM_STEPS, EM_TOLERANCE, ADDED_VARIANCE = 100, 1e-3, 1e-6
 #: cache. On other devices the limit is memory.
 ENTRIES = {"cpu": 2**19}
 ENTRIES_ELSEWHERE = 2**25
+#: Points whose probabilities are in memory at a time where there may be a million.
+POINTS_AT_ONCE = 2**15
 
 
 class TiedMixtures(NamedTuple):
@@ -180,3 +182,35 @@ def one_hot(label: Tensor, n_components: int) -> Tensor:
     """Indicator of the part of each point for partitions (r, n), (r, k, n), in float64."""
     parts = torch.zeros(len(label), n_components, label.shape[1], dtype=torch.float64, device=label.device)
     return parts.scatter_(1, label[:, None], 1.0)
+
+
+def of_partition(points: Tensor, label: Tensor, n_components: int) -> TiedMixtures:
+    """Weights, means and covariance of a partition (n,), whose labels are 0, 1, ..., k − 1."""
+    size, total = points.new_zeros(n_components), points.new_zeros(n_components, points.shape[1])
+    for part in parts(len(points)):
+        members = one_hot(label[None, part].long(), n_components)[0]  # (k, n)
+        size += members.sum(1)
+        total += members @ points[part]
+    # A component without cells starts as a rare one in the middle of all.
+    means = torch.where(size[:, None] > 0, total / size[:, None].clamp(min=1), points.mean(0))
+    covariance = points.new_zeros(points.shape[1], points.shape[1])
+    for part in parts(len(points)):
+        residual = points[part] - means[label[part].long()]
+        covariance += residual.T @ residual
+    covariance /= len(points)
+    # A direction in which no cell differs must not make the matrix singular.
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    covariance += identity * 1e-6 * covariance.trace().clamp(min=1e-6) / len(covariance)
+    weights = size.clamp(min=0.5)
+    return TiedMixtures((weights / weights.sum())[None], means[None], covariance[None])
+
+
+def most_probable(points: Tensor, mixture: TiedMixtures) -> Tensor:
+    """Most probable component of each point, (n,)."""
+    return torch.cat([mixture.log_joint(points[part])[0].max(0).indices for part in parts(len(points))])
+
+
+def parts(n_points: int) -> Iterator[slice]:
+    """Slices of at most `POINTS_AT_ONCE` points."""
+    for start in range(0, max(n_points, 1), POINTS_AT_ONCE):
+        yield slice(start, start + POINTS_AT_ONCE)
