@@ -321,7 +321,7 @@ NUMBERS: dict[str, Check] = {
     **dict.fromkeys(("overhead", "rna_size_factor", "dof"), number(above=0)),
     "library_size": positive_or_latent,
     "delta": number(least=0),
-    "fdr_target": number(above=0, below=1),
+    **dict.fromkeys(("fdr_target", "none_below"), number(above=0, below=1)),
     "threshold": check_share,
     "random_state": check_seed,
     # runs of a stability of clusters
