@@ -321,8 +321,8 @@ NUMBERS: dict[str, Check] = {
     **dict.fromkeys(("overhead", "rna_size_factor", "dof"), number(above=0)),
     "library_size": positive_or_latent,
     "delta": number(least=0),
-    **dict.fromkeys(("fdr_target", "none_below"), number(above=0, below=1)),
-    "threshold": check_share,
+    "fdr_target": number(above=0, below=1),
+    **dict.fromkeys(("threshold", "none_below"), check_share),
     "random_state": check_seed,
     # runs of a stability of clusters
     **dict.fromkeys(("n_seeds", "n_halves"), whole(least=0, most=1000, remedy="Pass 0 for none.")),
