@@ -93,6 +93,16 @@ class FitMixin(InferenceMixin):
             self._fit_references[key] = FitReference.of(*self._fit_scores(None, cells, None), n_components)
         return self._fit_references[key]
 
+    def _fit_reference_if_possible(self) -> FitReference | None:
+        """Reference of the weights in use; None also where the counts have changed since, or do not fit into memory.
+
+        Neither is a reason not to save a model, or to map no cells onto it.
+        """
+        try:
+            return self._fit_reference()
+        except (ValueError, RuntimeError, OSError):
+            return None
+
     def _cells_of_reference(self) -> np.ndarray | None:
         """Positions of the reference cells among those of the model; None where it has none."""
         has_counts = self.adata is not None and self.minified_data_type is None
@@ -134,11 +144,8 @@ class FitMixin(InferenceMixin):
         return rows[:, :2], rows[:, 2], rows[:, 3].astype(int)
 
     def _fits_to_plain(self) -> dict[str, Any]:
-        """References for a file, by version; none where there is neither one nor data that can be read."""
-        try:
-            self._fit_reference()
-        except (ValueError, RuntimeError, OSError):  # such as counts that have changed since the training, or memory
-            return {}  # no reason not to save a model
+        """References for a file, by version."""
+        self._fit_reference_if_possible()
         now = self._state.n_epochs
         references = {key[1] or "": each for key, each in (self._fit_references or {}).items() if key[0] == now}
         inherited = {} if self._inherited_fit is None else {"inherited": self._inherited_fit.to_plain()}

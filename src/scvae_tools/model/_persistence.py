@@ -289,7 +289,7 @@ class PersistenceMixin(ArchesMixin, FitMixin):
             query = super().load_query_data(adata, reference, **kwargs)
         query.module.extend_batches(reference.module.sizes.n_batch, freeze=not kwargs.get("unfrozen", False))
         query._forget_split()
-        query._inherited_fit = None if kwargs.get("unfrozen", False) else reference._fit_reference()
+        query._inherited_fit = None if kwargs.get("unfrozen", False) else reference._fit_reference_if_possible()
         return query
 
     @classmethod

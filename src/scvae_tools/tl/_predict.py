@@ -76,8 +76,8 @@ def predict(
         the data that the model was trained on. With ``none_below`` also "none", the last. Mixture only.
     ``adata.obs["scvae_fit"]`` : float64
         Probability that a cell like those of the training would fit the model as badly, above 0 and up to 1: small
-        values are of cells that are none of these. See `SCVAE.get_fit`, also for how small values can be. It takes
-        longer than all other results, as each cell is decoded. Not of models that were saved by versions without it.
+        values are of cells that are none of these. See `SCVAE.get_fit`, also for how small values can be. Each
+        cell is decoded for it. Not of models that were saved by versions without it.
     ``adata.obsm["scvae_probs"]`` : (n_cells, n_components) float32
         Probability of each component, calibrated as in `scvae`, in the order of ``model.components``. Mixture only.
     ``adata.layers["scvae_lambda"]`` : (n_cells, n_genes) float32
