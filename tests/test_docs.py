@@ -131,11 +131,14 @@ def test_the_example_of_the_first_page_is_part_of_the_one_in_the_readme_which_ru
     assert set(example.splitlines()) <= set(python_blocks(ROOT / "README.md")[0].splitlines())
 
 
-def test_the_example_for_users_of_scvi_runs():
+def test_the_example_for_users_of_scvi_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in python_blocks(DOCS / "from-scvi.md"):
         exec(compile(block.replace("train(20)", "train(2, progress=False)"), "from-scvi.md", "exec"), names)
     assert names["adata"].obsm["X_scvae"].shape == (700, 10)
+    assert names["adata"].obs["scvae_fit"].between(0, 1).all()
+    assert (tmp_path / "blood" / "_scvi_required_metadata.json").exists()
 
 
 def test_the_example_for_users_of_the_original_runs():

@@ -322,7 +322,7 @@ NUMBERS: dict[str, Check] = {
     "library_size": positive_or_latent,
     "delta": number(least=0),
     "fdr_target": number(above=0, below=1),
-    "threshold": check_share,
+    **dict.fromkeys(("threshold", "none_below"), check_share),
     **dict.fromkeys(("random_state", "gene_random_state"), check_seed),
     # runs of a stability of clusters
     **dict.fromkeys(("n_seeds", "n_halves"), whole(least=0, most=1000, remedy="Pass 0 for none.")),

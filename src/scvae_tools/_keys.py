@@ -27,6 +27,11 @@ class Keys:
         return f"{self.key_added}_probs"
 
     @property
+    def fit(self) -> str:
+        """``obs``: how well the cell fits the model, a p-value."""
+        return f"{self.key_added}_fit"
+
+    @property
     def rate(self) -> str:
         """``layers``: λ."""
         return f"{self.key_added}_lambda"
@@ -50,7 +55,7 @@ class Keys:
     def by_model(self) -> dict[str, tuple[str, ...]]:
         """Keys by slot of the results that not every model has, or that another tool adds later."""
         return {
-            "obs": (self.component,),
+            "obs": (self.component, self.fit),
             "obsm": (self.probabilities,),
             "layers": (self.rate,),
             "varm": (self.loadings,),

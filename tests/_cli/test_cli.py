@@ -255,6 +255,13 @@ def test_predict_finds_the_genes_by_name_and_repeats_the_codes_of_the_training(t
     assert found.uns["m"]["components"]["means"].shape == (4, 10)
 
 
+def test_predict_calls_cells_none_that_fit_the_model_worse_than_a_share(trained, here):
+    assert run(f"scvae-tools predict demo --model {trained / 'model'} -o p.h5ad --none-below 0.3") == 0
+    found = ad.read_h5ad("p.h5ad").obs
+    np.testing.assert_array_equal(found["scvae"] == "none", found["scvae_fit"] < 0.3)
+    assert 0.1 < np.mean(found["scvae"] == "none") < 0.5
+
+
 def test_predict_reads_x_by_a_model_that_was_set_up_with_a_layer(here):
     cells = svt.datasets.simulate(120, 20, 3)
     cells.layers["counts"] = cells.X.copy()

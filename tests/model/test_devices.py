@@ -88,6 +88,7 @@ READS_CELLS = {
     "get_elbo": lambda m: m.get_elbo(),
     "get_elbo_terms": lambda m: m.get_elbo_terms(),
     "get_feature_correlation_matrix": lambda m: m.get_feature_correlation_matrix(n_samples=2),
+    "get_fit": lambda m: m.get_fit(),
     "get_kl_by_dimension": lambda m: m.get_kl_by_dimension(),
     "get_lambda": lambda m: m.get_lambda(),
     "get_latent_representation": lambda m: m.get_latent_representation(return_dist=True),
@@ -99,6 +100,7 @@ READS_CELLS = {
     "iter_decoded": lambda m: list(m.iter_decoded()),
     "iter_lambda": lambda m: list(m.iter_lambda()),
     "iter_samples": lambda m: list(m.iter_samples()),
+    "n_fit_cells": lambda m: m.n_fit_cells(),
     "posterior_predictive_sample": lambda m: m.posterior_predictive_sample(n_samples=2),
     "predict": lambda m: m.predict(soft=True) if m.is_mixture else None,
     "sample": lambda m: m.sample(10, batch="1"),
@@ -106,7 +108,7 @@ READS_CELLS = {
 #: Every public method that reads no cells, or is tested below.
 READS_NO_CELLS = {
     *("convert_legacy_save", "load", "load_query_data", "load_registry", "prepare_query_anndata"),
-    *("prepare_query_mudata", "save", "view_setup_args"),
+    *("prepare_query_mudata", "save", "save_for_hub", "view_setup_args"),
     *("data_registry", "deregister_manager", "get_anndata_manager", "get_from_registry", "get_setup_arg"),
     *("get_state_registry", "get_var_names", "register_manager", "setup_anndata", "transfer_fields"),
     *("update_setup_method_args", "view_anndata_setup", "view_registry", "view_setup_method_args"),

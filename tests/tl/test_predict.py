@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from scipy import sparse
 
@@ -37,7 +40,7 @@ def test_the_cells_of_the_training_get_the_results_of_the_training(mixture):
     new = cells()
     svt.tl.predict(new, model, write_lambda=True)
     for slot in ("obs", "obsm", "layers", "varm"):
-        assert set(getattr(new, slot)) == set(getattr(adata, slot))
+        assert set(getattr(new, slot)) - {"scvae_fit"} == set(getattr(adata, slot))
     for name in new.obsm:
         np.testing.assert_allclose(new.obsm[name], adata.obsm[name], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(new.layers["scvae_lambda"], adata.layers["scvae_lambda"], rtol=1e-4, atol=1e-5)
@@ -222,3 +225,64 @@ def test_a_model_must_be_trained():
         svt.tl.predict(cells(1), svt.SCVAE(adata))
     with pytest.raises(TypeError, match="must be an SCVAE"):
         svt.tl.predict(cells(1), 3)
+
+
+# -- none of these -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """Model of which 40 cells were held out."""
+    return fitted(train_size=0.5)[1]
+
+
+def test_the_fit_is_that_of_the_model_and_cells_below_a_limit_are_none(held_out):
+    plain, limited = cells(), cells()
+    svt.tl.predict(plain, held_out)
+    svt.tl.predict(limited, held_out, none_below=0.2)
+    expected = held_out.get_fit(cells())
+    np.testing.assert_array_equal(plain.obs["scvae_fit"], expected)
+    np.testing.assert_array_equal(limited.obs["scvae_fit"], expected)
+    assert "none" not in plain.obs["scvae"].cat.categories
+    assert limited.obs["scvae"].cat.categories[-1] == "none"
+    is_none = expected < 0.2
+    assert 0 < is_none.sum() < 40
+    svt.tl.predict(other := cells(1), held_out, none_below=0.2)  # other types
+    assert np.mean(other.obs["scvae"] == "none") > 0.9
+    np.testing.assert_array_equal(limited.obs["scvae"] == "none", is_none)
+    kept = [each.obs["scvae"].astype(str)[~is_none].tolist() for each in (limited, plain)]
+    assert kept[0] == kept[1]
+    np.testing.assert_array_equal(limited.obsm["scvae_probs"], plain.obsm["scvae_probs"])
+    assert plain.uns["scvae"]["fit"] == {"n_reference": 40}
+    assert limited.uns["scvae"]["fit"] == {"n_reference": 40, "none_below": 0.2}
+
+
+def test_the_fit_of_an_earlier_prediction_is_deleted_and_a_column_of_the_user_is_not(held_out, tmp_path):
+    held_out.save(tmp_path / "model")
+    content = torch.load(tmp_path / "model" / "model.pt", weights_only=True)
+    attributes = json.loads(content["attributes"])
+    del attributes["fit_"]
+    torch.save(content | {"attributes": json.dumps(attributes)}, tmp_path / "model" / "model.pt")
+    new = cells()
+    new.obs["scvae_fit"] = "good"
+    svt.tl.predict(new, tmp_path / "model")
+    assert (new.obs["scvae_fit"] == "good").all()
+    svt.tl.predict(new, held_out)
+    assert new.obs["scvae_fit"].dtype == np.float64
+    svt.tl.predict(new, tmp_path / "model")
+    assert "scvae_fit" not in new.obs
+    with pytest.raises(ValueError, match="saved without what is needed"):
+        svt.tl.predict(new, tmp_path / "model", none_below=0.1)
+
+
+def test_a_limit_that_no_cell_could_be_below_is_refused(held_out):
+    new = cells()
+    with pytest.raises(ValueError, match=r"must be above 0\.024, the smallest fit by 40 reference.*found 0\.02"):
+        svt.tl.predict(new, held_out, none_below=0.02)
+    with pytest.raises(ValueError, match=r"`none_below` needs a mixture.*obs\[\"scvae_fit\"\]"):
+        svt.tl.predict(new, fitted(mixture=False, n_components=None)[1], none_below=0.5)
+    named = cells()
+    named.obs["type"] = np.where(named.obs["component"] == "0", "none", "some")
+    with pytest.raises(ValueError, match="which must be no component; found one of this name"):
+        svt.tl.predict(new, fitted(named, labels_key="type")[1], none_below=0.5)
+    assert not new.obsm.keys()

@@ -142,11 +142,12 @@ def predict(given: Namespace, parser: ArgumentParser) -> dict[str, Any]:
     model = _load(given)
     adata = _read(given, may_stay=True)
     layer, fill = _get(given, "layer"), _get(given, "fill_missing", default=False)
+    options = {"fill_missing": fill, "key_added": keys.key_added, "none_below": _get(given, "none_below")}
     _check_genes(adata, model, fill=fill)
     _check_layer(adata, layer)
     _require_room(output, n_bytes_of(adata))
     with _model_layer_is_x(adata, model) if layer is None else nullcontext():
-        tl.predict(adata, model, layer=layer, fill_missing=fill, key_added=keys.key_added)
+        tl.predict(adata, model, layer=layer, **options)
     adata.uns[keys.uns]["params"]["model"] = str(given.model)
     write_adata(adata, output)
     summary: dict[str, Any] = {"cells": adata.n_obs, "genes": len(model.var_names)}

@@ -219,6 +219,9 @@ LOAD = (
     Option("--model-version", "version", help="weights of the model to use: best, end or early_stop [best]"),
 )
 FILL = Option("--fill-missing", "fill_missing", help="take genes of the model that the data lack as 0", more=FLAG)
+NONE_BELOW = Option(
+    "--none-below", "none_below", float, "call a cell none that fits the model worse than all but this share, e.g. 0.01"
+)
 #: Arguments of `tl.evaluate`.
 EVALUATE = (LABELS, SEED)
 
@@ -291,7 +294,7 @@ COMMANDS = {
     ),
     "predict": Command(
         "latent codes and clusters of new cells, by a trained model",
-        (DATA, MODEL, OUTPUT, OVERWRITE, *READING, IN_MEMORY, LAYER, FILL, KEY, *LOAD),
+        (DATA, MODEL, OUTPUT, OVERWRITE, *READING, IN_MEMORY, LAYER, FILL, NONE_BELOW, KEY, *LOAD),
         ("scvae-tools predict demo --model model -o predicted.h5ad",),
     ),
     "compare": Command(

@@ -64,6 +64,7 @@ def _is_earlier(earlier: object, adata: AnnData, slot: str, name: str, keys: Key
     """Whether a result of ours is stored under a name, not a column or entry of the user with the same name."""
     if not (isinstance(earlier, Mapping) and {"params", "history", "version"} <= set(earlier)):
         return False
-    if name not in getattr(adata, slot) or (slot == "obs" and "components" not in earlier):
+    noted = {keys.component: "components", keys.fit: "fit"}.get(name) if slot == "obs" else None
+    if name not in getattr(adata, slot) or (noted is not None and noted not in earlier):
         return False
     return name != keys.ppc or is_ppc(adata.uns[name])

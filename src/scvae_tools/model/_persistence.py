@@ -23,7 +23,7 @@ from scvae_tools._random import seeded
 from scvae_tools._train.torch_file import FoundError, damaged_otherwise
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
 from scvae_tools._upstream import initialize_model, pad_and_sort_genes, parse_device_args, quiet
-from scvae_tools.model._inference import InferenceMixin
+from scvae_tools.model._fit import FitMixin
 from scvae_tools.model._saved_data import read_beside, write_beside
 from scvae_tools.model._saved_file import ADATA_FILE, MODEL_FILE, RULE, read_saved, write_saved
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
-class PersistenceMixin(ArchesMixin, InferenceMixin):
+class PersistenceMixin(ArchesMixin, FitMixin):
     """Versions, saving and transfer of `SCVAE`."""
 
     @property
@@ -99,6 +99,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         del kwargs
         known = ("latent_posterior_parameters", "latent_posterior_parameters_with_counts")
         check_choice("minified_data_type", minified_data_type, known)
+        self._fit_reference()  # as long as the counts are there
         mean, variance = self.get_latent_representation(return_dist=True)
         posterior = {_keys.LATENT_MEAN: mean, _keys.LATENT_VARIANCE: variance}
         ones = np.ones((len(mean), 1), dtype=np.float32)
@@ -154,6 +155,9 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         Notes
         -----
         Whenever the process ends, `load` finds the former model and its data or the new ones, both whole.
+
+        What `get_fit` needs of the held-out cells is saved too, for the weights in use; where it was not needed before,
+        up to 2,000 of these cells are decoded now.
         """
         directory = Path(dir_path)
         if directory.exists() and not overwrite:
@@ -163,6 +167,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         attributes["cells_"] = self._digest_of_cells if self.adata is None else digest_of_names(self.adata.obs_names)
         state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
         kept = {name: each for name, each in self._state.versions.items() if versions or name == self.version}
+        attributes["fit_"] = self._fits_to_plain()
         attributes["data_"] = secrets.token_hex(8) if save_anndata else None
         content = state, attributes, self.var_names, packed(kept, self.version, state)
         path, data = _model_file(directory, prefix), directory / f"{prefix or ''}{ADATA_FILE}"
@@ -215,7 +220,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
         path = _model_file(dir_path, prefix)
         state, attributes, _, versions = read_saved(path)
         saved_data = path.with_name(f"{prefix or ''}{ADATA_FILE}")
-        mark = attributes.pop("data_", None)
+        mark, fits = attributes.pop("data_", None), attributes.pop("fit_", None)
         if adata is None:
             adata = read_beside(saved_data, path, mark)
         adata = adata.copy() if adata is not None and adata.is_view else adata
@@ -229,6 +234,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
             model = initialize_model(cls, adata, registry, attributes, None)
             model.module.load_state_dict(state)
             model._state.versions, model._state.version = unpacked(versions)
+            model._take_fits(fits)
         model._digest_of_cells = cells
         if adata and cells not in (None, digest_of_names(adata.obs_names)):
             model._forget_split()
@@ -283,6 +289,7 @@ class PersistenceMixin(ArchesMixin, InferenceMixin):
             query = super().load_query_data(adata, reference, **kwargs)
         query.module.extend_batches(reference.module.sizes.n_batch, freeze=not kwargs.get("unfrozen", False))
         query._forget_split()
+        query._inherited_fit = None if kwargs.get("unfrozen", False) else reference._fit_reference_if_possible()
         return query
 
     @classmethod

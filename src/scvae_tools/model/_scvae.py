@@ -21,9 +21,9 @@ from scvae_tools._module.vae import N_REFERENCE_CELLS, VAE
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import seeded
 from scvae_tools._train.state import TrainingState
+from scvae_tools.model._hub import HubMixin
 from scvae_tools.model._inherited import InheritedMixin
 from scvae_tools.model._mixture_options import mixture_options
-from scvae_tools.model._persistence import PersistenceMixin
 from scvae_tools.model._training import TrainingMixin
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def module_name(mixture: bool | str) -> str:  # noqa: FBT001
     return name
 
 
-class SCVAE(TrainingMixin, PersistenceMixin, InheritedMixin):
+class SCVAE(TrainingMixin, HubMixin, InheritedMixin):
     """Variational auto-encoder of counts, with a Gaussian mixture that clusters.
 
     scVAE (Grønbech et al. 2020, doi:10.1093/bioinformatics/btaa293) with the interface of scvi-tools.
