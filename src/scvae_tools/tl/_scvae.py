@@ -19,7 +19,7 @@ from scvae_tools._results.writing import copy_in_memory, replace_results, requir
 from scvae_tools._train.progress import Parts, is_shown
 from scvae_tools.model._build import build_model
 from scvae_tools.model._scvae import SCVAE
-from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
+from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_trainer_options, join_processes
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
 from scvae_tools.tl._results_of_model import elbo_of, loadings_of, params_of, results_of
 from scvae_tools.tl._training_of_result import noted_beside
@@ -219,6 +219,7 @@ def scvae(
     keys = Keys(check_key("key_added", key_added))
     seed = as_seed(random_state, rng)
     of_model, of_training, of_trainer = _split_options(kwargs)
+    join_processes(accelerator, of_training.get("devices", "auto"), of_trainer)  # so that all read at the same time
     mask = resolve_mask_var(adata, mask_var)
     shown = is_shown(progress, kwargs.get("enable_progress_bar"))
     reading = {"allow_non_integer": allow_non_integer, "may_stay": True, "progress": shown}
@@ -288,5 +289,4 @@ def _split_options(options: dict) -> tuple[dict, dict, dict]:
     options = as_plain(options)
     parts = of_model, of_training, TRAINER_OPTIONS
     check_trainer_options({name: value for name, value in options.items() if name in TRAINER_OPTIONS}, SCVAE.train)
-    check_one_device(options.get("devices", "auto"))
     return tuple({name: value for name, value in options.items() if name in part} for part in parts)
