@@ -255,7 +255,7 @@ note("interrupted", state=state_of(model), n=len(model.history), was=model.was_i
 def test_tasks_of_slurm_on_two_machines_train_together(tmp_path):
     """As srun starts them: the same command for each task, with the variables of the task."""
     script = """
-options["devices"] = 1
+options |= {"devices": 1, "strategy": "ddp"}
 adata = cells()
 model = svt.tl.scvae(adata, max_epochs=2, mixture=False, return_model=True, size_factor_key="size", n_latent=2,
                      n_hidden=4, **options)

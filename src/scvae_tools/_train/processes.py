@@ -198,6 +198,8 @@ def join(accelerator: object, devices: object, num_nodes: int | None = None) -> 
         If there are no such devices, or the processes cannot be started from here.
     """
     global _joined  # one for the process, like the group of torch
+    if sys.flags.interactive or hasattr(sys, "ps1"):
+        raise ValueError(_NEEDS_SCRIPT)
     by_slurm = _are_tasks_of_slurm()
     if num_nodes is None:
         num_nodes = int(os.environ.get("SLURM_NNODES", "1")) if by_slurm else 1
@@ -221,16 +223,10 @@ def join(accelerator: object, devices: object, num_nodes: int | None = None) -> 
 def _strategy(options: dict[str, Any], *, by_slurm: bool) -> DDPStrategy:
     """Strategy of Lightning with all that it knows of the machine and the job."""
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    # Lightning refuses notebooks in its own words.
-    flags = (sys.flags.interactive, hasattr(sys, "ps1"))
     try:
         with quiet(), contextlib.nullcontext() if by_slurm else one_process():
-            if any(flags):
-                raise MisconfigurationException(_NEEDS_SCRIPT)
             return lightning.Trainer(strategy=DDPStrategy(), **options, **silent).strategy
     except (TypeError, ValueError, MisconfigurationException, RuntimeError) as error:
-        if any(flags):
-            raise ValueError(_NEEDS_SCRIPT) from None
         raise ValueError(
             f"`accelerator`, `devices` and `num_nodes` must be devices of this machine, as many on each; found "
             f"{', '.join(map(repr, options.values()))} ({error}). Pass `devices=1` for one process, or as many devices "

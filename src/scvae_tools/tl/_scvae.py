@@ -219,24 +219,24 @@ def scvae(
     keys = Keys(check_key("key_added", key_added))
     seed = as_seed(random_state, rng)
     of_model, of_training, of_trainer = _split_options(kwargs)
-    join_processes(accelerator, of_training.get("devices", "auto"), of_trainer)  # so that all read at the same time
     mask = resolve_mask_var(adata, mask_var)
-    shown = is_shown(progress, kwargs.get("enable_progress_bar"))
+    # Here, so that all processes read at the same time.
+    is_first = join_processes(accelerator, of_training.get("devices", "auto"), of_trainer).is_first
+    shown = is_shown(progress, of_trainer.pop("enable_progress_bar", None)) and is_first
     reading = {"allow_non_integer": allow_non_integer, "may_stay": True, "progress": shown}
     counts = read_counts(adata, layer=layer, mask_var=mask, **reading)
     obs_keys = obs_keys_of(arguments)
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {name: arguments[name] for name in OF_TRAINING} | of_training
-    progress = is_shown(progress, of_trainer.pop("enable_progress_bar", None))
     of_call = training | obs_keys | {"layer": layer, "max_epochs": max_epochs, "random_state": seed}
     of_call["mask_var"] = mask_var if isinstance(mask_var, str) else None
     of_call |= noted_beside(n_components, training, n_genes=counts.shape[1], allow_non_integer=allow_non_integer)
     with interrupts_held():  # else what was trained would be lost with the model
-        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
+        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=shown, **training, **of_trainer)
         target = copy_in_memory(adata) if copy else adata
         model.find_columns_in(target)
-        _write_results(target, model, keys, params_of(model) | of_call, mask, write_lambda, progress=progress)
+        _write_results(target, model, keys, params_of(model) | of_call, mask, write_lambda, progress=shown)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
