@@ -12,7 +12,13 @@ from lightning.pytorch.loggers import CSVLogger
 
 import scvae_tools as svt
 from scvae_tools._other_names import UnknownArgument
-from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_trainer_options
+from scvae_tools._train.processes import Processes
+from scvae_tools.model._trainer_options import (
+    TRAINER_OPTIONS,
+    check_one_device,
+    check_trainer_options,
+    whether_to_hold,
+)
 
 
 def new_model(n_cells=60, **options):
@@ -132,30 +138,61 @@ def test_an_option_that_would_break_the_training_is_refused_and_its_default_is_n
     assert check_trainer_options({name: type(value)(0)}, svt.SCVAE.train) == {}
 
 
-# -- one device ------------------------------------------------------------------------------------------------------
+# -- devices; trainings on several are in tests/_train/test_processes.py ---------------------------------------------
 
-SEVERAL = [
-    *({"devices": each} for each in (2, "2", [0, 1], (0, 1), -1, "-1", "0,1", [])),
-    *({"num_nodes": 2}, {"strategy": "ddp"}, {"sync_batchnorm": True}),
-]
+SEVERAL = [2, "2", [0, 1], (0, 1), -1, "-1", "0,1", []]
 
 
-@pytest.mark.parametrize("several", SEVERAL, ids=str)
-def test_several_devices_are_refused_before_any_work(several):
-    (name,) = several
-    with pytest.raises(ValueError, match=rf"`{name}` must be .* on one device; several do not work yet.*CUDA_VISIBLE"):
-        new_model().train(1, **several)
-    with pytest.raises(ValueError, match=r"several do not work yet"):
-        svt.tl.scvae(svt.datasets.simulate(60, 8, 2), **several)
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook", "ddp_fork", "fsdp", 3], ids=str)
+def test_a_strategy_that_would_lose_the_result_is_refused_before_any_work(strategy):
+    message = rf"`strategy` must be 'auto' or .*'ddp'.*; found {strategy!r}\. Several devices.*Pass devices=2.*!python"
+    with pytest.raises(ValueError, match=message):
+        new_model().train(1, strategy=strategy, devices=2)
+    with pytest.raises(ValueError, match=message):
+        svt.tl.scvae(svt.datasets.simulate(60, 8, 2), strategy=strategy)
+
+
+def test_a_strategy_of_one_device_is_refused_for_several():
+    with pytest.raises(ValueError, match="`strategy` must be 'ddp' for several devices; found 'single_device'"):
+        new_model().train(1, strategy="single_device", devices=2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sync_batchnorm", True), ("num_nodes", 0), ("num_nodes", "two")])
+def test_an_option_of_several_devices_that_does_not_fit_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*; found {value!r}"):
+        new_model().train(1, **{name: value})
+
+
+def test_counts_are_not_held_on_several_devices():
+    with pytest.raises(ValueError, match="`hold_on_device=True` is for a training on one device; found 2 processes"):
+        whether_to_hold(True, {}, Processes(0, 2))
+    assert whether_to_hold(None, {}, Processes(0, 2)) is False
+    assert whether_to_hold(None, {}) is None
+
+
+@pytest.mark.parametrize("devices", SEVERAL, ids=str)
+def test_tools_that_train_many_models_take_one_device_for_each(devices):
+    with pytest.raises(ValueError, match=r"`devices` must be 'auto', 1, .*on one device.*CUDA_VISIBLE"):
+        check_one_device(devices)
 
 
 def test_a_comparison_refuses_them_before_any_training():
     adata = svt.datasets.simulate(60, 8, 2, random_state=0)
-    with pytest.raises(ValueError, match=r"must be a model that can be trained.*several do not work yet"):
+    with pytest.raises(ValueError, match=r"must be a model that can be trained.*by one process on one device"):
         svt.tl.compare(adata, {"n_latent": [2]}, devices=2)
 
 
-@pytest.mark.parametrize("one", [{"devices": 1}, {"devices": "1"}, {"devices": "auto"}, {"strategy": "auto"}], ids=str)
+ONE = [
+    {"devices": 1},
+    {"devices": "1"},
+    {"devices": "auto"},
+    {"strategy": "auto"},
+    {"strategy": "ddp"},
+    {"num_nodes": 1},
+]
+
+
+@pytest.mark.parametrize("one", ONE, ids=str)
 def test_one_device_can_be_said_in_any_way(one):
     new_model(mixture=False, n_components=None).train(1, accelerator="cpu", progress=False, **one)
 

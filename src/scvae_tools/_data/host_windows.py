@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scvae_tools._data.loader import Batches, HeldCells
+from scvae_tools._data.shares import WHOLE, Share
 from scvae_tools._data.window_steps import WindowSteps
 
 if TYPE_CHECKING:
@@ -77,15 +78,26 @@ class WindowTrainingLoader:
         Cells of a step.
     drop_single
         Whether a last step of one cell is left out.
+    share
+        Share of the runs of each epoch; all of them by default.
     """
 
-    def __init__(self, dataset: CountDataset, indices: np.ndarray, batch_size: int, *, drop_single: bool) -> None:
+    def __init__(
+        self,
+        dataset: CountDataset,
+        indices: np.ndarray,
+        batch_size: int,
+        *,
+        drop_single: bool,
+        share: Share = WHOLE,
+    ) -> None:
         self.dataset, self.indices = dataset, np.sort(indices)
         counts = dataset.counts
         n_cells = max(batch_size, n_cells_in(dataset.counts, WINDOW_BYTES))
         in_one_piece = counts.values_at_once * counts.shape[0] / counts.nnz
         run_length = int(np.clip(2 * in_one_piece, 1, max(1, n_cells // FEWEST_RUNS)))
-        self.steps = WindowSteps(self.indices, batch_size, n_cells, drop_single=drop_single, run_length=run_length)
+        options = {"drop_single": drop_single, "run_length": run_length, "share": share}
+        self.steps = WindowSteps(self.indices, batch_size, n_cells, **options)
         self.n_steps = sum(map(len, self.steps.sizes))
 
     def __len__(self) -> int:

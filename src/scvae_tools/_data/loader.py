@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scvae_tools._data.counts import load_counts
 from scvae_tools._data.roles import ROLES
+from scvae_tools._data.shares import WHOLE, Share
 from scvae_tools._data.stored import StoredCounts
 from scvae_tools._module.sparse import Compressed, Counts
 
@@ -204,6 +205,8 @@ class CountLoader(DataLoader):
     dataset
         Data set of another loader of the same cells, so that a matrix which is not CSR is converted once; None to make
         it.
+    share
+        Share of the cells of each new order; all of them by default.
     **options
         Options of ``torch.utils.data.DataLoader``, such as ``num_workers`` and ``pin_memory``.
     """
@@ -218,11 +221,12 @@ class CountLoader(DataLoader):
         shuffle: bool = False,
         drop_last: bool = False,
         dataset: CountDataset | None = None,
+        share: Share = WHOLE,
         **options: Any,
     ) -> None:
         self.indices = indices
         # A sampler of whole batches, and no collation: one row access of the CSR matrix makes the batch.
-        batches = Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last)
+        batches = Batches(indices, batch_size, shuffle=shuffle, drop_last=drop_last, share=share)
         dataset = CountDataset(manager, likelihood) if dataset is None else dataset
         super().__init__(dataset, batch_size=None, sampler=batches, **options)
 
@@ -235,15 +239,19 @@ def n_of_epoch(n_cells: int) -> int:
 class Batches:
     """Positions of the cells of each batch; parameters as in `CountLoader`."""
 
-    def __init__(self, indices: np.ndarray, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
-        self.indices, self.batch_size, self.shuffle = indices, batch_size, shuffle
-        n = n_of_epoch(len(indices)) if shuffle else len(indices)
+    def __init__(
+        self, indices: np.ndarray, batch_size: int, *, shuffle: bool, drop_last: bool, share: Share = WHOLE
+    ) -> None:
+        self.indices, self.batch_size, self.shuffle, self.share = indices, batch_size, shuffle, share
+        n = n_of_epoch(len(indices)) // share.number if shuffle else len(indices)
         self.n_used = n - n % batch_size if drop_last else n
 
     def __len__(self) -> int:
         return math.ceil(self.n_used / self.batch_size)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = self.indices[torch.randperm(len(self.indices)).numpy()] if self.shuffle else self.indices
+        share, order = self.share, self.indices
+        if self.shuffle:
+            order = share.of(order[share.permutation(len(order))])
         for start in range(0, self.n_used, self.batch_size):
             yield order[start : start + self.batch_size]

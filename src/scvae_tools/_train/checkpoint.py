@@ -28,6 +28,7 @@ from scvae_tools._files import (
 from scvae_tools._messages import inform, warn
 from scvae_tools._random import random_states, set_random_states
 from scvae_tools._train.principal_codes import PRINCIPAL_CODES
+from scvae_tools._train.processes import ALONE, Processes
 from scvae_tools._train.torch_file import (
     damaged_otherwise,
     read_torch,
@@ -40,7 +41,7 @@ from scvae_tools._train.versions import State, copied, on_cpu, packed, unpacked
 from scvae_tools._version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import lightning.pytorch as lightning
 
@@ -56,7 +57,8 @@ FORMAT = 1
 
 
 #: What a training did before there was an argument for it.
-WITHOUT_ARGUMENT = {"train(kl_weight_start)": 0.0, "train(pca_start)": False}
+N_PROCESSES = "number of processes"
+WITHOUT_ARGUMENT = {"train(kl_weight_start)": 0.0, "train(pca_start)": False, N_PROCESSES: 1}
 #: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"
 
@@ -94,10 +96,17 @@ class _Resumed:
     """Loader that sets given random states before it draws its first order of the cells.
 
     Lightning may ask for several iterators before it fetches a batch. The states are set when the first is fetched.
+    With several processes, ``order`` is the state of the generator ``generator`` of the orders that they share.
     """
 
-    def __init__(self, loader: Iterable, states: Mapping[str, Any]) -> None:
-        self.loader, self.states = loader, states
+    def __init__(
+        self,
+        loader: Iterable,
+        states: Mapping[str, Any],
+        generator: torch.Generator | None = None,
+        order: torch.Tensor | None = None,
+    ) -> None:
+        self.loader, self.states, self.generator, self.order = loader, states, generator, order
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -110,6 +119,8 @@ class _Resumed:
         """Set the random states, once."""
         if self.states is not None:
             set_random_states(self.states)
+            if self.generator is not None:
+                self.generator.set_state(self.order)
             self.states = None
 
 
@@ -123,6 +134,7 @@ def fingerprint(
     held_out: np.ndarray,
     of_model: Mapping[str, Any],
     of_training: Mapping[str, Any],
+    n_processes: int = 1,
 ) -> dict[str, Any]:
     """Description of data, model and arguments that must be the same for a training to continue from a checkpoint.
 
@@ -140,6 +152,8 @@ def fingerprint(
         Positions of the validation cells.
     of_model, of_training
         Arguments of `SCVAE` and of `SCVAE.train`, by name.
+    n_processes
+        Number of processes that train together.
     """
     fields = {"batches": REGISTRY_KEYS.BATCH_KEY, "labels": REGISTRY_KEYS.LABELS_KEY}
     categories = {
@@ -150,6 +164,7 @@ def fingerprint(
     described = {
         "version of scvae-tools": __version__,
         "epochs before this training": state.n_epochs,
+        N_PROCESSES: n_processes,
         "n_cells": len(dataset),
         "n_genes": len(var_names),
         "names of the genes": digest_of_names(var_names),
@@ -192,23 +207,60 @@ def _described(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def require_alike(identities: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse processes that would not train the same model on the same data.
+
+    Parameters
+    ----------
+    identities
+        `fingerprint` of the training in each process.
+
+    Raises
+    ------
+    ValueError
+        If they differ; it says in what.
+    """
+    for rank, identity in enumerate(identities):
+        if differences := _differences(identity, identities[0], ("in process 0", f"in process {rank}")):
+            raise ValueError(
+                "Processes that train together must have the same data, model and arguments of `train`; found other "
+                f"ones: {', '.join(differences)}. Seed what is drawn in the script, and read the same files in each."
+            )
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], places: tuple[str, str] = ("here", "there")
+) -> list[str]:
     missing = object()
     names = [name for name in {**saved, **now} if saved.get(name, missing) != now.get(name, missing)]
     if len(names) > 1 and WEIGHTS in names:  # the other differences explain it
         names.remove(WEIGHTS)
-    return [_difference(name, saved.get(name), now.get(name)) for name in names]
+    return [_difference(name, saved.get(name), now.get(name), places) for name in names]
 
 
-def _difference(name: str, saved: object, now: object) -> str:
+def _difference(name: str, saved: object, now: object, places: tuple[str, str]) -> str:
     is_digest = any(isinstance(value, str) and value.startswith("#") for value in (saved, now))
-    return f"{name} (others)" if is_digest else f"{name} ({saved!r} there, {now!r} here)"
+    return f"{name} (others)" if is_digest else f"{name} ({saved!r} {places[1]}, {now!r} {places[0]})"
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Files of Lightning, written atomically, and read without executing code in them."""
+    """Files of Lightning, written atomically, and read without executing code in them.
+
+    Parameters
+    ----------
+    ours
+        Path of the checkpoint of the training, which is written with ``try_to``. Lightning lets one process write, and
+        the others wait: an error must not keep it from telling them that it has done so.
+    """
+
+    def __init__(self, ours: Path, try_to: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__()
+        self.ours, self.try_to = ours, try_to
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        if Path(path) == self.ours:
+            self.try_to(lambda: write_torch(checkpoint, self.ours))
+            return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_torch(checkpoint, Path(path))
 
@@ -230,6 +282,8 @@ class Checkpointer(Checkpoint):
         `fingerprint` of the training.
     dataset
         Counts and covariates of all cells.
+    processes
+        Processes that train together, of which the first writes the file, and all read it.
 
     Raises
     ------
@@ -237,8 +291,15 @@ class Checkpointer(Checkpoint):
         If there is a checkpoint of another training, or one that cannot be read, or another training is running there.
     """
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], dataset: CountDataset) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: dict[str, Any],
+        dataset: CountDataset,
+        processes: Processes = ALONE,
+    ) -> None:
         self.directory, self.identity, self.dataset = Path(directory), identity, dataset
+        self.processes = processes
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"`checkpoint` must be a directory; found the file {str(directory)!r}. Pass another path.")
         self.path = self.directory / CHECKPOINT_FILE
@@ -247,8 +308,10 @@ class Checkpointer(Checkpoint):
         self.counters: tuple[int, ...] = ()  #: numbers of epochs and steps before the stage
         self.before: State = {}  #: weights at the beginning of the stage
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        lock = processes.of_first(self._locked)
+        self._lock = lock if processes.is_first else None
         try:
+            self._require_to_be_shared()
             #: Content of the file that was found, until the training has continued from it.
             self.found = self._read() if self.path.exists() else None
         except BaseException:
@@ -267,6 +330,15 @@ class Checkpointer(Checkpoint):
             ) from error
         except OSError:
             return None
+
+    def _require_to_be_shared(self) -> None:
+        seen = self.processes.gathered(self.path.exists())
+        if len(set(seen)) > 1:
+            raise ValueError(
+                "`checkpoint` must be a directory that all processes see, on all machines; found a file in "
+                f"{str(self.directory)!r} that {seen.count(False)} of {len(seen)} processes do not see. Pass a "
+                "directory that the machines share."
+            )
 
     def close(self) -> None:
         """Leave the directory to other trainings."""
@@ -322,7 +394,8 @@ class Checkpointer(Checkpoint):
             the stage.
         """
         n_bytes = sum(value.nbytes for value in module.state_dict().values())
-        require_room(self.path, 5 * n_bytes + self.dataset.log_base_measure.nbytes)
+        n_needed = 5 * n_bytes + self.dataset.log_base_measure.nbytes
+        self.processes.of_first(lambda: require_room(self.path, n_needed))
         if self.found is None:
             return 0
         ours = self.found[KEY]
@@ -348,13 +421,15 @@ class Checkpointer(Checkpoint):
         """Options that Lightning's trainer needs for checkpoints, beside those given by the user."""
         plugins = given.get("plugins") or []
         plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
-        return {"enable_checkpointing": True, "plugins": [*plugins, AtomicIO()]}
+        return {"enable_checkpointing": True, "plugins": [*plugins, AtomicIO(self.path, self._try_to)]}
 
     def fit_on(
         self, trainer: lightning.Trainer, plan: TrainingPlan, train: Iterable, validation: Iterable | None
     ) -> None:
         """Continue the fit from the file that was found, which is not needed any more after that."""
-        resumed, self.found = _Resumed(train, self.found[KEY]["random_states"]), None
+        ours, rank, self.found = self.found[KEY], self.processes.rank, None
+        states = [ours["random_states"], *ours.get("states_of_others", ())][rank]
+        resumed = _Resumed(train, states, self.processes.share.generator, ours.get("state_of_orders"))
         trainer.fit(plan, resumed, validation, ckpt_path=str(self.path))
         resumed.catch_up()  # where the stage had ended, so that no batch was fetched
 
@@ -377,7 +452,8 @@ class Checkpointer(Checkpoint):
         ours = {"format": FORMAT, "identity": json.dumps(self.identity), "is_finished": True}
         ours |= {"attributes": state.to_json(module.n_components), "state": weights}
         ours |= {"versions": packed(state.versions, state.version, weights)}
-        self._try_to(lambda: write_torch({KEY: ours}, self.path))
+        if self.processes.is_first:
+            self._try_to(lambda: write_torch({KEY: ours}, self.path))
 
     def _try_to(self, write: Callable[[], None]) -> None:
         """Write the file; if that cannot be, warn once: it is no reason to lose the training.
@@ -410,11 +486,12 @@ class Checkpointer(Checkpoint):
     # -- Lightning's side ----------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
-        self._try_to(lambda: trainer.save_checkpoint(self.path))
+        trainer.save_checkpoint(self.path)  # which `AtomicIO` tries
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]
     ) -> None:
+        own, *others = self.processes.gathered(random_states())
         checkpoint[KEY] = {
             "format": FORMAT,
             "identity": json.dumps(self.identity),
@@ -426,10 +503,13 @@ class Checkpointer(Checkpoint):
             "rows": json.dumps(to_plain(pl_module.history, "history")),
             "before": self.before,
             "counters": list(self.counters),
-            "random_states": random_states(),
+            "random_states": own,
             # Its last bits depend on which cells were in one batch in the first epoch.
             "log_base_measure": torch.from_numpy(self.dataset.log_base_measure),
         }
+        if self.processes.are_several:
+            orders = self.processes.share.generator.get_state()
+            checkpoint[KEY] |= {"states_of_others": others, "state_of_orders": orders}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: TrainingPlan, checkpoint: dict[str, Any]

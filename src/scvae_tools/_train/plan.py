@@ -12,6 +12,7 @@ from torch import Tensor
 from scvae_tools._messages import listed
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._train.principal_codes import PRINCIPAL_CODES
+from scvae_tools._train.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from scvae_tools._module.bounds import Bound
@@ -132,6 +133,8 @@ class TrainingPlan(lightning.LightningModule):
         Learning rate and weight decay of Adam.
     objective
         Objective that is maximised; None for the bound.
+    processes
+        Processes that train together: the terms of the bound are those of the cells of all.
     """
 
     def __init__(
@@ -143,11 +146,12 @@ class TrainingPlan(lightning.LightningModule):
         lr: float,
         weight_decay: float,
         objective: Objective | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         super().__init__()
         self.module, self.stage, self.first_epoch = module, stage, first_epoch
         self.objective = objective or Objective()
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.processes = lr, weight_decay, processes
         self.history: list[dict] = []
         self.row: dict = {}
         self._sums: Tensor | None = None  #: of the terms over the cells so far
@@ -249,6 +253,7 @@ class TrainingPlan(lightning.LightningModule):
         """
         if "elbo_train" not in self.row:
             self._close("train")
+            self.processes.average_norms(self.module)
 
     def on_validation_epoch_start(self) -> None:
         self.close_training()
@@ -290,11 +295,15 @@ class TrainingPlan(lightning.LightningModule):
 
     def _close(self, subset: str) -> dict[str, float]:
         """Put the means of the terms into the row; return them by their names in the row."""
-        if self._first_bad.any():
-            term = TERMS[int(self._first_bad.int().argmax())]
+        sums, first_bad, n_cells = self._sums, self._first_bad, self._n_cells
+        if self.processes.are_several:  # in float64, which holds all numbers of cells
+            values = torch.cat([sums.double(), first_bad.double(), sums.new_full((1,), n_cells, dtype=torch.float64)])
+            sums, first_bad, n_cells = self.processes.total(values).split([len(TERMS), len(TERMS), 1])
+        if first_bad.any():
+            term = TERMS[int((first_bad > 0).int().argmax())]
             raise NonFiniteError(term, self.stage.name, self.row["epoch"])
         *terms, elbo = self._names(subset)
-        log_likelihood, kl_z, kl_y = means = (self._sums / self._n_cells).tolist()
+        log_likelihood, kl_z, kl_y = means = (sums / n_cells).tolist()
         named = dict(zip(terms, means, strict=True)) | {elbo: log_likelihood - kl_z - kl_y}
         self.row |= named
         return named

@@ -59,9 +59,9 @@ class Progress(Callback):
             self.say(f"stage={pl_module.stage.name}")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingPlan) -> None:
+        pl_module.close_training()  # with or without a bar, since other processes may have one
         if self.bar is None:
             return
-        pl_module.close_training()
         row = pl_module.row
         elbo = row.get("elbo_validation", row["elbo_train"])
         self.bar.set_postfix(stage=row["stage"], ELBO=f"{elbo:.1f}", refresh=False)

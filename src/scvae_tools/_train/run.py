@@ -14,13 +14,14 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from scvae_tools._interrupts import interrupts_held
+from scvae_tools._interrupts import HeldInterrupts, interrupts_held
 from scvae_tools._messages import warn
 from scvae_tools._train.device_plan import DevicePlan
 from scvae_tools._train.plan import NonFiniteError, Objective, TrainingPlan
+from scvae_tools._train.processes import ALONE, Processes
 from scvae_tools._train.versions import KeepBest, Version, copied
-from scvae_tools._upstream import one_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from scvae_tools._train.stages import Stage
 
 LEARNING_RATE_CUT = 0.1
+#: Steps after which several processes tell each other of Ctrl-C.
+STEPS_BETWEEN_LOOKS = 20
 #: What helps where numbers are not finite.
 REMEDY = (
     "Try a lower `lr`, a smaller `gradient_clip`, likelihood='nb' (the most stable), or look for cells with extreme "
@@ -92,6 +95,7 @@ class Settings:
     recorder: Callback | None = None  #: callback that adds columns to the history
     checkpoint: Checkpointer | None = None  #: callback that writes checkpoints
     counters: Counters = field(default_factory=Counters)  #: of the stages so far
+    processes: Processes = ALONE  #: that train together
 
     def close(self) -> None:
         """End the bar, and leave the directory of the checkpoint to other trainings."""
@@ -154,6 +158,7 @@ def _fit(
     lr: float,
 ) -> Trained:
     options = {"lr": lr, "weight_decay": settings.weight_decay, "objective": settings.objective}
+    options["processes"] = settings.processes
     plan_of, clips = TrainingPlan, {"gradient_clip_val": settings.gradient_clip}
     if settings.cells is not None:
         plan_of = functools.partial(
@@ -163,16 +168,19 @@ def _fit(
     plan = plan_of(module, stage, first_epoch=first_epoch, **options)
     has_validation = loaders[1] is not None and len(loaders[1]) > 0
     best = KeepBest(stage.patience) if has_validation and not stage.warms_up else None
+    has_unused = settings.processes.are_several and _has_unused(module, stage, settings)
+    clips |= settings.processes.trainer_options(has_unused=has_unused)
     trainer = _trainer(settings, stage.max_epochs, _callbacks(settings, best), clips)
     device = module.device
     with sigint_restored(), module.buffers.kept(), matmul_precision(settings.matmul_precision):
         loaders = loaders[0], loaders[1] if has_validation else None
         try:
-            interrupted = _fit_or_interrupt(trainer, plan, loaders, settings.checkpoint)
+            interrupted = _fit_or_interrupt(trainer, plan, loaders, settings)
         finally:
             plan.teardown("fit")  # which Lightning leaves out after an error or Ctrl-C
             module.to(device)  # Lightning leaves it on the CPU, where all that follows would be computed
     plan.exchange(average=True)
+    settings.processes.average_norms(module)
     versions = _versions(module, plan, best, interrupted=interrupted)
     if best is not None:
         best.restore(module)
@@ -216,8 +224,19 @@ def refuse_non_finite(module: VAE, probe: RateRecorder, stage: Stage, epoch: int
         check("λ", module.rate(*data))
 
 
-def _trainer(settings: Settings, max_epochs: int, callbacks: list[Callback], clips: dict) -> lightning.Trainer:
-    """Lightning's trainer for a stage of so many epochs."""
+def _has_unused(module: VAE, stage: Stage, settings: Settings) -> bool:
+    """Whether the loss of a stage depends on some of the weights not at all; their gradients are not waited for."""
+    module.eval()
+    _, batch = next(settings.probe.batches(module))
+    pull = stage.pull(0.0)
+    with torch.random.fork_rng([] if module.device.type == "cpu" else [module.device]):
+        _, loss = settings.objective.loss(module, batch, stage.kl_weight(0.0), pull)
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    return any(gradient is None for gradient in torch.autograd.grad(loss, weights, allow_unused=True))
+
+
+def _trainer(settings: Settings, max_epochs: int, callbacks: list[Callback], own: dict) -> lightning.Trainer:
+    """Lightning's trainer for a stage of so many epochs, with options of our own."""
     given, so_far = settings.trainer_options, settings.counters
     options = {
         "logger": False,
@@ -227,11 +246,11 @@ def _trainer(settings: Settings, max_epochs: int, callbacks: list[Callback], cli
         "log_every_n_steps": 10**9,
         "num_sanity_val_steps": 0,
     }
-    options |= clips | given | {"callbacks": callbacks}
+    options |= own | given | {"callbacks": callbacks}
     options |= {} if settings.checkpoint is None else settings.checkpoint.trainer_options(given)
     if options.get("max_steps", -1) != -1:
         options["max_steps"] += so_far.steps  # of each stage
-    with one_process():
+    with settings.processes.environment():
         trainer = lightning.Trainer(
             max_epochs=so_far.epochs + max_epochs,
             accelerator=settings.accelerator,
@@ -267,27 +286,55 @@ def _fit_or_interrupt(
     trainer: lightning.Trainer,
     plan: TrainingPlan,
     loaders: tuple[Iterable, Iterable | None],
-    checkpoint: Checkpointer | None,
+    settings: Settings,
 ) -> bool:
     """Fit, from the checkpoint if there is one; return whether Ctrl-C ended the fit.
 
     Lightning turns Ctrl-C into an exit of the process, which is caught here.
     """
-    train, validation = loaders
+    (train, validation), checkpoint, is_ended = loaders, settings.checkpoint, False
     try:
-        with interrupts_held() as held, held.let_through():
+        with interrupts_held() as held, _let_through(held, trainer, settings.processes):
             if checkpoint is None or checkpoint.found is None:
                 trainer.fit(plan, train, validation)
             else:
                 checkpoint.fit_on(trainer, plan, train, validation)
     except KeyboardInterrupt:  # before Lightning had begun to look out for it
         return True
-    except SystemExit:
+    except SystemExit as error:
         if not trainer.interrupted:
             raise
-    if trainer.received_sigterm:  # a scheduler ends the process: exit, with a code of failure
+        is_ended |= isinstance(error, SIGTERMException)  # by the first of several processes
+    if is_ended or trainer.received_sigterm:  # a scheduler ends the process: exit, with a code of failure
         raise SystemExit(128 + signal.SIGTERM)
     return trainer.interrupted
+
+
+@contextlib.contextmanager
+def _let_through(held: HeldInterrupts, trainer: lightning.Trainer, processes: Processes) -> Iterator[None]:
+    """Context in which Ctrl-C ends the fit: at once, or at a step on which all processes agree."""
+    if processes.are_several:
+        trainer.callbacks.insert(0, EndTogether(held, processes))
+        yield
+        return
+    with held.let_through():
+        yield
+
+
+class EndTogether(Callback):
+    """Lightning callback that ends the fit of all processes at the same step where Ctrl-C has reached one of them.
+
+    Otherwise the others would wait for its gradients.
+    """
+
+    def __init__(self, held: HeldInterrupts, processes: Processes) -> None:
+        self.held, self.processes = held, processes
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: TrainingPlan, outputs: object, batch: object, batch_index: int
+    ) -> None:
+        if batch_index % STEPS_BETWEEN_LOOKS == 0 and self.processes.any(self.held.take()):
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

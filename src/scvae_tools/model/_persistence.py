@@ -20,6 +20,7 @@ from scvae_tools._data.counts import require_anndata
 from scvae_tools._files import digest_of_names, remove, require_room
 from scvae_tools._messages import listed
 from scvae_tools._random import seeded
+from scvae_tools._train.processes import present
 from scvae_tools._train.torch_file import FoundError, damaged_otherwise
 from scvae_tools._train.versions import VERSIONS, packed, unpacked
 from scvae_tools._upstream import initialize_model, pad_and_sort_genes, parse_device_args, quiet
@@ -158,10 +159,25 @@ class PersistenceMixin(ArchesMixin, FitMixin):
 
         What `get_fit` needs of the held-out cells is saved too, for the weights in use; where it was not needed before,
         up to 2,000 of these cells are decoded now.
+
+        In a script that has trained on several devices, all processes must call `save`: one writes, and the others go
+        on when the model is there (docs/devices.md).
         """
-        directory = Path(dir_path)
+        write = functools.partial(self._write, Path(dir_path), prefix, **anndata_write_kwargs)
+        present().of_first(lambda: write(overwrite=overwrite, save_anndata=save_anndata, versions=versions))
+
+    def _write(
+        self,
+        directory: Path,
+        prefix: str | None,
+        *,
+        overwrite: bool,
+        save_anndata: bool,
+        versions: bool,
+        **anndata_write_kwargs: Any,
+    ) -> None:
         if directory.exists() and not overwrite:
-            raise ValueError(f"{str(dir_path)!r} exists already. Pass another directory, or overwrite=True.")
+            raise ValueError(f"{str(directory)!r} exists already. Pass another directory, or overwrite=True.")
         directory.mkdir(parents=True, exist_ok=True)
         attributes = {n: v for n, v in self._get_user_attributes() if n.endswith("_") and not n.startswith("_")}
         attributes["cells_"] = self._digest_of_cells if self.adata is None else digest_of_names(self.adata.obs_names)

@@ -17,20 +17,21 @@ from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train import null_model
-from scvae_tools._train.checkpoint import Checkpointer, fingerprint
+from scvae_tools._train.checkpoint import Checkpointer, fingerprint, require_alike
 from scvae_tools._train.mixture_start import start_from_labels, start_mixture
 from scvae_tools._train.plan import NonFiniteError, Objective
 from scvae_tools._train.principal_codes import PRINCIPAL_CODES
 from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
-from scvae_tools._train.run import REMEDY, Settings, run_stage
+from scvae_tools._train.run import REMEDY, Settings, Trained, run_stage
 from scvae_tools._train.split import evenly
 from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
 from scvae_tools.model._trainer_options import (
     check_trainer_options,
-    device_of,
+    device_of_training,
+    join_processes,
     whether_to_hold,
 )
 from scvae_tools.model._training_cells import LARGEST_START, TrainingCellsMixin
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scvae_tools._data.loader import CountDataset
+
+
+#: Values of ``matmul_precision``.
+PRECISIONS = (None, "highest", "high", "medium")
 
 
 class TrainingMixin(TrainingCellsMixin):
@@ -139,7 +144,7 @@ class TrainingMixin(TrainingCellsMixin):
             which is then trained in place of the ELBO; y stays summed out. The ELBO in `history` is that of the same
             draws. 1 for the ELBO.
         batch_size
-            Cells a step; 128 gave the best bound for the time (docs/performance.md).
+            Cells a step on each device; 128 gave the best bound for the time (docs/performance.md).
         train_size
             Share of the cells that are trained on; the others, or 44,444 of them, tell when to stop and which weights
             to keep.
@@ -152,7 +157,10 @@ class TrainingMixin(TrainingCellsMixin):
         gradient_clip
             Largest norm of the gradient; None for any.
         accelerator, devices
-            Of Lightning; one device.
+            Of Lightning. ``"auto"`` is one device; for more, ``strategy="ddp"`` is meant, in which each has a process
+            that runs the whole script, and comes out with the same model. Each process trains on its own share of the
+            cells, and takes ``batch_size`` of them a step: two devices take twice as many cells a step, and half as
+            many steps. With ``num_nodes``, the devices of one machine of several (docs/devices.md).
         hold_on_device
             Whether the counts are copied to the device that trains, where all batches are then formed, and on a CUDA
             device each step is recorded once and repeated. None to do so on CUDA devices alone. Where they would take
@@ -205,25 +213,25 @@ class TrainingMixin(TrainingCellsMixin):
         After the last epoch the file holds the result: the same call then loads it and trains nothing. The file is
         about six times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
         """
-        trainer_options = check_trainer_options(trainer_options, self.train)
+        given, trainer_options = trainer_options, check_trainer_options(trainer_options, self.train)
         arguments = dict(locals())
         self._require_data_to_train()
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         objective.check(self.module)
-        check_choice("matmul_precision", matmul_precision, (None, "highest", "high", "medium"))
+        check_choice("matmul_precision", matmul_precision, PRECISIONS)
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
-        accelerator, devices, device = device_of(accelerator, devices)
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
+        processes = join_processes(accelerator, devices, given)
         bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
-        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, accelerator, devices)
-        settings.matmul_precision, settings.progress, settings.trainer_options = matmul_precision, bar, trainer_options
-        hold = whether_to_hold(hold_on_device, trainer_options)
+        *where, device = device_of_training(accelerator, devices, processes)
+        settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, *where, matmul_precision, bar)
+        settings.trainer_options, settings.processes = trainer_options, processes
+        hold = whether_to_hold(hold_on_device, trainer_options, processes)
         with (
-            self._context_of_training(random_state, (train_size, validation_indices)) as dataset,
+            self._context_of_training(random_state, (train_size, validation_indices), processes) as dataset,
             self._holding_cells(self._with_codes(dataset, stages, pca_start, random_state), device, hold),
         ):
-            settings.cells = self._held
-            loaders = self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
+            settings.cells, loaders = self._held, self._loaders(batch_size, dataset, pin_memory=device.type == "cuda")
             stages = self._with_defaults(stages, dataset, kl_weight_start, patience, len(loaders[0]))
             settings.probe = RateRecorder(dataset, self.train_indices, random_state)
             settings.recorder = settings.probe if record_rates else None
@@ -269,7 +277,8 @@ class TrainingMixin(TrainingCellsMixin):
         self, directory: str | Path | None, dataset: CountDataset, arguments: dict[str, Any]
     ) -> Checkpointer | None:
         """Keep a file of this training in a directory, if one is given, and take up that which is there."""
-        if directory is None:
+        processes = self._processes
+        if directory is None and not processes.are_several:
             return None
         identity = fingerprint(
             dataset,
@@ -280,8 +289,10 @@ class TrainingMixin(TrainingCellsMixin):
             held_out=self.validation_indices,
             of_model=self.init_params_["non_kwargs"],
             of_training=arguments,
+            n_processes=processes.number,
         )
-        return Checkpointer(directory, identity, dataset)
+        require_alike(processes.gathered(identity))
+        return None if directory is None else Checkpointer(directory, identity, dataset, processes)
 
     @contextlib.contextmanager
     def _former_weights_on_error(self) -> Iterator[None]:
@@ -301,7 +312,8 @@ class TrainingMixin(TrainingCellsMixin):
             checkpoint.restore_result(self.module, state)
             self._note_n_components()
             return
-        settings.progress.start()
+        if self._processes.is_first:
+            settings.progress.start()
         starts_mixture = isinstance(self.module, MixtureVAE) and not self.is_mixture
         first = 0 if checkpoint is None else self._resume(stages, settings)
         n_before = state.n_epochs
@@ -311,7 +323,7 @@ class TrainingMixin(TrainingCellsMixin):
                 if starts_here:
                     settings.progress.say(START_OF_MIXTURE)
                     self._start_mixture(random_state)
-                if held.take():
+                if self._processes.any(held.take()):
                     if state.n_epochs == n_before:  # nothing would be lost
                         raise KeyboardInterrupt
                     if not state.is_interrupted:
@@ -338,7 +350,8 @@ class TrainingMixin(TrainingCellsMixin):
             checkpoint.begin_stage(index, self.module, self._state)
         n_cells_of_step = len(self.train_indices) // max(1, len(loaders[0]))
         with considerate_threads(n_cells_of_step * self.adata.n_vars), self._former_weights_on_error():
-            rows, interrupted, versions = run_stage(self.module, stage, loaders, settings, first_epoch=n_before)
+            found = run_stage(self.module, stage, loaders, settings, first_epoch=n_before)
+            rows, interrupted, versions = self._as_in_first(found)
             if interrupted and n_before + len(rows) == 0:
                 raise KeyboardInterrupt
         self._state.add_epochs(rows)
@@ -347,6 +360,16 @@ class TrainingMixin(TrainingCellsMixin):
         self._state.is_trained, self._state.is_interrupted = True, interrupted
         self._state.forget_versions()
         return versions
+
+    def _as_in_first(self, trained: Trained) -> Trained:
+        """Result of a stage as the first of several processes has it, the weights in the module too.
+
+        They are the same, unless processors of different kinds have rounded differently.
+        """
+        if self._processes.are_several:
+            trained, weights = self._processes.of_first(lambda: (trained, copied(self.module)))
+            self.module.load_state_dict(weights)
+        return trained
 
     def _compare_with_null(self, dataset: CountDataset, n_steps: int, settings: Settings, random_state: int) -> None:
         """Note the log-likelihood without latent variables, and say how far the ELBO of held-out cells is above it.
@@ -359,8 +382,8 @@ class TrainingMixin(TrainingCellsMixin):
             return
         settings.progress.say(null_model.NAME)
         with considerate_threads(null_model.N_CELLS * self.adata.n_vars):
-            state.null_log_likelihood = null_model.null_log_likelihoods(
-                self.module, dataset, self.evaluated_cells(), random_state
+            state.null_log_likelihood = self._processes.of_first(
+                lambda: null_model.null_log_likelihoods(self.module, dataset, self.evaluated_cells(), random_state)
             )
         elbo = state.versions[state.version].elbo
         if np.isfinite(elbo) and "validation" in state.null_log_likelihood:
@@ -393,18 +416,21 @@ class TrainingMixin(TrainingCellsMixin):
         """Set the mixture from the latent means of the training cells, and from their labels where these are known."""
         self._state.is_trained = True
         cells = self._cells_to_start_from()
-        mean, variance = self.get_latent_representation(indices=cells, return_dist=True)
+        mean, variance = self._latent_of(cells)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
             error = NonFiniteError("q(z|x) of a training cell", "vae", self._state.n_epochs)
             error.args = (f"{error}. {REMEDY}",)
             raise error
         options = {"random_state": random_state, "device": self.module.device}
+        curve, processes = None, self._processes
         if self.is_supervised:
             label = self._components_of_labels()[cells]
-            start = start_from_labels(mean, label, len(self.labels), self.n_components, **options)
+            start = processes.of_first(
+                lambda: start_from_labels(mean, label, len(self.labels), self.n_components, **options)
+            )
         else:
             wanted = self.n_components or self._state.n_components  # a number, a range, or None
-            start, curve = start_mixture(mean, wanted, **options)
+            start, curve = processes.of_first(lambda: start_mixture(mean, wanted, **options))
         if self.n_components is None:
             self._state.component_curve = curve
             self.module.build_mixture(len(start.weights))
@@ -417,6 +443,15 @@ class TrainingMixin(TrainingCellsMixin):
             start = start._replace(weights=self._weights_of_labels(start.weights))
         as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
         self.module.set_mixture(*map(as_tensor, start), as_tensor(variance.mean(0)))
+
+    def _latent_of(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Means and variances of q(z|x) of some cells, (n, n_latent) each."""
+
+        def of_part(cells: np.ndarray) -> np.ndarray:
+            return np.stack(self.get_latent_representation(indices=cells, return_dist=True), axis=1)
+
+        mean, variance = self._processes.by_parts(of_part, cells).swapaxes(0, 1)
+        return mean, variance
 
     def _weights_of_labels(self, start: np.ndarray) -> np.ndarray:
         """Shares of the labels among the labelled training cells, (k,).
@@ -436,8 +471,11 @@ class TrainingMixin(TrainingCellsMixin):
 
         The size is that in `LARGEST_START` cells, where there are more.
         """
-        cells = evenly(np.arange(self.adata.n_obs), LARGEST_START)
-        sizes = np.bincount(self._probabilities(indices=cells).numpy().argmax(1), minlength=self.n_components)
+        most_probable = self._processes.by_parts(
+            lambda cells: self._probabilities(indices=cells).numpy().argmax(1),
+            evenly(np.arange(self.adata.n_obs), LARGEST_START),
+        )
+        sizes = np.bincount(most_probable, minlength=self.n_components)
         n_fixed = len(self.labels) if self.is_supervised else 0
         order = np.r_[:n_fixed, n_fixed + np.argsort(-sizes[n_fixed:], kind="stable")]
         order = torch.as_tensor(order, device=self.module.device)
@@ -448,12 +486,14 @@ class TrainingMixin(TrainingCellsMixin):
         """Set the temperature of the probabilities by the held-out cells, in the weights in use and in all versions."""
 
         def set_temperature() -> None:
-            temperature = 1.0
-            if len(self._watched()) > 0:
-                raw = self._probabilities(indices=self._watched()).double()
-                log_probs = raw.clamp(min=torch.finfo(torch.float32).tiny).log().numpy()
-                temperature = temperature_of(log_probs, random_state=random_state)
-            self.module.set_temperature(temperature)
+            self.module.set_temperature(self._processes.of_first(temperature))
+
+        def temperature() -> float:
+            if len(self._watched()) == 0:
+                return 1.0
+            raw = self._probabilities(indices=self._watched()).double()
+            log_probs = raw.clamp(min=torch.finfo(torch.float32).tiny).log().numpy()
+            return temperature_of(log_probs, random_state=random_state)
 
         self._state.versions = changed(self.module, self._state.versions, set_temperature)
         self.module.load_state_dict(self._state.versions[self._state.version].state)

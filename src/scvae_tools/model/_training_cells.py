@@ -23,11 +23,12 @@ from scvae_tools._data.loader import (
 from scvae_tools._data.stored import StoredCounts
 from scvae_tools._data.windows import CellWindows, held_on_device
 from scvae_tools._interrupts import interrupts_held
-from scvae_tools._messages import inform, listed, warn
+from scvae_tools._messages import inform, listed, said_before, warn
 from scvae_tools._module.mixture_vaes import MixtureVAE
 from scvae_tools._random import seeded
 from scvae_tools._threads import considerate_threads
 from scvae_tools._train.principal_codes import PRINCIPAL_CODES, principal_codes
+from scvae_tools._train.processes import ALONE, Processes
 from scvae_tools._train.split import evenly, split_cells
 from scvae_tools._upstream import quiet
 from scvae_tools.model._inference import InferenceMixin
@@ -50,6 +51,8 @@ LARGEST_WATCHED = LARGEST_EPOCH // 9
 class TrainingCellsMixin(InferenceMixin):
     """Cells of a training of `SCVAE`."""
 
+    _processes: Processes = ALONE  #: that train this model together, in a training
+
     def _require_data_to_train(self) -> None:
         if self.minified_data_type is not None:
             raise ValueError("A model of minified data cannot be trained: the counts are gone. Train before minifying.")
@@ -69,24 +72,40 @@ class TrainingCellsMixin(InferenceMixin):
             options = {"use_size_factor": self.module.use_size_factor, "random_state": random_state}
             with considerate_threads():
                 found = principal_codes(dataset, self.train_indices, self.module.n_latent, **options)
-            if pca_start or found.n_used < self.module.n_latent:
+            # The same in all processes; a component at the edge of the noise may be rounded otherwise on others' CPU.
+            if self._processes.of_first(lambda: pca_start or found.n_used < self.module.n_latent):
                 dataset.columns[PRINCIPAL_CODES] = found.codes
         return dataset
 
     @contextlib.contextmanager
     def _context_of_training(
-        self, random_state: int, split: tuple[float, Sequence[int] | None]
+        self, random_state: int, split: tuple[float, Sequence[int] | None], processes: Processes
     ) -> Iterator[CountDataset]:
         """Context in which what is global is that of a training, and the cells are split."""
-        warn_of_tasks()
-        with interrupts_held(), seeded(random_state), quiet(), self._former_split_on_error():
+        if not processes.are_several:
+            warn_of_tasks()
+        says = contextlib.nullcontext() if processes.is_first else said_before()
+        with interrupts_held(), seeded(random_state), quiet(), says, self._former_split_on_error():
             dataset = CountDataset(self.adata_manager, self.module.likelihood)
             self._split(*split)
+            self._require_cells_for(processes)
             self._standardize_covariates()
+            self._processes = processes
+            processes.begin(random_state)
             try:
                 yield dataset
             finally:
+                self._processes = ALONE
                 self.module.eval()
+
+    def _require_cells_for(self, processes: Processes) -> None:
+        # Batch norm cannot train on one cell.
+        n_each = 2 if self.module.normalization == "batch" and processes.are_several else 1
+        if len(self.train_indices) < n_each * processes.number:
+            raise ValueError(
+                f"`devices` must be at most as many as leave each {n_each} of the training cells; found "
+                f"{processes.number} processes for {len(self.train_indices)} cells. Pass fewer."
+            )
 
     @contextlib.contextmanager
     def _holding_cells(
@@ -180,17 +199,19 @@ class TrainingCellsMixin(InferenceMixin):
         """Loaders of training and validation cells, the latter None where there are none."""
         # Batch norm cannot train on one cell; the order changes each epoch, so that no cell is left out for good.
         drop_single, held = self.module.normalization == "batch", self._held
+        processes, share = self._processes, self._processes.share
         # Larger batches than in training: where no gradient is needed nothing but memory speaks against them.
-        size, watched = max(batch_size, EVALUATION_BATCH_SIZE), self._watched()
+        size, watched = max(batch_size, EVALUATION_BATCH_SIZE), processes.part_of(self._watched())
         if held is not None:
             train = held.steps(self.train_indices, batch_size, drop_single=drop_single)
             return train, held.batches(watched, size) if len(watched) > 0 else None
         if isinstance(dataset.counts, StoredCounts):
-            train = WindowTrainingLoader(dataset, self.train_indices, batch_size, drop_single=drop_single)
+            options = {"drop_single": drop_single, "share": share}
+            train = WindowTrainingLoader(dataset, self.train_indices, batch_size, **options)
             return train, loader_of(HeldCells(dataset, watched), size) if len(watched) > 0 else None
         options = {"pin_memory": pin_memory, "dataset": dataset}
-        drops = drop_single and n_of_epoch(len(self.train_indices)) % batch_size == 1
-        of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size}
+        drops = drop_single and n_of_epoch(len(self.train_indices)) // share.number % batch_size == 1
+        of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size, "share": share}
         train = self._make_data_loader(self.adata, self.train_indices, **of_steps, **options)
         if len(watched) == 0:
             return train, None

@@ -11,6 +11,7 @@ from scvae_tools._files import require_room
 from scvae_tools._interrupts import interrupts_held
 from scvae_tools._messages import InterruptedTraining, inform, warn
 from scvae_tools._module import memory
+from scvae_tools._train.processes import present
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +137,10 @@ def _write(adata: AnnData, key: str, place: Any, rows: Iterator[np.ndarray]) -> 
         in_file = bool(place) and adata.isbacked
         adata.layers[key] = _rate_in_file(adata, key, rows) if in_file else _rate(adata.shape, rows)
         return
-    _fill(place, rows)
+    if isinstance(place, np.ndarray) and not isinstance(place, np.memmap):
+        _fill(place, rows)
+    else:  # in a file, which one of the processes that have trained together fills
+        present().of_first(lambda: _fill(place, rows))
     try:
         # anndata writes plain arrays to files, and no memory maps; the plain one is the same memory.
         adata.layers[key] = np.asarray(place) if isinstance(place, np.ndarray) else place

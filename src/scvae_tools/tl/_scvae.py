@@ -19,7 +19,7 @@ from scvae_tools._results.writing import copy_in_memory, replace_results, requir
 from scvae_tools._train.progress import Parts, is_shown
 from scvae_tools.model._build import build_model
 from scvae_tools.model._scvae import SCVAE
-from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_one_device, check_trainer_options
+from scvae_tools.model._trainer_options import TRAINER_OPTIONS, check_trainer_options, join_processes
 from scvae_tools.tl._lambda_layer import require_place_for_rate, write_rate
 from scvae_tools.tl._results_of_model import elbo_of, loadings_of, params_of, results_of
 from scvae_tools.tl._training_of_result import noted_beside
@@ -221,22 +221,23 @@ def scvae(
     seed = as_seed(random_state, rng)
     of_model, of_training, of_trainer = _split_options(kwargs)
     mask = resolve_mask_var(adata, mask_var)
-    shown = is_shown(progress, kwargs.get("enable_progress_bar"))
+    # Here, so that all processes read at the same time.
+    is_first = join_processes(accelerator, of_training.get("devices", "auto"), of_trainer).is_first
+    shown = is_shown(progress, of_trainer.pop("enable_progress_bar", None)) and is_first
     reading = {"allow_non_integer": allow_non_integer, "may_stay": True, "progress": shown}
     counts = read_counts(adata, layer=layer, mask_var=mask, **reading)
     obs_keys = obs_keys_of(arguments)
     options = {name: arguments[name] for name in OF_MODEL} | {"random_state": seed, **of_model}
     model = build_model(adata, counts, mask, obs_keys, options, allow_non_integer=allow_non_integer)
     training = {name: arguments[name] for name in OF_TRAINING} | of_training
-    progress = is_shown(progress, of_trainer.pop("enable_progress_bar", None))
     of_call = training | obs_keys | {"layer": layer, "max_epochs": max_epochs, "random_state": seed}
     of_call["mask_var"] = mask_var if isinstance(mask_var, str) else None
     of_call |= noted_beside(n_components, training, n_genes=counts.shape[1], allow_non_integer=allow_non_integer)
     with interrupts_held():  # else what was trained would be lost with the model
-        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=progress, **training, **of_trainer)
+        model.train(max_epochs, accelerator=accelerator, random_state=seed, progress=shown, **training, **of_trainer)
         target = copy_in_memory(adata) if copy else adata
         model.find_columns_in(target)
-        _write_results(target, model, keys, params_of(model) | of_call, mask, write_lambda, progress=progress)
+        _write_results(target, model, keys, params_of(model) | of_call, mask, write_lambda, progress=shown)
     returned = ([target] if copy else []) + ([model] if return_model else [])
     return None if not returned else returned[0] if len(returned) == 1 else tuple(returned)
 
@@ -289,5 +290,4 @@ def _split_options(options: dict) -> tuple[dict, dict, dict]:
     options = as_plain(options)
     parts = of_model, of_training, TRAINER_OPTIONS
     check_trainer_options({name: value for name, value in options.items() if name in TRAINER_OPTIONS}, SCVAE.train)
-    check_one_device(options.get("devices", "auto"))
     return tuple({name: value for name, value in options.items() if name in part} for part in parts)

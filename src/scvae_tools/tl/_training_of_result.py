@@ -95,7 +95,7 @@ class TrainingOfResult:
             of_training={
                 name: value
                 for name, value in of_training.items()
-                if name not in ("random_state", "validation_indices", "record_rates")
+                if name not in ("random_state", "validation_indices", "record_rates", "devices")
             },
             validation_indices=params.get("validation_indices"),
             random_state=params["random_state"],
