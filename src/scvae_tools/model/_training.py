@@ -214,7 +214,7 @@ class TrainingMixin(TrainingCellsMixin):
         about six times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
         """
         given, trainer_options = trainer_options, check_trainer_options(trainer_options, self.train)
-        arguments = dict(locals())
+        arguments = {name: value for name, value in locals().items() if name != "given"}
         self._require_data_to_train()
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         objective.check(self.module)
