@@ -195,7 +195,7 @@ def test_cells_that_are_held_on_the_device_give_the_same_results(name, trained, 
 
     monkeypatch.setattr(svt.SCVAE, "_cells_on_device", hold)
     found = as_numbers(READS_CELLS[name](trained))
-    read_otherwise = ("sample", "iter_component_expression", "get_aggregated_posterior")  # or not at all
+    read_otherwise = ("sample", "iter_component_expression", "get_aggregated_posterior", "n_fit_cells")  # or once
     assert reads or name in read_otherwise or len(expected) == 0
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
