@@ -122,7 +122,7 @@ class StoredCounts(CSRDataset):
         vars(self).update(known)
 
     def copy(self) -> StoredCounts:
-        """The same counts: nothing can change them but their file."""
+        """Counts themselves: nothing can change them but their file."""
         return self
 
     def __deepcopy__(self, memo: object) -> StoredCounts:
