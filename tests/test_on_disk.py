@@ -93,7 +93,7 @@ def test_chunks_that_are_missing_are_counted_but_those_of_zeros_are_not(tmp_path
     dense[:] = 0
     matrix = ad.io.sparse_dataset(group["X"])
     assert missing_chunks(dense) is missing_chunks(matrix) is None
-    next((tmp_path / "a.zarr/X/data").glob("0")).unlink()
+    next((tmp_path / "a.zarr/X/data").rglob("0")).unlink()
     assert missing_chunks(matrix) == f"1 of the 1 chunks of 'data' missing in '{tmp_path / 'a.zarr'}', X"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import psutil
 from anndata import AnnData
 
 from scvae_tools import datasets as data_sets
@@ -254,8 +255,6 @@ def _require_room(output: Path | None, n_bytes: int) -> None:
 
 def _require_memory_for_rate(adata: AnnData, n_bytes: int) -> None:
     """Refuse, before any work, λ that would not fit into memory, of counts that were left in their file for it."""
-    import psutil
-
     free = psutil.virtual_memory().available
     if is_on_disk(adata.X) and n_bytes > free / 2:
         raise ValueError(

@@ -13,6 +13,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import psutil
 from anndata import AnnData
 from anndata.abc import CSCDataset
 from scipy import sparse
@@ -197,8 +198,6 @@ def _read_anndata(path: Path, *, may_stay: bool) -> AnnData:
 
 def _is_read_whole(matrix: Any) -> bool:
     """Whether a matrix is stored by gene, so that cells cannot be read from it, and there is room for it in memory."""
-    import psutil
-
     return isinstance(matrix, CSCDataset) and 4 * n_bytes_on_disk(matrix) < psutil.virtual_memory().available
 
 
