@@ -115,7 +115,7 @@ def scvae(
         Largest number of epochs, of all stages together; None for about 4,000 steps of 128 cells, and at least 20. An
         epoch ends when all training cells were seen, or 400,000 of them.
     batch_size
-        Cells a training step.
+        Cells a training step, on each device (docs/devices.md).
     train_size
         Share of the cells to train on. The others choose the best weights and tell when to stop.
     early_stopping
