@@ -252,6 +252,6 @@ class Batches:
     def __iter__(self) -> Iterator[np.ndarray]:
         share, order = self.share, self.indices
         if self.shuffle:
-            order = share.of(order[share.permutation(len(order))])
+            order = share.of(order[share.permutation(len(order))])[: self.n_used]
         for start in range(0, self.n_used, self.batch_size):
             yield order[start : start + self.batch_size]

@@ -65,10 +65,12 @@ class WindowSteps:
 
     def draw(self) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
         n_whole = len(self.indices) // self.run_length
-        runs = self.indices[: n_whole * self.run_length].reshape(n_whole, self.run_length)
-        runs, share = runs[self.share.permutation(n_whole)], self.share
+        indices, share = self.indices, self.share
+        if share.number > 1:  # so that the cells that are left over are others in each epoch
+            indices = np.roll(indices, share.permutation(len(indices))[0])
+        runs = indices[: n_whole * self.run_length].reshape(n_whole, self.run_length)[share.permutation(n_whole)]
         # The short run last, so that all epochs have one length.
-        last = np.append(share.rest(runs).ravel(), self.indices[runs.size :])
+        last = np.append(share.rest(runs).ravel(), indices[runs.size :])
         if share.number > 1:  # else all are used
             last = last[share.permutation(len(last))]
         order = np.append(share.of(runs).ravel(), share.of(last))[: self.n_used]

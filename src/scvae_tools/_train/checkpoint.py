@@ -221,7 +221,7 @@ def require_alike(identities: Sequence[Mapping[str, Any]]) -> None:
         If they differ; it says in what.
     """
     for rank, identity in enumerate(identities):
-        if differences := _differences(identity, identities[0], ("in process 0", f"in process {rank}")):
+        if differences := _differences(identities[0], identity, (f"in process {rank}", "in process 0")):
             raise ValueError(
                 "Processes that train together must have the same data, model and arguments of `train`; found other "
                 f"ones: {', '.join(differences)}. Seed what is drawn in the script, and read the same files in each."

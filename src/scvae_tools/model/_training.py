@@ -213,20 +213,20 @@ class TrainingMixin(TrainingCellsMixin):
         After the last epoch the file holds the result: the same call then loads it and trains nothing. The file is
         about six times as large as the weights, and costs 26 ms an epoch for 2,000 genes and 128 hidden units.
         """
-        given, trainer_options = trainer_options, check_trainer_options(trainer_options, self.train)
-        arguments = {name: value for name, value in locals().items() if name != "given"}
+        arguments = dict(locals())
+        arguments["trainer_options"] = of_trainer = check_trainer_options(trainer_options, self.train)
         self._require_data_to_train()
         objective = Objective(kl_weight, free_nats_y, free_nats_z, n_samples, n_importance_samples)
         objective.check(self.module)
         check_choice("matmul_precision", matmul_precision, PRECISIONS)
         arguments["max_epochs"] = default_max_epochs(self.adata.n_obs) if max_epochs is None else max_epochs
         stages = self._stages(arguments["max_epochs"], n_warm_up_epochs)
-        processes = join_processes(accelerator, devices, given)
-        bar = Progress(stages, enable=is_shown(progress, trainer_options.pop("enable_progress_bar", None)))
+        processes = join_processes(accelerator, devices, trainer_options)
+        bar = Progress(stages, enable=is_shown(progress, of_trainer.pop("enable_progress_bar", None)))
         *where, device = device_of_training(accelerator, devices, processes)
         settings = Settings(lr, weight_decay, objective, gradient_clip, early_stopping, *where, matmul_precision, bar)
-        settings.trainer_options, settings.processes = trainer_options, processes
-        hold = whether_to_hold(hold_on_device, trainer_options, processes)
+        settings.trainer_options, settings.processes = of_trainer, processes
+        hold = whether_to_hold(hold_on_device, of_trainer, processes)
         with (
             self._context_of_training(random_state, (train_size, validation_indices), processes) as dataset,
             self._holding_cells(self._with_codes(dataset, stages, pca_start, random_state), device, hold),
