@@ -24,7 +24,6 @@ from scvae_tools._train.principal_codes import PRINCIPAL_CODES
 from scvae_tools._train.progress import START_OF_MIXTURE, Progress, is_shown
 from scvae_tools._train.recorder import RateRecorder
 from scvae_tools._train.run import REMEDY, Settings, Trained, run_stage
-from scvae_tools._train.split import evenly
 from scvae_tools._train.stages import Stage, default_max_epochs, default_patience, noise_edge, plan_stages
 from scvae_tools._train.temperature import temperature_of
 from scvae_tools._train.versions import Version, changed, copied, renumbered
@@ -34,7 +33,7 @@ from scvae_tools.model._trainer_options import (
     join_processes,
     whether_to_hold,
 )
-from scvae_tools.model._training_cells import LARGEST_START, TrainingCellsMixin
+from scvae_tools.model._training_cells import TrainingCellsMixin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -467,13 +466,10 @@ class TrainingMixin(TrainingCellsMixin):
         return np.r_[shares * (1 - others.sum()), others]
 
     def _sort_components(self) -> None:
-        """Number the components by decreasing size, here and in all results; those of labels stay in place.
-
-        The size is that in `LARGEST_START` cells, where there are more.
-        """
+        """Number the components by decreasing size, here and in all results; those of labels stay in place."""
         most_probable = self._processes.by_parts(
             lambda cells: self._probabilities(indices=cells).numpy().argmax(1),
-            evenly(np.arange(self.adata.n_obs), LARGEST_START),
+            np.arange(self.adata.n_obs),
         )
         sizes = np.bincount(most_probable, minlength=self.n_components)
         n_fixed = len(self.labels) if self.is_supervised else 0
