@@ -195,8 +195,16 @@ def is_finite(result: Any) -> bool:
     return True
 
 
+def asks_for_processes(options: dict) -> bool:
+    """Whether Lightning would start this script again, once for each further device."""
+    devices = options.get("devices")
+    return np.size(devices) > 1 or (isinstance(devices, int | float | np.number) and devices > 1)
+
+
 def called(name: str, options: dict, adata: AnnData, function: Callable, given: dict) -> str | None:
     """Make a call, and return what is wrong with its outcome; None if nothing is."""
+    if asks_for_processes(options):
+        return None
     before = digest(adata)
     try:
         result = function(**given | options)
