@@ -89,7 +89,7 @@ def n_bytes_of(adata: AnnData) -> int:
 
 
 def _n_bytes(matrix: object) -> int:
-    if hasattr(matrix, "write_to"):
+    if _is_stored(matrix):
         return matrix.n_bytes
     if is_on_disk(matrix):
         return n_bytes_on_disk(matrix)
@@ -122,17 +122,25 @@ def _write(elements: dict[str, Any], group: h5py.Group | zarr.Group, options: Ma
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about future formats, which the user cannot change
         for name, value in elements.items():
-            if value is not None:
+            # anndata has no writer for counts that stay in a file; they are read and written a block at a time.
+            stored = {key: each for key, each in value.items() if _is_stored(each)} if name == "layers" else {}
+            if _is_stored(value):
+                value.write_to(group, name)
+            elif value is not None:
+                value = {key: each for key, each in value.items() if key not in stored} if stored else value
                 write_dispatched(group, name, value, callback=_write_plain, dataset_kwargs=options)
+            for key, each in stored.items():
+                each.write_to(group[name], key)
+
+
+def _is_stored(value: object) -> bool:
+    return hasattr(value, "write_to")
 
 
 def _write_plain(
     write: Callable, group: h5py.Group | zarr.Group, name: str, value: Any, *, dataset_kwargs: Mapping, **_: Any
 ) -> None:
     """Write an element: strings of pandas as plain ones, or where some are missing as categories; copy one on disk."""
-    if hasattr(value, "write_to"):  # counts that stay in a file, which are read in blocks
-        value.write_to(group, name)
-        return
     if is_on_disk(value):
         copy_on_disk(value, group, name)
         return

@@ -383,10 +383,12 @@ def test_a_file_that_was_closed_is_opened_again(form, tmp_path):
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
 def test_counts_in_a_file_are_written_to_another_with_the_genes_that_are_chosen(ending, tmp_path):
     x, mask = make_counts(), np.arange(N_GENES) % 2 == 0
-    adata = AnnData(stored_of("h5ad", tmp_path, x, mask_var=mask))
-    n_bytes = 8 * (x[:, mask] > 0).sum() + 8 * (N_CELLS + 1)
+    counts = stored_of("h5ad", tmp_path, x, mask_var=mask)
+    adata = AnnData(counts, layers={"counts": counts})
+    n_bytes = 2 * (8 * (x[:, mask] > 0).sum() + 8 * (N_CELLS + 1))
     assert n_bytes_of(adata) == n_bytes
     write_adata(adata, tmp_path / f"b.{ending}")
     found = (anndata.read_zarr if ending == "zarr" else anndata.read_h5ad)(tmp_path / f"b.{ending}")
-    assert isinstance(found.X, sparse.csr_matrix)
-    np.testing.assert_array_equal(found.X.toarray(), x[:, mask])
+    for matrix in (found.X, found.layers["counts"]):
+        assert isinstance(matrix, sparse.csr_matrix)
+        np.testing.assert_array_equal(matrix.toarray(), x[:, mask])

@@ -204,10 +204,12 @@ def join(accelerator: object, devices: object, num_nodes: int | None = None) -> 
     if num_nodes is None:
         num_nodes = int(os.environ.get("SLURM_NNODES", "1")) if by_slurm else 1
     options = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
+    if by_slurm:  # before Lightning looks at the job, which says less
+        _require_srun()
     strategy = _strategy(options, by_slurm=by_slurm)
     if strategy.world_size == 1:
         return ALONE
-    _require_to_be_startable(strategy, by_slurm=by_slurm)
+    _require_to_be_startable(strategy)
     if distributed.is_initialized() and distributed.get_world_size() != strategy.world_size:
         raise ValueError(
             f"`devices` must be as many as in an earlier training of this script, {distributed.get_world_size()} "
@@ -241,14 +243,18 @@ _NEEDS_SCRIPT = (
 )
 
 
-def _require_to_be_startable(strategy: DDPStrategy, *, by_slurm: bool) -> None:
-    """Refuse to wait for processes that nothing would start."""
-    if by_slurm and "SLURM_STEP_ID" not in os.environ:
+def _require_srun() -> None:
+    """Refuse to wait for tasks that nothing has started."""
+    if "SLURM_STEP_ID" not in os.environ:
         raise ValueError(
             f"Several devices in a job of SLURM with {os.environ['SLURM_NTASKS']} tasks (SLURM_NTASKS) need a process "
             "for each, started by srun; found one that srun has not started. Call `srun python train.py` in the job, "
             "or ask for --ntasks=1: then the script starts the other processes itself."
         )
+
+
+def _require_to_be_startable(strategy: DDPStrategy) -> None:
+    """Refuse to wait for processes that nothing would start."""
     main = sys.modules["__main__"]
     starts = not strategy.cluster_environment.creates_processes_externally
     if starts and getattr(main, "__spec__", None) is None and not Path(sys.argv[0]).is_file():

@@ -211,7 +211,8 @@ class InferenceMixin(ExpressionMixin, SamplingMixin):
         self, adata: AnnData | None = None, indices: Sequence[int] | None = None, batch_size: int | None = None
     ) -> torch.Tensor:
         """q(y|x), (n_cells, n_components), on the CPU."""
-        found, end = torch.empty(self._n_cells(adata, indices, None), self.n_components), 0
+        found = torch.empty(self._n_cells(adata, indices, None), self.n_components, dtype=torch.float32)
+        end = 0
         for tensors in self._batches(adata, indices, batch_size):
             rows = tensors.get(_keys.LATENT_PROBABILITIES)
             if rows is None:

@@ -79,7 +79,7 @@ class TrainingCellsMixin(InferenceMixin):
 
     @contextlib.contextmanager
     def _context_of_training(
-        self, random_state: int, split: tuple[float, Sequence[int] | None], processes: Processes
+        self, random_state: int, split: tuple[float, Sequence[int] | None], processes: Processes = ALONE
     ) -> Iterator[CountDataset]:
         """Context in which what is global is that of a training, and the cells are split."""
         if not processes.are_several:
