@@ -54,7 +54,7 @@ def in_small_chunks(path):
         array = _on_disk.new_array(root[name], part, values.shape, values.dtype, chunks=chunks)
         array[:] = values
         array.attrs.update(attributes)
-    (path / ".zmetadata").unlink(missing_ok=True)
+    zarr.consolidate_metadata(str(path))
 
 
 @pytest.fixture
