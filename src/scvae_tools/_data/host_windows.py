@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,7 +94,7 @@ class WindowTrainingLoader:
     ) -> None:
         self.dataset, self.indices = dataset, np.sort(indices)
         counts = dataset.counts
-        n_cells = max(batch_size, n_cells_in(dataset.counts, WINDOW_BYTES))
+        n_cells = max(batch_size, n_cells_in(counts, WINDOW_BYTES))
         in_one_piece = counts.values_at_once * counts.shape[0] / counts.nnz
         run_length = int(np.clip(2 * in_one_piece, 1, max(1, n_cells // FEWEST_RUNS)))
         options = {"drop_single": drop_single, "run_length": run_length, "share": share}
@@ -105,11 +106,11 @@ class WindowTrainingLoader:
 
     def __iter__(self) -> Iterator[dict[str, Counts | Tensor]]:
         drawn = self.steps.draw()
-        number, batches = next(drawn)
-        for window in read_ahead(self.dataset, self.steps.windows):
+        first = next(drawn)  # with which the windows of the epoch are known
+        windows = read_ahead(self.dataset, self.steps.windows)
+        for window, (_, batches) in zip(windows, chain([first], drawn), strict=True):
             for places in batches:
                 yield window[places]
-            number, batches = next(drawn, (number, ()))
 
 
 def read_ahead(dataset: CountDataset, windows: Sequence[np.ndarray]) -> Iterator[HeldCells]:

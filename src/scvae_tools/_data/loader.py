@@ -163,10 +163,9 @@ class HeldCells(Dataset):
         return self.dataset.batch_of(self.counts[places], self.positions[places])
 
 
-def loader_of(cells: HeldCells, batch_size: int) -> DataLoader:
-    """Loader of batches of these cells, in order."""
-    batches = Batches(np.arange(len(cells)), batch_size, shuffle=False, drop_last=False)
-    return DataLoader(cells, batch_size=None, sampler=batches)
+def loader_of(cells: Dataset, indices: np.ndarray, batch_size: int) -> DataLoader:
+    """Loader of batches of cells in the order of their positions."""
+    return DataLoader(cells, batch_size=None, sampler=Batches(indices, batch_size, shuffle=False, drop_last=False))
 
 
 class SomeCells:

@@ -11,7 +11,7 @@ from scvi import REGISTRY_KEYS
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scvae_tools._data.loader import Batches
+from scvae_tools._data.loader import Batches, loader_of
 from scvae_tools._data.stored import StoredCounts
 from scvae_tools._module.dense_counts import DenseCounts
 
@@ -126,7 +126,7 @@ class ResidentCells(DeviceCells):
 
     def batches(self, indices: np.ndarray, batch_size: int) -> Iterable[dict[str, DenseCounts | Tensor]]:
         """Batches of cells in the order of their positions."""
-        return DataLoader(self, batch_size=None, sampler=Batches(indices, batch_size, shuffle=False, drop_last=False))
+        return loader_of(self, indices, batch_size)
 
     def steps(self, indices: np.ndarray, batch_size: int, *, drop_single: bool) -> StepLoader:
         """Loader of the positions of the training steps, in a new order in each epoch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from scvae_tools._data import conversion
 from scvae_tools._data.conversion import canonical, to_csr, to_float32
 from scvae_tools._data.count_checks import CountsError
 from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
+from scvae_tools._files import short_digest
 from scvae_tools._on_disk import missing_chunks, new_array, place_of
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ class StoredCounts(CSRDataset):
         ordered = self.of_genes(places, self.cell_names)
         known = {name: getattr(self, name) for name in ("total", "largest", "is_whole")}
         known |= {"gene_total": self.gene_total[places], "gene_fraction": self.gene_fraction[places]}
-        order = hashlib.blake2b(places.astype(np.int64).tobytes(), digest_size=8).hexdigest()
-        digest = f"#{int(self.digest[1:], 16) ^ int(order, 16):016x}"
+        digest = short_digest(self.digest.encode(), places.astype(np.int64))
         ordered.note(self.indptr, **known, digest=digest, mark=None)
         return ordered
 

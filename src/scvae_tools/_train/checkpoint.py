@@ -56,8 +56,9 @@ CHECKPOINT_FILE = "checkpoint.pt"
 FORMAT = 1
 
 
-#: What a training did before there was an argument for it.
+#: Name of the number of processes in `fingerprint`.
 N_PROCESSES = "number of processes"
+#: What a training did before there was an argument for it.
 WITHOUT_ARGUMENT = {"train(kl_weight_start)": 0.0, "train(pca_start)": False, N_PROCESSES: 1}
 #: Key of our part of a checkpoint of Lightning.
 KEY = "scvae_tools"

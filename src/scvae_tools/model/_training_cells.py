@@ -208,7 +208,9 @@ class TrainingCellsMixin(InferenceMixin):
         if isinstance(dataset.counts, StoredCounts):
             options = {"drop_single": drop_single, "share": share}
             train = WindowTrainingLoader(dataset, self.train_indices, batch_size, **options)
-            return train, loader_of(HeldCells(dataset, watched), size) if len(watched) > 0 else None
+            return train, loader_of(HeldCells(dataset, watched), np.arange(len(watched)), size) if len(
+                watched
+            ) > 0 else None
         options = {"pin_memory": pin_memory, "dataset": dataset}
         drops = drop_single and n_of_epoch(len(self.train_indices)) // share.number % batch_size == 1
         of_steps = {"shuffle": True, "drop_last": drops, "batch_size": batch_size, "share": share}
