@@ -202,7 +202,7 @@ def start_of_mixture(repeats: int) -> dict:
         seconds = []
         for _ in range(2 if device == "cuda" else 1):  # the first one loads kernels
             begin = time.perf_counter()
-            start, _ = start_mixture(latent, None, random_state=0, device=device)
+            start, _, _ = start_mixture(latent, None, random_state=0, device=device)
             seconds.append(time.perf_counter() - begin)
         found |= {f"{device}, s": round(seconds[-1], 2), f"{device}, components": len(start.weights)}
     return found

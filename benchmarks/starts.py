@@ -59,7 +59,7 @@ def partitions(latent: np.ndarray, k: int, seed: int) -> Iterator[tuple[str, lis
         runs = [merged(latent, k, surplus, 100 * seed + run) for run in range(8)]
         yield f"merged from {surplus:g} k, single runs", runs
     for name, wanted in (("taken, k known", k), ("taken, k unknown", None)):
-        start, _ = mixture_start.start_mixture(latent, wanted, random_state=seed)
+        start, _, _ = mixture_start.start_mixture(latent, wanted, random_state=seed)
         mixture = TiedMixtures(*(torch.as_tensor(each)[None] for each in start))
         yield name, [mixture.log_joint(torch.as_tensor(latent))[0].argmax(0).numpy()]
 

@@ -29,7 +29,7 @@ def partition(latent, start):
 @pytest.mark.parametrize("n_clusters", [1, 2, 5, 12, 20])
 def test_separate_clusters_are_counted(n_clusters):
     latent, truth, _ = make_clusters(n_clusters, n_cells=2000, distance=14.0)
-    start, curve = start_mixture(latent, None, random_state=0)
+    start, curve, _ = start_mixture(latent, None, random_state=0)
     assert len(start.weights) == n_clusters
     assert adjusted_rand_score(truth, partition(latent, start)) > 0.99
     assert curve.n_components[curve.chosen].tolist() == [n_clusters]
@@ -40,7 +40,7 @@ def test_clusters_of_very_unequal_size_are_found():
     shares = np.geomspace(1, 1 / 50, 6)
     latent, truth, _ = make_clusters(6, n_cells=3000, distance=14.0, shares=shares / shares.sum())
     for n_components in (None, 6):
-        start, _ = start_mixture(latent, n_components, random_state=0)
+        start, _, _ = start_mixture(latent, n_components, random_state=0)
         assert len(start.weights) == 6
         assert adjusted_rand_score(truth, partition(latent, start)) > 0.99
 
@@ -48,14 +48,14 @@ def test_clusters_of_very_unequal_size_are_found():
 def test_the_number_stays_in_the_range_that_is_given():
     latent, _, _ = make_clusters(5, distance=14.0)
     for given, expected in (((2, 4), 4), ((2, 9), 5), ((7, 9), 7)):
-        start, curve = start_mixture(latent, given, random_state=0)
+        start, curve, _ = start_mixture(latent, given, random_state=0)
         assert len(start.weights) == expected
         assert curve.n_components[curve.chosen].tolist() == [expected]
 
 
 def test_the_curve_tells_how_many_runs_stop_where():
     latent, _, _ = make_clusters(5, distance=14.0)
-    _, curve = start_mixture(latent, None, random_state=0)
+    _, curve, _ = start_mixture(latent, None, random_state=0)
     assert curve.share_of_runs.sum() == pytest.approx(1)
     assert curve.set_index("n_components").share_of_runs[5] > 0.9
     assert curve.overlap[curve.n_components <= 5].max() < LARGEST_OVERLAP
@@ -64,7 +64,7 @@ def test_the_curve_tells_how_many_runs_stop_where():
 
 def test_the_mixture_has_the_moments_of_the_clusters():
     latent, truth, centres = make_clusters(4, n_cells=4000, distance=12.0)
-    start, _ = start_mixture(latent, 4, random_state=0)
+    start, _, _ = start_mixture(latent, 4, random_state=0)
     nearest = ((start.means[:, None] - centres) ** 2).sum(-1).argmin(1)
     assert sorted(nearest) == [0, 1, 2, 3]
     np.testing.assert_allclose(start.weights, 0.25, atol=0.01)
@@ -109,8 +109,9 @@ def test_runs_that_are_merged_at_once_are_those_merged_one_by_one(n_empty):
 def test_the_same_seed_gives_the_same_mixture_and_leaves_random_states_alone(n_components):
     latent, _, _ = make_clusters(5, distance=4.0)
     before = np.random.get_state()[1].copy(), torch.get_rng_state(), torch.get_num_threads()  # noqa: NPY002
-    (first, _), (second, _) = (start_mixture(latent, n_components, random_state=3) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
+    first, second = (start_mixture(latent, n_components, random_state=3) for _ in range(2))
+    np.testing.assert_array_equal(first.valley_p_values, second.valley_p_values)
+    for a, b in zip(first.mixture, second.mixture, strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.array_equal(np.random.get_state()[1], before[0])  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[1])
@@ -121,7 +122,7 @@ def test_the_same_seed_gives_the_same_mixture_and_leaves_random_states_alone(n_c
 @pytest.mark.parametrize("n_components", [None, 3, (2, 3)])
 def test_a_handful_of_cells_has_a_start(n_cells, n_components):
     latent, _, _ = make_clusters(2, n_cells=n_cells)
-    start, _ = start_mixture(latent, n_components, random_state=0)
+    start, _, _ = start_mixture(latent, n_components, random_state=0)
     assert 1 <= len(start.weights) <= n_cells
     if n_components == 3:
         assert len(start.weights) == 3
@@ -130,7 +131,7 @@ def test_a_handful_of_cells_has_a_start(n_cells, n_components):
 def test_nearly_as_many_components_as_cells_are_groups_of_neighbours():
     """No mixture may hold them all; then they are those of k-means, not arbitrary."""
     latent, truth, _ = make_clusters(20, n_cells=22, distance=40.0)
-    start, _ = start_mixture(latent, 20, random_state=0)
+    start, _, _ = start_mixture(latent, 20, random_state=0)
     assert len(start.weights) == 20
     assert adjusted_rand_score(truth, partition(latent, start)) > 0.9
 
@@ -138,14 +139,14 @@ def test_nearly_as_many_components_as_cells_are_groups_of_neighbours():
 def test_equal_cells_have_a_start():
     latent = np.ones((30, 4), dtype=np.float32)
     for n_components in (None, 2):
-        start, _ = start_mixture(latent, n_components, random_state=0)
+        start, _, _ = start_mixture(latent, n_components, random_state=0)
         assert np.isfinite(start.means).all()
         np.linalg.cholesky(start.covariance)
 
 
 def test_more_cells_than_are_compared_all_count():
     latent, _, _ = make_clusters(3, n_cells=12_000, distance=14.0)
-    start, _ = start_mixture(latent, 3, random_state=0)
+    start, _, _ = start_mixture(latent, 3, random_state=0)
     np.testing.assert_allclose(start.weights, 1 / 3, atol=1e-3)
 
 

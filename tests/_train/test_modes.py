@@ -13,6 +13,7 @@ from scvae_tools._train.modes import (
     p_value_of_one_mode,
     p_value_of_rare,
     p_value_of_split,
+    p_values_of_parts,
 )
 
 
@@ -122,8 +123,39 @@ def test_pieces_of_a_gradient_are_merged_and_populations_are_kept():
     apart = rng.normal(size=(60, 3)) + np.r_[0, 9, 0]
     points = np.concatenate([gradient, apart])
     cut = np.r_[np.minimum(gradient[:, 0] // 5, 3), np.full(60, 4)].astype(int)
-    merged = merge_without_valley(points, cut, fewest=1, alpha=0.05, rng=rng)
+    merged, p_values = merge_without_valley(points, cut, fewest=1, alpha=0.05, rng=rng)
+    assert p_values.shape == (2, 2)
+    assert p_values[0, 1] == p_values[1, 0] <= 0.05
     assert sorted(np.bincount(merged)) == [60, 600]
     assert len(np.unique(merged[cut == 4])) == 1
-    kept = merge_without_valley(points, cut, fewest=4, alpha=0.05, rng=rng)
+    kept, p_values = merge_without_valley(points, cut, fewest=4, alpha=0.05, rng=rng)
     assert kept.max() + 1 == 4
+    is_apart = np.arange(4) == kept[-1]
+    assert (p_values[is_apart][:, ~is_apart] <= 0.05).all()
+    assert np.sum(p_values[~is_apart][:, ~is_apart] <= 0.05) == 2  # first and last third, which do not touch
+
+
+@pytest.mark.parametrize("most_rare", [2_000, 200])
+def test_pieces_of_one_population_have_large_p_values_and_populations_have_small_ones(most_rare, monkeypatch):
+    monkeypatch.setattr(modes, "MOST_RARE", most_rare)
+    rng = np.random.default_rng(1)
+    one, other = rng.normal(size=(1_500, 3)), rng.normal(size=(500, 3)) + np.r_[0, 0, 6]
+    few = rng.normal(size=(3, 3)) + np.r_[0, 30, 0]
+    points = np.concatenate([one, other, few])
+    label = np.r_[one[:, 0] > 0.5, np.full(500, 2), np.full(3, 3)].astype(int)
+    p_values = p_values_of_parts(points, label, 5, rng)
+    np.testing.assert_array_equal(p_values, p_values.T)
+    assert p_values[0, 1] > 0.05
+    assert p_values[0, 2] < 1e-4
+    assert p_values[1, 2] < 1e-4
+    assert (p_values[3:] == 1).all()  # three cells, and none
+    assert (np.diag(p_values) == 1).all()
+
+
+def test_p_values_below_those_of_the_samples_are_those_of_many_more_samples(monkeypatch):
+    rng, n = np.random.default_rng(5), 64
+    dips = np.sort([dip(rng.uniform(size=n)) for _ in range(20_000)])[::-1]
+    p_value_of_one_mode(rng.uniform(size=n))  # draws the samples to compare with
+    for n_larger in (20, 10):  # p values of 0.001 and 0.0005, where the 2,000 samples have two and one
+        monkeypatch.setattr(modes, "dip", lambda points, n_larger=n_larger: dips[n_larger])
+        assert 0.5 < p_value_of_one_mode(np.zeros(n)) / (n_larger / len(dips)) < 2

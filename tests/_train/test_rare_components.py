@@ -92,7 +92,7 @@ def test_a_rare_type_does_not_exceed_the_limit():
 
 def test_the_start_has_the_rare_type_and_the_moments_of_all_cells_not_of_the_sample():
     latent, truth = make_cells()
-    start, curve = start_mixture(latent, None, random_state=0)
+    start, curve, _ = start_mixture(latent, None, random_state=0)
     assert curve.n_components[curve.chosen].tolist() == [5]
     order = np.argsort(-start.weights)
     np.testing.assert_allclose(start.weights[order], np.bincount(truth) / len(truth), atol=3e-5)
@@ -174,7 +174,7 @@ def test_a_type_of_one_in_a_thousand_of_a_million_cells_has_its_component(n_comp
     rare = rng.choice(len(latent), 1000, replace=False)
     latent[rare] = 6.0 * np.eye(10)[9] + rng.normal(size=(1000, 10))
     truth[rare] = 8
-    start, _ = start_mixture(latent.astype(np.float32), n_components, random_state=0)
+    start, _, _ = start_mixture(latent.astype(np.float32), n_components, random_state=0)
     mixture = TiedMixtures(*(torch.as_tensor(each)[None] for each in start))
     label = most_probable(torch.as_tensor(latent), mixture).numpy()
     assert len(start.weights) == 9

@@ -26,11 +26,12 @@ def test_what_is_written_comes_back(n_components):
     assert (other.n_components, other.is_trained, other.n_epochs) == (n_components, True, 2)
 
 
-def test_the_text_is_that_of_the_first_format():
+def test_the_text_is_as_it_is_read():
     text = json.loads(TrainingState((4, 20)).to_json(None))
     assert text == {
         "history_": None,
         "component_curve_": None,
+        "valley_p_values_": None,
         "is_trained_": False,
         "n_components": None,
         "init_n_components": {"__tuple__": [4, 20]},

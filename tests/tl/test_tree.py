@@ -185,6 +185,48 @@ def test_a_test_is_given_the_cells_of_both_children():
         assert tree.nodes["p_value"].iloc[node] == by_size(*cells)
 
 
+def test_without_a_test_p_values_are_the_largest_of_components_on_both_sides():
+    adata = make_nested()
+    p_values = np.array([[1, 0.2, 0.004], [0.2, 1, 0.03], [0.004, 0.03, 1]])
+    adata.uns["scvae"] = {"components": {"valley_p_values": p_values}}
+    svt.tl.tree(adata)
+    assert row(adata, "0+1")["p_value"] == 0.2
+    assert nodes_of(adata)["p_value"].iloc[0] == 0.03  # of 1 and 2; 0 and 2 have a smaller one
+    assert nodes_of(adata)["p_value"].notna().sum() == 2  # parts of components were not found so
+    svt.tl.cut(adata, alpha=0.05)
+    assert adata.obs["scvae_cut"].cat.categories.tolist() == ["0+1", "2"]
+    svt.tl.tree(adata, test=by_size)
+    assert row(adata, "0+1")["p_value"] != 0.2
+
+
+@pytest.mark.parametrize("stored", [None, {"components": None}, {"components": {"valley_p_values": np.ones((2, 2))}}])
+def test_results_without_p_values_of_their_components_have_a_tree_without(stored):
+    adata = make_nested()
+    adata.uns["scvae"] = stored
+    svt.tl.tree(adata)
+    assert nodes_of(adata)["p_value"].isna().all()
+
+
+def test_halves_of_a_type_have_no_valley_and_types_do(tmp_path):
+    adata = svt.datasets.simulate(900, 60, 3, separation=2.0, random_state=1)
+    options = {"n_latent": 3, "n_hidden": 32, "max_epochs": 30, "progress": False}
+    model = svt.tl.scvae(adata, n_components=4, **options, return_model=True)
+    p_values = adata.uns["scvae"]["components"]["valley_p_values"]
+    types = pd.crosstab(adata.obs["scvae"], adata.obs["component"]).to_numpy().argmax(1)
+    assert sorted(np.bincount(types)) == [1, 1, 2]
+    is_one_type = types[:, None] == types
+    assert (p_values[is_one_type] > 0.05).all()
+    assert (p_values[~is_one_type] < 0.001).all()
+    svt.tl.tree(adata)
+    svt.tl.cut(adata, alpha=0.05)
+    assert adjusted_rand_score(adata.obs["component"], adata.obs["scvae_cut"]) > 0.95
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(svt.SCVAE.load(tmp_path / "model", adata).valley_p_values_, p_values)
+    other = svt.datasets.simulate(100, 60, 3, separation=2.0, random_state=2, gene_random_state=1)
+    svt.tl.predict(other, tmp_path / "model")
+    np.testing.assert_array_equal(other.uns["scvae"]["components"]["valley_p_values"], p_values)
+
+
 def test_a_split_without_a_p_value_has_nan():
     adata = make_nested()
     svt.tl.tree(adata, max_depth=0, test=lambda first, second: np.nan)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._threads import considerate_threads
-from scvae_tools._train.modes import FEWEST_POINTS, merge_without_valley
+from scvae_tools._train.modes import FEWEST_POINTS, merge_without_valley, p_values_of_parts
 from scvae_tools._train.overlaps import overlap_with, overlaps, terms
 from scvae_tools._train.rare_components import with_rare_components
 from scvae_tools._train.tied_mixtures import (
@@ -67,6 +67,18 @@ class MixtureStart(NamedTuple):
     covariance: np.ndarray  # (d, d)
 
 
+class FoundStart(NamedTuple):
+    """A mixture, and what is known of how it was found."""
+
+    mixture: MixtureStart
+    #: A row for each number of components: ``n_components``; ``overlap``, the median over runs of the largest overlap
+    #: between two of so many components, in nats per cell of the smaller; ``share_of_runs`` that would stop there, by
+    #: their overlap; ``chosen``, which may be fewer, by the test of valleys, or more, by rare components.
+    curve: pd.DataFrame
+    #: Probability of each two components that they are one population, by the test of valleys, (k, k).
+    valley_p_values: np.ndarray
+
+
 class _Level(NamedTuple):
     """A partition on the way from fine components to one."""
 
@@ -82,7 +94,7 @@ def start_mixture(
     *,
     random_state: int,
     device: torch.device | str = "cpu",
-) -> tuple[MixtureStart, pd.DataFrame]:
+) -> FoundStart:
     """Find the components of a latent space.
 
     Parameters
@@ -95,13 +107,6 @@ def start_mixture(
         Seed.
     device
         Device that computes, in float64; the CPU in place of a device that has no such numbers.
-
-    Returns
-    -------
-    The mixture, and what is known of each number of components, one row each: ``n_components``; ``overlap``, the median
-    over runs of the largest overlap between two of so many components, in nats per cell of the smaller;
-    ``share_of_runs`` that would stop there, by their overlap; ``chosen``, which may be fewer, by the test of valleys,
-    or more, by rare components.
     """
     latent = _on_device(latent, device)
     rng = np.random.default_rng(random_state)
@@ -119,13 +124,19 @@ def start_mixture(
     if low < k:  # a part of too few cells to be tested would be merged, and the others with it be lost
         partitions = [each for each in partitions if _is_testable(each, k)] or partitions
     label = max(partitions, key=lambda each: _quality(sample, each, k))
+    p_values = None
     if low < k:
-        merged = merge_without_valley(sample.cpu().numpy(), label.cpu().numpy(), fewest=low, alpha=ALPHA, rng=rng)
-        label, k = torch.as_tensor(merged, device=latent.device), int(merged.max()) + 1
+        merged, p_values = merge_without_valley(
+            sample.cpu().numpy(), label.cpu().numpy(), fewest=low, alpha=ALPHA, rng=rng
+        )
+        label, k = torch.as_tensor(merged, device=latent.device), len(p_values)
     if len(sample) < len(latent):
         found_in_sample = of_partition(sample, label, k)
         label, k = with_rare_components(latent, found_in_sample, fewest=low, most=high, alpha=ALPHA, rng=rng)
-    return _as_start(of_partition(latent, label, k)), _table(runs, found, k)
+        p_values = None  # there are more cells, and perhaps more components
+    if p_values is None:
+        p_values = p_values_of_parts(latent.cpu().numpy(), label.cpu().numpy(), k, rng)
+    return FoundStart(_as_start(of_partition(latent, label, k)), _table(runs, found, k), p_values)
 
 
 @considerate_threads()
@@ -159,8 +170,8 @@ def start_from_labels(
     whole = torch.where(is_known, label, most_probable(latent, labelled))
     n_new, unknown = n_components - n_labels, latent[~is_known]
     if n_new > 0 and len(unknown) >= n_components:
-        parts, _ = start_mixture(unknown.cpu().numpy(), n_components, random_state=random_state, device=device)
-        parts = TiedMixtures(*(torch.as_tensor(each, device=latent.device)[None] for each in parts))
+        found = start_mixture(unknown.cpu().numpy(), n_components, random_state=random_state, device=device)
+        parts = TiedMixtures(*(torch.as_tensor(each, device=latent.device)[None] for each in found.mixture))
         factor = torch.linalg.cholesky(torch.linalg.inv(labelled.covariance[0]))
         distance = (
             torch.linalg.vector_norm((parts.means[0][:, None] - labelled.means[0]) @ factor, dim=-1).min(1).values

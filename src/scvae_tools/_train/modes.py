@@ -9,6 +9,7 @@ mode, against that of a uniform sample, for which it is largest.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -18,6 +19,8 @@ N_FOLDS = 5
 LEVELS = np.geomspace(0.1, 8.0, 96)
 #: Sizes and number of the uniform samples with which a dip is compared. √n times the dip hardly depends on n.
 NULL_SIZES, N_NULLS = (8, 16, 32, 64, 128), 2_000
+#: Share of these, the largest, to which the tail of their distribution is fitted, by which smaller p values are told.
+TAIL = 0.05
 #: Smallest number of points on each side of a split with which it can be tested.
 FEWEST_POINTS = 4
 #: Points of a rare set that are tested at most, since the dip takes memory for each at all `LEVELS`; and of the set
@@ -61,11 +64,19 @@ def _null_dips(n_points: int) -> np.ndarray:
 
 
 def p_value_of_one_mode(points: np.ndarray) -> float:
-    """Probability of at least this dip in a uniform sample of as many points; small where there are several modes."""
+    """Probability of at least this dip in a uniform sample of as many points; small where there are several modes.
+
+    Above nearly all dips of uniform samples it is extrapolated: √n times the dip tends to the supremum of a Gaussian
+    process (Hartigan and Hartigan 1985), whose square has an exponential tail.
+    """
     size = next((size for size in reversed(NULL_SIZES) if size <= len(points)), NULL_SIZES[0])
-    null = _null_dips(size)
-    n_larger = len(null) - np.searchsorted(null, np.sqrt(len(points)) * dip(points))
-    return (1 + int(n_larger)) / (1 + len(null))
+    null, value = _null_dips(size), np.sqrt(len(points)) * dip(points)
+    n_larger = len(null) - int(np.searchsorted(null, value))
+    n_of_tail = round(TAIL * len(null))
+    if n_larger >= n_of_tail:
+        return (1 + n_larger) / (1 + len(null))
+    tail, start = null[-n_of_tail:] ** 2, null[-n_of_tail - 1] ** 2
+    return (1 + n_of_tail) / (1 + len(null)) * float(np.exp(-(value**2 - start) / (tail - start).mean()))
 
 
 def p_value_of_split(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> float:
@@ -153,7 +164,7 @@ def _discriminant(points: np.ndarray, is_second: np.ndarray) -> tuple[np.ndarray
 
 def merge_without_valley(
     points: np.ndarray, label: np.ndarray, *, fewest: int, alpha: float, rng: np.random.Generator
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Merge parts of a partition until there is a valley between each two, or ``fewest`` are left.
 
     The two with the largest p value are merged first.
@@ -172,7 +183,7 @@ def merge_without_valley(
 
     Returns
     -------
-    Parts 0, 1, ... of the points, (n,).
+    Parts 0, 1, ... of the points, (n,), and the p values of each two, (k, k), as of `p_values_of_parts`.
     """
     parts = {int(each): points[label == each] for each in np.unique(label)}
     known: dict[tuple[int, int], float] = {}
@@ -187,4 +198,35 @@ def merge_without_valley(
         label[label == second] = first
         parts[first] = np.concatenate([parts[first], parts.pop(second)])
         known = {pair: value for pair, value in known.items() if not {first, second} & set(pair)}
-    return np.unique(label, return_inverse=True)[1].reshape(label.shape)
+    names, label = np.unique(label, return_inverse=True)
+    p_values = np.ones((len(names), len(names)))
+    for i, j in itertools.combinations(range(len(names)), 2):
+        pair = int(names[i]), int(names[j])
+        if pair not in known:  # merging ended at the fewest parts
+            known[pair] = p_value_of_split(parts[pair[0]], parts[pair[1]], rng)
+        p_values[i, j] = p_values[j, i] = known[pair]
+    return label.reshape(-1), p_values
+
+
+def p_values_of_parts(points: np.ndarray, label: np.ndarray, n_parts: int, rng: np.random.Generator) -> np.ndarray:
+    """Probability of each two parts of a partition that they are one population, by the test for a valley between them.
+
+    Parameters
+    ----------
+    points, label
+        Points (n, d) and their parts, 0, 1, ..., (n,).
+    n_parts
+        Number of parts, k.
+    rng
+        Draws the folds of the tests.
+
+    Returns
+    -------
+    p values, (k, k), 1 on the diagonal and where a part has too few points to be tested.
+    """
+    parts = [points[label == each] for each in range(n_parts)]
+    p_values = np.ones((n_parts, n_parts))
+    for i, j in itertools.combinations(range(n_parts), 2):
+        rare, other = sorted((parts[i], parts[j]), key=len)
+        p_values[i, j] = p_values[j, i] = p_value_of_rare(rare, other, rng)
+    return p_values

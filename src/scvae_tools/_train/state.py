@@ -13,6 +13,8 @@ from scvae_tools._files import from_plain, to_plain
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+
     from scvae_tools._train.versions import Version
 
 
@@ -33,6 +35,9 @@ class TrainingState:
         A row per epoch of all trainings so far; None before the first.
     component_curve
         Overlap of the components by their number; None unless the number was to be found.
+    valley_p_values
+        Probability of each two components that they are one population, by the test of valleys at the start of the
+        mixture, (k, k) in their order; None where labels train the components.
     versions, version
         Versions of the weights, and the name of the version in use; none before a training has ended.
     is_interrupted
@@ -47,6 +52,7 @@ class TrainingState:
     is_trained: bool = False
     history: pd.DataFrame | None = None
     component_curve: pd.DataFrame | None = None
+    valley_p_values: np.ndarray | None = None
     versions: Mapping[str, Version] = field(default_factory=dict)
     version: str | None = None
     is_interrupted: bool = False
@@ -72,6 +78,7 @@ class TrainingState:
             {
                 "history_": to_plain(self.history, "history"),
                 "component_curve_": to_plain(self.component_curve, "component_curve"),
+                "valley_p_values_": to_plain(self.valley_p_values, "valley_p_values"),
                 "is_trained_": self.is_trained,
                 "n_components": n_built,
                 "init_n_components": to_plain(self.n_components, "n_components"),
@@ -82,5 +89,6 @@ class TrainingState:
         """Restore the state that `to_json` wrote; return the number of components that the module had."""
         saved = {name: from_plain(value) for name, value in json.loads(text).items()}
         self.history, self.component_curve = saved["history_"], saved["component_curve_"]
+        self.valley_p_values = saved.get("valley_p_values_")  # not in checkpoints of earlier versions
         self.is_trained, self.n_components = saved["is_trained_"], saved["init_n_components"]
         return saved["n_components"]

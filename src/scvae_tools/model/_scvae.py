@@ -264,6 +264,20 @@ class SCVAE(TrainingMixin, HubMixin, InheritedMixin):
         self._state.component_curve = value
 
     @property
+    def valley_p_values_(self) -> np.ndarray | None:
+        """Probability of each two components that they are one population, (k, k) in the order of `components`.
+
+        By the test for a valley of the density between them, in the latent space in which they were found (see
+        docs/clustering.md); 1 on the diagonal. None for plain VAEs, where labels train the components, and for models
+        that were saved by versions without it.
+        """
+        return self._state.valley_p_values
+
+    @valley_p_values_.setter
+    def valley_p_values_(self, value: np.ndarray | None) -> None:
+        self._state.valley_p_values = value
+
+    @property
     def null_log_likelihood_(self) -> dict[str, float] | None:
         """Log-likelihood without latent variables; see `null_log_likelihood`."""
         return self._state.null_log_likelihood

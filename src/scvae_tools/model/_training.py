@@ -421,7 +421,7 @@ class TrainingMixin(TrainingCellsMixin):
             error.args = (f"{error}. {REMEDY}",)
             raise error
         options = {"random_state": random_state, "device": self.module.device}
-        curve, processes = None, self._processes
+        found, processes = None, self._processes
         if self.is_supervised:
             label = self._components_of_labels()[cells]
             start = processes.of_first(
@@ -429,15 +429,17 @@ class TrainingMixin(TrainingCellsMixin):
             )
         else:
             wanted = self.n_components or self._state.n_components  # a number, a range, or None
-            start, curve = processes.of_first(lambda: start_mixture(mean, wanted, **options))
+            found = processes.of_first(lambda: start_mixture(mean, wanted, **options))
+            start = found.mixture
         if self.n_components is None:
-            self._state.component_curve = curve
+            self._state.component_curve = None if found is None else found.curve
             self.module.build_mixture(len(start.weights))
         self._state.n_components = self.n_components
         self._note_n_components()
         if not self.is_supervised:
             order = np.argsort(-start.weights, kind="stable")  # that of `weights`, if they are given
             start = start._replace(weights=start.weights[order], means=start.means[order])
+            self._state.valley_p_values = found.valley_p_values[np.ix_(order, order)]
         if self._takes_weights_of_labels:
             start = start._replace(weights=self._weights_of_labels(start.weights))
         as_tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.module.device)
@@ -474,6 +476,8 @@ class TrainingMixin(TrainingCellsMixin):
         sizes = np.bincount(most_probable, minlength=self.n_components)
         n_fixed = len(self.labels) if self.is_supervised else 0
         order = np.r_[:n_fixed, n_fixed + np.argsort(-sizes[n_fixed:], kind="stable")]
+        if self.valley_p_values_ is not None:
+            self._state.valley_p_values = self.valley_p_values_[np.ix_(order, order)]
         order = torch.as_tensor(order, device=self.module.device)
         self._state.versions = renumbered(self.module, self._state.versions, order)
         self.module.permute_components(order)

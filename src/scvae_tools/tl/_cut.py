@@ -195,7 +195,8 @@ def _split(tree: Tree, wanted: Mapping[str, Any], node: int) -> set[int]:
     if splits and tree.nodes["p_value"].iloc[splits].isna().all():
         raise ValueError(
             "`alpha` needs a tree whose splits have p values; found none. Run svt.tl.tree(adata, test=...) with a "
-            "function that tests a split, or cut by n_clusters or max_overlap."
+            "function that tests a split, or cut by n_clusters or max_overlap. Above the components, splits have p "
+            "values without one if the model was trained without labels, by this version or a later one."
         )
     return tree.split_by_test(value, node)
 

@@ -54,7 +54,7 @@ class GrowingTree:
         component = probs.argmax(1)
         used = np.unique(component)
         joined = np.searchsorted(used, _joined_components(probs, used))  # place among those with cells, (k,)
-        self._probs = probs
+        self._probs, self._used = probs, used
         if len(used) < len(names):
             self._probs = np.column_stack([probs[:, joined == i].sum(1) for i in range(len(used))])
         self._nodes = [_Node(members=list(range(len(used))))]
@@ -163,6 +163,14 @@ class GrowingTree:
                         f"{node.name!r}."
                     )
                 node.p_value = float(found)
+
+    def take_p_values(self, p_values: np.ndarray) -> None:
+        """Give each split above the components the largest p value of a component on each side, of those (k, k)."""
+        own = p_values[np.ix_(self._used, self._used)]
+        for node in self._nodes:
+            if node.children is not None and len(node.members) > 1:
+                first, second = (self._nodes[child].members for child in node.children)
+                node.p_value = float(own[np.ix_(first, second)].max())
 
     def tree(self, params: dict[str, Any]) -> Tree:
         """Tree as it is stored.

@@ -88,7 +88,7 @@ def loadings_of(model: SCVAE, keys: Keys, gene_places: np.ndarray | None, n_gene
 
 
 def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str, Any]:
-    """Summary of the components: their number, used and effective, temperature, prior, how the number was found."""
+    """Summary of the components: their number, used and effective, temperature, prior, how they were found."""
     share = probabilities.mean(0, dtype=np.float64)
     summary = {
         "n_components": len(share),
@@ -96,7 +96,7 @@ def _summary_of_components(model: SCVAE, probabilities: np.ndarray) -> dict[str,
         "n_effective": float(np.exp(-xlogy(share, share).sum())),
         "temperature": model.temperature,
     } | model.get_prior()
-    curve = model.component_curve_
-    if curve is None:
-        return summary
-    return summary | {"curve": curve.set_index(curve.index.astype(str))}  # h5ad wants names
+    curve, p_values = model.component_curve_, model.valley_p_values_
+    if curve is not None:
+        summary["curve"] = curve.set_index(curve.index.astype(str))  # h5ad wants names
+    return summary if p_values is None else summary | {"valley_p_values": p_values}

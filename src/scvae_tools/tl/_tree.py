@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from scvae_tools._checks import check_key, check_random_source, checked
+from scvae_tools._keys import Keys
 from scvae_tools._other_names import answers_other_names
 from scvae_tools._random import as_seed
 from scvae_tools._results.tree import stored_cells
@@ -58,7 +60,8 @@ def tree(
         Smallest number of cells of a part of a component.
     test
         Function that tests a split. It is called with the positions of the cells of both children in ``adata``, whole
-        numbers (n_first,) and (n_second,), and returns a p value, from 0 to 1, or NaN for none. None for no tests.
+        numbers (n_first,) and (n_second,), and returns a p value, from 0 to 1, or NaN for none. None for the p values
+        of valleys by which the components were found (`SCVAE.valley_p_values_`), where the results have them.
     random_state
         Seed, or generator to draw one from. The global random states are left as they were.
     key_added
@@ -92,7 +95,8 @@ def tree(
         Overlap of its children in nats per cell of the smaller one, NaN where there are none: 0 if they share no cell,
         2 log 2 if they are two halves of one (docs/clustering.md).
     ``p_value``
-        Result of ``test`` for its split, NaN without.
+        Of its split: the result of ``test``; or, above the components, the largest p value of a component of the one
+        child and one of the other, the probability that these are one population. NaN without.
 
     Raises
     ------
@@ -134,12 +138,23 @@ def tree(
     growing.split_components(max_depth, min_cells, seed)
     if test is not None:
         growing.test_splits(test)
+    elif (p_values := _valley_p_values(adata, key, probs.shape[1])) is not None:
+        growing.take_p_values(p_values)
     found = growing.tree({"key": key, "max_depth": max_depth, "min_cells": min_cells, "random_state": seed})
     leaves = found.leaves_of(0)
     place = np.zeros(len(found.nodes), dtype=np.int64)
     place[leaves] = np.arange(len(leaves))
     column = pd.Categorical.from_codes(place[growing.node_of_cells], [found.names[leaf] for leaf in leaves])
     write(adata, {"obs": {key_added: column}, "uns": {key_added: found.stored()}})
+
+
+def _valley_p_values(adata: AnnData, key: str, n_components: int) -> np.ndarray | None:
+    """P values of each two components, (k, k), as the results have them; None where they have none of these."""
+    summary = adata.uns.get(Keys(key).uns)
+    components = summary.get("components") if isinstance(summary, Mapping) else None
+    found = components.get("valley_p_values") if isinstance(components, Mapping) else None
+    is_of_these = isinstance(found, np.ndarray) and found.shape == (n_components, n_components)
+    return found if is_of_these and np.issubdtype(found.dtype, np.floating) else None
 
 
 def _cells(adata: AnnData, model: SCVAE | str | Path | None, key: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
