@@ -50,7 +50,7 @@ def cut(
         the limit by which the components are found. Below the components, only the parts of one cluster are compared.
     alpha
         Probability of a split that is none, from 0 to 1: a cluster is split as long as the p value of its split is at
-        most ``alpha`` times its share of the cells, as are those above it. The tree must have been tested.
+        most ``alpha`` times its share of the cells, as are those above it. The p values are those of the tree.
     below
         Component, or a part of one, by name: the clusters are the components, and only this one is split, in two; with
         another argument, into so many parts, or as far as it says.
@@ -83,7 +83,7 @@ def cut(
         If ``adata`` is not an AnnData.
     ValueError
         If there is no tree, or it is of other results than ``adata`` now holds; a number or name is none that the tree
-        has; or it was not tested, for ``alpha``.
+        has; or its splits have no p values, for ``alpha``.
 
     Notes
     -----

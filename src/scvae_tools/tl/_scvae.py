@@ -171,10 +171,11 @@ def scvae(
         variables, see `SCVAE.null_log_likelihood`; ``kl_by_dimension``, (n_latent,), see
         `SCVAE.get_kl_by_dimension`; ``version``; for a mixture ``components``: their number ``n_components``, of which
         ``n_used`` are some cell's most probable one, ``n_effective`` = exp(H(mean probability)), the ``temperature`` of
-        the probabilities, the prior's ``weights``
-        (k,), ``means`` (k, d) and ``covariances`` (k, d, d), and where the number was to be found ``curve``, a table
-        with a row per number: ``overlap`` (the largest between two components, median over runs, in nats per cell of
-        the smaller), ``share_of_runs`` that stop there, ``chosen``.
+        the probabilities, the prior's ``weights`` (k,), ``means`` (k, d) and ``covariances`` (k, d, d),
+        ``valley_p_values`` (k, k), the probability of each two that they are one population, see
+        `SCVAE.valley_p_values_`, and where the number was to be found ``curve``, a table with a row per number:
+        ``overlap`` (the largest between two components, median over runs, in nats per cell of the smaller),
+        ``share_of_runs`` that stop there, ``chosen``.
 
     Raises
     ------
