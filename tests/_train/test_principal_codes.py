@@ -174,11 +174,9 @@ def test_only_a_warm_up_draws_to_them():
     assert (stage.pull(0.0), stage.pull(1.0)) == (10.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("n_latent", "pca_start", "expected"), [(1, None, False), (1, True, True), (8, None, True), (8, False, False)]
-)
-def test_by_default_they_are_used_where_there_are_fewer_than_dimensions(n_latent, pca_start, expected):
-    assert stages_of(pca_start=pca_start, n_latent=n_latent)[0].has_codes == expected
+@pytest.mark.parametrize(("n_latent", "pca_start"), [(1, True), (8, True), (8, False)])
+def test_they_are_used_where_they_are_asked_for(n_latent, pca_start):
+    assert stages_of(pca_start=pca_start, n_latent=n_latent)[0].has_codes == pca_start
 
 
 def stages_of(*, pca_start, n_latent=2, n_warm_up_epochs=None):

@@ -84,7 +84,7 @@ class TrainingMixin(TrainingCellsMixin):
         weight_decay: float = 0.0,
         n_warm_up_epochs: int | None = None,
         kl_weight_start: float | None = None,
-        pca_start: bool | None = None,
+        pca_start: bool = False,
         kl_weight: float = 1.0,
         free_nats_y: float = 0.0,
         free_nats_z: float = 0.0,
@@ -126,9 +126,8 @@ class TrainingMixin(TrainingCellsMixin):
             from below.
         pca_start
             Whether the latent means are drawn to principal components of the counts in the warm-up, with a weight that
-            falls to 0: to those of Pearson residuals, without what covariates explain, that are above the noise. So
-            small differences are not lost, and noise is not learnt (docs/model.md). None to do so where there are
-            fewer of these than latent dimensions, each of which finds something to hold otherwise.
+            falls to 0: to those of Pearson residuals, without what covariates explain, that are above the noise. The
+            latent space then holds smaller differences between cells, but the bound is lower (docs/model.md).
         kl_weight
             Weight of both KL terms after that. The bounds in `history` are never weighted.
         free_nats_y

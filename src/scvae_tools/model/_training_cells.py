@@ -64,17 +64,15 @@ class TrainingCellsMixin(InferenceMixin):
         self,
         dataset: CountDataset,
         stages: list[Stage],
-        pca_start: bool | None,  # noqa: FBT001
+        pca_start: bool,  # noqa: FBT001
         random_state: int,
     ) -> CountDataset:
         """Give the data set the principal codes of the training cells, if a stage is to be drawn to them."""
-        if pca_start is not False and any(stage.warms_up for stage in stages):
+        if pca_start and any(stage.warms_up for stage in stages):
             options = {"use_size_factor": self.module.use_size_factor, "random_state": random_state}
             with considerate_threads():
                 found = principal_codes(dataset, self.train_indices, self.module.n_latent, **options)
-            # The same in all processes; a component at the edge of the noise may be rounded otherwise on others' CPU.
-            if self._processes.of_first(lambda: pca_start or found.n_used < self.module.n_latent):
-                dataset.columns[PRINCIPAL_CODES] = found.codes
+            dataset.columns[PRINCIPAL_CODES] = found.codes
         return dataset
 
     @contextlib.contextmanager
