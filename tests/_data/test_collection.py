@@ -226,7 +226,7 @@ def test_small_collections_are_read_whole(adata, x, monkeypatch):
 def test_categories_of_the_data_sets_are_united(x, tmp_path):
     group = write_collection(tmp_path / "c.zarr", x)
     kinds = pd.Categorical(["z"] * SIZES[1])
-    ad.io.write_elem(group, "dataset_1/obs", make_obs()[41:42].assign(kind=kinds))
+    ad.io.write_elem(group["dataset_1"], "obs", make_obs()[41:42].assign(kind=kinds))
     found = svt.read_collection(tmp_path / "c.zarr").obs["kind"]
     assert set(found.cat.categories) == {"a", "b", "c", "z"}
     assert found["cell41"] == "z"
@@ -247,16 +247,16 @@ def test_what_is_no_collection_is_refused_with_what_was_found(x, tmp_path):
 def test_other_genes_and_matrices_that_are_not_by_cell_are_refused(x, tmp_path):
     group = write_collection(tmp_path / "c.zarr", x)
     names = [f"gene{i}" for i in range(N_GENES)]
-    ad.io.write_elem(group, "dataset_2/var", pd.DataFrame(index=names[::-1]))
+    ad.io.write_elem(group["dataset_2"], "var", pd.DataFrame(index=names[::-1]))
     with pytest.raises(ValueError, match="found another order, of 'dataset_0' and 'dataset_2'"):
         svt.read_collection(tmp_path / "c.zarr")
-    ad.io.write_elem(group, "dataset_2/var", pd.DataFrame(index=[*names[:-1], "odd"]))
+    ad.io.write_elem(group["dataset_2"], "var", pd.DataFrame(index=[*names[:-1], "odd"]))
     with pytest.raises(ValueError, match="found 2 genes in one alone, such as 'gene22', of 'dataset_0'"):
         svt.read_collection(tmp_path / "c.zarr")
-    ad.io.write_elem(group, "dataset_2/var", pd.DataFrame(index=names))
-    ad.io.write_elem(group, "dataset_3/layers/doubled", x[97:])
+    ad.io.write_elem(group["dataset_2"], "var", pd.DataFrame(index=names))
+    ad.io.write_elem(group["dataset_3/layers"], "doubled", x[97:])
     assert list(svt.read_collection(tmp_path / "c.zarr").layers) in ([], [None])
-    ad.io.write_elem(group, "dataset_3/X", x[97:])
+    ad.io.write_elem(group["dataset_3"], "X", x[97:])
     with pytest.raises(ValueError, match=r"X stored by cell \(csr_matrix\) .*; found 'array' in 'dataset_3'"):
         svt.read_collection(tmp_path / "c.zarr")
 
