@@ -23,6 +23,9 @@ Rows:
   F1 score.
 * killed: a training that is killed in the middle of an epoch (SIGKILL), first of the VAE and then of the mixture, and
   called again, against one that was not: arrays of the results that are not the same to the bit.
+* annbatch: cells a second of reading the windows of an epoch of N cells, by the loader of annbatch over our own: the
+  same runs of the same zarr with the same checks, by the codecs of zarr and by those of zarrs, from a file as anndata
+  writes it and as annbatch does. It says so where a package is not installed, and has no target.
 
 ``--quick`` takes 40,000 cells and fewer of the others, and few epochs. It shows that all rows run: few epochs are not
 enough for clusters, and of sets that are hardly larger than what is read at once the larger one needs more memory.
@@ -54,6 +57,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import psutil
 import torch
+from _annbatch import compare_reading, lacking
 from _scale_files import FIVE_TYPES, Recipe, held_out, in_order, opened, simulated, wide, write
 from sklearn.metrics import adjusted_rand_score
 from throughput import GB, facts, peak_memory, take_turns
@@ -311,7 +315,12 @@ def compare_speed(files: str, ways: list[str], repeats: int) -> dict[str, dict[s
     return {way: {unit: (1 / each).tolist() for unit, each in own.items()} for way, own in seconds.items()}
 
 
-MEASUREMENTS: dict[str, Callable[..., dict]] = {"make": make, "train": train, "speed": compare_speed}
+MEASUREMENTS: dict[str, Callable[..., dict]] = {
+    "make": make,
+    "train": train,
+    "speed": compare_speed,
+    "reading": compare_reading,
+}
 
 
 # -- processes and files -----------------------------------------------------------------------------------------------
@@ -475,6 +484,22 @@ def killed(settings: Settings, files: Files, *, target: Target) -> Iterator[Resu
     yield Result(what, len(differ), "", target, {"differ": differ, "whole": about(whole), "last": about(continued)})
 
 
+def reading(settings: Settings, files: Files) -> Iterator[Result]:
+    """Cells a second of reading by annbatch over our own."""
+    recipe = Recipe(settings.n_cells)
+    for pipeline in ("zarr", "zarrs"):
+        if (package := lacking(pipeline)) is not None:
+            yield Result(f"cells/s of reading with {pipeline}: did not run, {package} is not installed", np.nan)
+            continue
+        for form in ("anndata", "annbatch"):
+            options = {"pipeline": pipeline, "form": form, "repeats": settings.repeats}
+            found = measured("reading", files=files.of(recipe), **options)
+            own, other, bare = (np.array(found[name]) for name in ("own", "annbatch, checked", "annbatch"))
+            numbers = f"{np.median(other):,.0f} / {np.median(own):,.0f}, {np.median(bare):,.0f} without checks"
+            what = f"cells/s of reading, {recipe}, {pipeline}, file of {form}, annbatch over own ({numbers})"
+            yield Result(what, float(np.median(other / own)), "", None, found)
+
+
 def is_same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays are the same to the bit, NaN included."""
     return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
@@ -493,6 +518,7 @@ ROWS: dict[str, Callable[[Settings, Files], Iterator[Result]]] = {
     # More than half of its cells: it is a component of the rare type, not one of another type that holds it.
     "rare": partial(rare, target=Target(least=0.9), target_precision=Target(least=0.5)),
     "killed": partial(killed, target=Target(most=0)),
+    "annbatch": reading,
 }
 
 

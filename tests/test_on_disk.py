@@ -97,6 +97,22 @@ def test_chunks_that_are_missing_are_counted_but_those_of_zeros_are_not(tmp_path
     assert missing_chunks(matrix) == f"1 of the 1 chunks of 'data' missing in '{tmp_path / 'a.zarr'}', X"
 
 
+def test_shards_that_are_missing_are_counted_and_a_last_one_that_is_not_full_is_none(tmp_path):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
+    ad.io.write_elem(group, "X", sparse.csr_matrix(X))
+    for name in ("data", "indices"):
+        values = group["X"][name][:]
+        assert len(values) % 60 != 0
+        del group["X"][name]
+        made = group["X"].create_array(name, shape=values.shape, chunks=(20,), shards=(60,), dtype=values.dtype)
+        made[:] = values
+    matrix = ad.io.sparse_dataset(group["X"])
+    assert missing_chunks(matrix) is None
+    n_shards = -(-int((X > 0).sum()) // 60)
+    (tmp_path / "a.zarr/X/indices/c" / str(n_shards - 1)).unlink()
+    assert missing_chunks(matrix).startswith(f"1 of the {n_shards} shards of 'indices' missing in ")
+
+
 @pytest.mark.parametrize("room", [0, 3_000, 20_000])
 def test_a_full_disk_leaves_the_former_file(room, tmp_path, monkeypatch):
     file = open_file(make_file(tmp_path / "a.h5ad"))

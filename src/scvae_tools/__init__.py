@@ -11,12 +11,28 @@ from scvae_tools._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from scvae_tools import datasets, likelihoods, metrics, pl, tl
+    from scvae_tools._data.collection import read_collection
     from scvae_tools._data.counts import CountsError
     from scvae_tools._train.plan import NonFiniteError
     from scvae_tools.model._scvae import SCVAE
 
-__all__ = ["SCVAE", "CountsError", "NonFiniteError", "datasets", "likelihoods", "metrics", "pl", "tl"]
-_HOMES = {"SCVAE": "model", "CountsError": "_data.counts", "NonFiniteError": "_train.plan"}
+__all__ = [
+    "SCVAE",
+    "CountsError",
+    "NonFiniteError",
+    "datasets",
+    "likelihoods",
+    "metrics",
+    "pl",
+    "read_collection",
+    "tl",
+]
+_HOMES = {
+    "SCVAE": "model",
+    "CountsError": "_data.counts",
+    "NonFiniteError": "_train.plan",
+    "read_collection": "_data.collection",
+}
 
 if "IPython" in sys.modules:  # before torch and scvi-tools load it
     quiet_tqdm()

@@ -93,9 +93,21 @@ def missing_chunks(matrix: Any) -> str | None:
         return None
     for name, array in _arrays(matrix).items():
         is_zero = name == "indptr" or (name == "indices" and min(matrix.shape) == 1)
-        if not is_zero and (lacking := array.nchunks - array.nchunks_initialized):
-            return f"{lacking:,} of the {array.nchunks:,} chunks of {name!r} missing in {place_of(matrix)}"
+        kind, n_pieces, n_there = _pieces_of(array)
+        if not is_zero and n_there < n_pieces:
+            return f"{n_pieces - n_there:,} of the {n_pieces:,} {kind} of {name!r} missing in {place_of(matrix)}"
     return None
+
+
+def _pieces_of(array: zarr.Array) -> tuple[str, int, int]:
+    """What zarr writes as a file each, chunks or shards of many, their number, and how many are there."""
+    shards = getattr(array, "shards", None)
+    if not shards:
+        return "chunks", array.nchunks, array.nchunks_initialized
+    in_shard = math.prod(shard // chunk for shard, chunk in zip(shards, array.chunks, strict=True))
+    n_shards = math.prod(math.ceil(size / shard) for size, shard in zip(array.shape, shards, strict=True))
+    # zarr counts all chunks that would be in a shard, also those of the last one that are beyond the array.
+    return "chunks" if in_shard == 1 else "shards", n_shards, array.nchunks_initialized // in_shard
 
 
 def place_of(matrix: Any) -> str:

@@ -139,7 +139,7 @@ def test_the_next_window_is_read_while_one_is_used(pair, monkeypatch):
 
 def test_an_error_while_reading_reaches_the_reader(pair, monkeypatch):
     in_file, _ = pair
-    monkeypatch.setattr(StoredCounts, "rows", lambda *_: (_ for _ in ()).throw(OSError("no such row")))
+    monkeypatch.setattr(StoredCounts, "__getitem__", lambda *_: (_ for _ in ()).throw(OSError("no such row")))
     with pytest.raises(OSError, match="no such row"):
         list(WindowLoader(in_file, np.arange(N_CELLS), 8))
 

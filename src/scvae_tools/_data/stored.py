@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from scipy import sparse
 from scvae_tools._data import conversion
 from scvae_tools._data.conversion import canonical, to_csr, to_float32
 from scvae_tools._data.count_checks import CountsError
-from scvae_tools._data.structure import REMEDY, check_structure, fault_of_pointers
+from scvae_tools._data.joined import JoinedCounts, pointers_of
+from scvae_tools._data.structure import check_structure
 from scvae_tools._files import short_digest
-from scvae_tools._on_disk import missing_chunks, new_array, place_of
+from scvae_tools._on_disk import new_array, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,11 +96,12 @@ class StoredCounts(CSRDataset):
 
     def __init__(self, matrix: Any, genes: np.ndarray | None, where: str, cell_names: Sequence[str]) -> None:
         self.matrix, self.genes, self.where, self.cell_names = matrix, genes, where, cell_names
-        self._name = where if is_lazy(matrix) else f"{where} ({place_of(matrix)})"
         self.shape = (matrix.shape[0], matrix.shape[1] if genes is None else len(genes))
         self.dtype, self.n_in_file = np.dtype(np.float32), matrix.shape[1]
         self._reopened: h5py.Group | h5py.Dataset | None = None
+        self._opened_arrays: tuple[Any, tuple[Any, Any]] = (None, (None, None))
         self._place = _place_in_hdf5(matrix)
+        self._place_of_file = None if is_lazy(matrix) or isinstance(matrix, JoinedCounts) else place_of(matrix)
         self._start = self._pointers() if isinstance(matrix, CSRDataset) else None
         self._chunk = self._size_of_chunk()
         self.indptr: np.ndarray | None = None
@@ -142,6 +145,14 @@ class StoredCounts(CSRDataset):
         ordered.note(self.indptr, **known, digest=digest, mark=None)
         return ordered
 
+    def _name(self, first: int, last: int) -> str:
+        """Name of cells in messages, with their file."""
+        if is_lazy(self.matrix):
+            return self.where
+        is_joined = isinstance(self.matrix, JoinedCounts)
+        place = self.matrix.place_of(first, last) if is_joined else self._place_of_file
+        return f"{self.where} ({place})"
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -162,33 +173,58 @@ class StoredCounts(CSRDataset):
 
     def read(self, first: int, last: int) -> csr_matrix:
         """Rows as they are in the file, of the chosen genes and a plain type of numbers; the structure is checked."""
+        if self._start is not None:
+            return self._of_file([np.arange(first, last)])
+        with self._names_cells(first, last):
+            part = self._opened()[first:last]
+            part = part.compute() if is_lazy(part) else part
+            part = to_csr(part if sparse.issparse(part) else np.asarray(part), None)
+        return part if self.genes is None else part[:, self.genes]
+
+    @contextmanager
+    def _names_cells(self, first: int, last: int) -> Iterator[None]:
+        """Context in which an error names the file and the cells that are read."""
         try:
-            part = self._read(first, last)
+            yield
         except CountsError:
             raise
         except Exception as error:
             raise OSError(
-                f"{self._name} cannot be read from cell {first:,} ({self.cell_names[first]!r}) to {last:,}: {error}. "
-                "The file may be cut short, damaged or closed: open it again, or copy it from its source."
+                f"{self._name(first, last)} cannot be read from cell {first:,} ({self.cell_names[first]!r}) to "
+                f"{last:,}: {error}. The file may be cut short, damaged or closed: open it again, or copy it from its "
+                "source."
             ) from error
-        if self.genes is None:
-            return part
-        return part[:, self.genes]
 
-    def _read(self, first: int, last: int) -> csr_matrix:
-        if self._start is None:
-            part = self._opened()[first:last]
-            part = part.compute() if is_lazy(part) else part
-            return to_csr(part if sparse.issparse(part) else np.asarray(part), None)
+    def _of_file(self, pieces: list[np.ndarray]) -> csr_matrix:
+        """Rows of a sparse matrix, as `read` does; the cells of each piece, ascending, are read at once."""
+        cells = np.concatenate(pieces)
+        indptr = np.append(0, np.cumsum(self._start[cells + 1] - self._start[cells]))
+        with self._names_cells(int(cells[0]), int(cells[-1]) + 1):
+            data, indices = (np.empty(indptr[-1], dtype=array.dtype) for array in self._arrays())
+        ends = indptr[np.cumsum([len(piece) for piece in pieces])]
+        for piece, low, high in zip(pieces, [0, *ends], ends, strict=False):
+            data[low:high], indices[low:high] = self._values_of(piece)
+        part = sparse.csr_matrix((len(cells), self.n_in_file), dtype=data.dtype)
+        part.data, part.indices, part.indptr = data, indices, indptr
+        check_structure(
+            part, self._name(int(cells[0]), int(cells[-1]) + 1), (self.cell_names[cells], ()), error=CountsError
+        )
+        part = to_csr(part, None)
+        return part if self.genes is None else part[:, self.genes]
+
+    def _values_of(self, cells: np.ndarray) -> list[np.ndarray]:
+        """Values, and the places of their genes, of cells that are read in one piece."""
+        first, last = int(cells[0]), int(cells[-1]) + 1
         low, high = int(self._start[first]), int(self._start[last])
-        group = self._opened()
-        arrays = group["data"][low:high], group["indices"][low:high]
-        if len(arrays[0]) != high - low or len(arrays[1]) != high - low:
-            raise ValueError(f"{len(arrays[0]):,} values and {len(arrays[1]):,} indices in place of {high - low:,}")
-        part = sparse.csr_matrix((last - first, self.n_in_file), dtype=arrays[0].dtype)
-        part.data, part.indices, part.indptr = *arrays, self._start[first : last + 1] - low
-        check_structure(part, self._name, (self.cell_names[first:last], ()), error=CountsError)
-        return to_csr(part, None)
+        with self._names_cells(first, last):
+            found = [array[low:high] for array in self._arrays()]
+            if any(len(each) != high - low for each in found):
+                raise ValueError(f"{len(found[0]):,} values and {len(found[1]):,} indices in place of {high - low:,}")
+        if last - first == len(cells):
+            return found
+        length = self._start[cells + 1] - self._start[cells]
+        chosen = np.repeat(self._start[cells] - low - np.cumsum(length) + length, length) + np.arange(length.sum())
+        return [each[chosen] for each in found]
 
     def _opened(self) -> Any:
         """Group or array of the file, opened again where it was closed, as by `AnnData.to_memory`."""
@@ -200,34 +236,33 @@ class StoredCounts(CSRDataset):
             self._reopened = h5py.File(path, "r")[name]
         return self._reopened
 
-    def _pointers(self) -> np.ndarray:
-        if (lacking := missing_chunks(self.matrix)) is not None:
-            raise CountsError(f"{self.where} must be complete; found {lacking}. Copy the file from its source again.")
+    def _arrays(self) -> tuple[Any, Any]:
+        """Values and places of the genes in the file; zarr reads what they are from the file whenever one is opened."""
         group = self._opened()
-        try:
-            start = np.asarray(group["indptr"][:]).astype(np.int64)
-        except Exception as error:
-            raise OSError(
-                f"indptr of {self._name} cannot be read: {error}. Copy the file from its source again."
-            ) from error
-        stored = (group[name].shape[0] for name in ("indices", "data"))
-        fault = fault_of_pointers(start, self.shape[0], "cell", *stored)
-        if fault is not None:
-            raise CountsError(f"{self._name} must be a well-formed sparse matrix; found {fault}. {REMEDY}")
-        return start
+        if self._opened_arrays[0] is not group:
+            self._opened_arrays = group, (group["data"], group["indices"])
+        return self._opened_arrays[1]
+
+    def _pointers(self) -> np.ndarray:
+        if isinstance(self.matrix, JoinedCounts):
+            return self.matrix.pointers(self.where, CountsError)
+        return pointers_of(self.matrix, self._opened(), self.where, CountsError)
 
     def rows(self, first: int, last: int) -> csr_matrix:
         """Rows in one piece."""
-        part = to_float32(canonical(self.read(first, last)))
-        expected = self.indptr[first : last + 1] - self.indptr[first]
-        is_other = np.diff(part.indptr) != np.diff(expected)
+        return self._as_checked(self.read(first, last), np.arange(first, last))
+
+    def _as_checked(self, part: csr_matrix, cells: np.ndarray) -> csr_matrix:
+        """Rows that were read, in the form that is promised, if they are those that were checked."""
+        part = to_float32(canonical(part))
+        is_other = np.diff(part.indptr) != self.indptr[cells + 1] - self.indptr[cells]
         if self.mark is not None:
-            is_other |= marks_of(part) != self.mark[first:last]
+            is_other |= marks_of(part) != self.mark[cells]
         if is_other.any():
-            cell = int(np.flatnonzero(is_other)[0]) + first
+            cell = int(cells[np.flatnonzero(is_other)[0]])
             raise CountsError(
-                f"{self._name} must hold the counts that were checked; cell {self.cell_names[cell]!r} has other ones "
-                "now. Has the file been changed since? Open it again, and begin anew."
+                f"{self._name(cell, cell + 1)} must hold the counts that were checked; cell {self.cell_names[cell]!r} "
+                "has other ones now. Has the file been changed since? Open it again, and begin anew."
             )
         return part
 
@@ -241,13 +276,18 @@ class StoredCounts(CSRDataset):
         wanted, place = np.unique(positions, return_inverse=True)
         if len(wanted) == 0:
             return sparse.csr_matrix((0, self.shape[1]), dtype=np.float32)
-        parts = [self._of_piece(piece) for piece in self._pieces(wanted)]
-        whole = parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
+        whole = self._of_pieces(self._pieces(wanted))
         return whole if np.array_equal(place, np.arange(whole.shape[0])) else whole[place]
 
-    def _of_piece(self, cells: np.ndarray) -> csr_matrix:
-        rows = self.rows(int(cells[0]), int(cells[-1]) + 1)
-        return rows if rows.shape[0] == len(cells) else rows[cells - cells[0]]
+    def _of_pieces(self, pieces: list[np.ndarray]) -> csr_matrix:
+        """Rows of cells, those of each piece, ascending, read at once."""
+        if self._start is not None:
+            return self._as_checked(self._of_file(pieces), np.concatenate(pieces))
+        parts = []
+        for cells in pieces:
+            rows = self.rows(int(cells[0]), int(cells[-1]) + 1)
+            parts.append(rows if rows.shape[0] == len(cells) else rows[cells - cells[0]])
+        return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
 
     def _pieces(self, cells: np.ndarray) -> list[np.ndarray]:
         """Cells, ascending, in pieces that are read at once: near each other, and not too many."""
