@@ -352,10 +352,10 @@ def test_a_training_that_version_0_1_0_began_goes_on_or_is_refused_by_a_later_on
     options = {"checkpoint": tmp_path / "checkpoint", "progress": False}
     if svt.__version__ == "0.1.0":
         # What were the defaults.
-        differing = r"kl_weight_start\) \(0.0 there, .*pca_start\) \(False there, .*patience\) \(20 there"
+        differing = r"kl_weight_start\) \(0.0 there, .*patience\) \(20 there"
         with pytest.raises(ValueError, match=differing):
             model.train(6, **options)
-        model.train(6, patience=20, kl_weight_start=0, pca_start=False, **options)
+        model.train(6, patience=20, kl_weight_start=0, **options)
         assert_as_expected(model, EXPECTED["checkpoint"])
     else:
         with pytest.raises(ValueError, match="version of scvae-tools"):

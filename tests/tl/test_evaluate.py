@@ -47,7 +47,7 @@ def adata():
 
 @pytest.fixture(scope="module")
 def mixture():
-    return make_model(make_adata(), mixture="vade", batch_key="batch", epochs=20)
+    return make_model(make_adata(), mixture="vade", batch_key="batch", epochs=60)
 
 
 @pytest.fixture(scope="module")
