@@ -235,6 +235,8 @@ def test_categories_of_the_data_sets_are_united(x, tmp_path):
 def test_what_is_no_collection_is_refused_with_what_was_found(x, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"found none at '.*missing\.zarr'"):
         svt.read_collection(tmp_path / "missing.zarr")
+    with pytest.raises(TypeError, match=r"`path` must be the folder of a collection of annbatch, .*; found a int"):
+        svt.read_collection(3)
     (tmp_path / "files").mkdir()
     h5py.File(tmp_path / "files" / "dataset_0.h5ad", "w").close()
     with pytest.raises(FileNotFoundError, match=r"found no zarr group in .*files"):

@@ -42,11 +42,17 @@ def read_collection(path: str | PathLike[str] | zarr.Group) -> ad.AnnData:
 
     Raises
     ------
+    TypeError
+        If ``path`` is no path and no zarr group.
     FileNotFoundError
         If there is no zarr group.
     ValueError
         If it holds no data sets, these have other genes than the first, or their X is not stored by cell.
     """
+    if not isinstance(path, str | PathLike | zarr.Group):
+        raise TypeError(
+            f"`path` must be the folder of a collection of annbatch, or its zarr group; found a {type(path).__name__}."
+        )
     group = path if isinstance(path, zarr.Group) else _opened(Path(fspath(path)))
     where = f"The collection {fspath(path)!r}" if not isinstance(path, zarr.Group) else "The collection"
     names = sorted((name for name in group.group_keys() if NAME.fullmatch(name)), key=_number)
