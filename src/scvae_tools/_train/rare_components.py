@@ -20,7 +20,7 @@ from torch import Tensor
 from scvae_tools._results.probabilities import LARGEST_OVERLAP
 from scvae_tools._train.modes import p_value_of_rare
 from scvae_tools._train.overlaps import overlap_with, overlaps, terms
-from scvae_tools._train.tied_mixtures import POINTS_AT_ONCE, TiedMixtures, fit_tied_mixtures, most_probable, parts
+from scvae_tools._train.tied_mixtures import TiedMixtures, fit_tied_mixtures, most_probable, parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +35,8 @@ EM_STEPS = 15
 #: Neighbours, closer than two cells of one type are on average, that a cell of the sample needs to have a part in the
 #: fits. Scattered outliers, which have fewer, would take all further components.
 FEWEST_NEIGHBOURS = 5
+#: Distances between cells of the sample that are in memory at a time.
+DISTANCES_AT_ONCE = 2**20
 #: Cells of a rare component. Fewer say little in the test of valleys, and in ten dimensions a few cells always seem to
 #: be a group.
 FEWEST_CELLS = 50
@@ -207,13 +209,18 @@ def inclusion_chances(n: int, wanted: float) -> np.ndarray:
 
 def have_neighbours(points: Tensor) -> Tensor:
     """Whether `FEWEST_NEIGHBOURS` others are closer than two points of one type, by their mean square, (n,)."""
-    square, limit = points.square().sum(1), 2.0 * points.shape[1]
-    n_at_once = POINTS_AT_ONCE // 128  # all distances from these are in memory at a time
-    n_near = []
-    for start in range(0, len(points), n_at_once):
+    square, limit, n = points.square().sum(1), 2.0 * points.shape[1], len(points)
+    n_at_once = max(1, min(n, DISTANCES_AT_ONCE // max(1, n)))
+    # Written to the same memory each time: what is freed block by block, the allocator may keep.
+    distance, product = (points.new_empty(n_at_once, n) for _ in range(2))
+    n_near = torch.empty(n, dtype=torch.long, device=points.device)
+    for start in range(0, n, n_at_once):
         some = slice(start, start + n_at_once)
-        n_near.append((square[some, None] + square - 2 * points[some] @ points.T < limit).sum(1))
-    return torch.cat(n_near) > FEWEST_NEIGHBOURS  # a point is its own neighbour
+        own = distance[: len(square[some])]
+        torch.add(square[some, None], square, out=own)
+        own -= torch.mm(2 * points[some], points.T, out=product[: len(own)])
+        torch.sum(own < limit, 1, out=n_near[some])
+    return n_near > FEWEST_NEIGHBOURS  # a point is its own neighbour
 
 
 def _weighted_probs(sample: Sample, mixture: TiedMixtures) -> Tensor:
