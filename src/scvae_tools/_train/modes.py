@@ -26,6 +26,8 @@ FEWEST_POINTS = 4
 #: Points of a rare set that are tested at most, since the dip takes memory for each at all `LEVELS`; and of the set
 #: beside it, those to which a discriminant is fitted at most: mean and covariance need no more.
 MOST_RARE, LARGEST_FIT = 2_000, 20_000
+#: Points of each two of many parts that are tested at least; the more parts, the fewer, as the pairs are many.
+LEAST_OF_MANY = 200
 
 
 def dip(points: np.ndarray) -> float:
@@ -110,7 +112,9 @@ def p_value_of_split(first: np.ndarray, second: np.ndarray, rng: np.random.Gener
     return _p_value_at_border(score)
 
 
-def p_value_of_rare(rare: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> float:
+def p_value_of_rare(
+    rare: np.ndarray, others: np.ndarray, rng: np.random.Generator, *, most: int | None = None
+) -> float:
     """Probability that a rare set of points and another are one population, as `p_value_of_split`.
 
     The other set may be so large that the discriminants are fitted to a part of it. But all its points are projected,
@@ -119,13 +123,16 @@ def p_value_of_rare(rare: np.ndarray, others: np.ndarray, rng: np.random.Generat
     Parameters
     ----------
     rare, others
-        Points (n, d) and (m, d). Of more than `MOST_RARE` rare points a part is taken, and as large a part of others.
+        Points (n, d) and (m, d).
     rng
         Draws the folds and the parts.
+    most
+        Of more rare points a part is taken, and as large a part of the others; None for `MOST_RARE`.
     """
-    if len(rare) > MOST_RARE:
-        others = others[rng.random(len(others)) < MOST_RARE / len(rare)]
-        rare = rare[rng.choice(len(rare), MOST_RARE, replace=False)]
+    most = MOST_RARE if most is None else most
+    if len(rare) > most:
+        others = others[rng.random(len(others)) < most / len(rare)]
+        rare = rare[rng.choice(len(rare), most, replace=False)]
     if min(len(rare), len(others)) < FEWEST_POINTS:
         return 1.0
     fold_of_rare, fold = rng.permutation(len(rare)) % N_FOLDS, rng.permutation(len(others)) % N_FOLDS
@@ -139,7 +146,7 @@ def p_value_of_rare(rare: np.ndarray, others: np.ndarray, rng: np.random.Generat
         slope, offset = _discriminant(np.concatenate([first, second]), is_second)
         offset -= np.log(len(others) / len(fitted))  # the share of the rare set among all
         scores += [points @ slope + offset for points in (others[fold == each], rare[fold_of_rare == each])]
-    return _p_value_at_border(np.concatenate(scores), MOST_RARE)
+    return _p_value_at_border(np.concatenate(scores), most)
 
 
 def _p_value_at_border(score: np.ndarray, most: int | None = None) -> float:
@@ -225,8 +232,9 @@ def p_values_of_parts(points: np.ndarray, label: np.ndarray, n_parts: int, rng: 
     p values, (k, k), 1 on the diagonal and where a part has too few points to be tested.
     """
     parts = [points[label == each] for each in range(n_parts)]
+    most = min(MOST_RARE, max(LEAST_OF_MANY, LARGEST_FIT // n_parts))
     p_values = np.ones((n_parts, n_parts))
     for i, j in itertools.combinations(range(n_parts), 2):
         rare, other = sorted((parts[i], parts[j]), key=len)
-        p_values[i, j] = p_values[j, i] = p_value_of_rare(rare, other, rng)
+        p_values[i, j] = p_values[j, i] = p_value_of_rare(rare, other, rng, most=most)
     return p_values
